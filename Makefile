@@ -1,0 +1,80 @@
+# Each target sets up what it needs in .venv by itself. `make test args="-k adam -x"` hands args on.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
+args ?=
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test coverage docs-test examples lint format types oracles build clean distclean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(VENV)/demo ## train a network on handwritten digits, over the tree and over the flat vector
+	@$(BIN)/python examples/digits.py $(args)
+
+test: $(VENV)/test ## run the tests
+	@$(BIN)/python -m pytest $(args)
+
+coverage: $(VENV)/test ## run the tests and measure what of the Python code they reach
+	@$(BIN)/python -m pytest --cov --cov-report=term $(args)
+
+docs-test: $(VENV)/test ## run the examples in the docstrings and in README.md
+	@$(BIN)/python -m pytest --doctest-modules optimisers tests/test_readme.py $(args)
+
+examples: $(VENV)/demo ## run every example on a small size
+	@mkdir -p build
+	@$(BIN)/python -W error examples/digits.py --epochs 2 --out build/digits.png
+
+lint: $(VENV)/dev ## check style: ruff, cython-lint
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+	@PATH="$(CURDIR)/$(BIN):$$PATH" cython-lint optimisers/*.pyx
+
+format: $(VENV)/dev ## mend style where ruff can
+	@$(BIN)/ruff check --fix
+	@$(BIN)/ruff format
+
+types: $(VENV)/dev ## check types: mypy on the package, pyright on a user's code
+	@$(BIN)/mypy
+	@$(BIN)/pyright --pythonpath $(BIN)/python
+
+oracles: $(VENV)/oracles ## install PyTorch, JAX, optax, ... so that the tests compare with them
+
+build: $(VENV)/test ## make the source archive and the wheel in dist/
+	@$(BIN)/python -m build --outdir dist
+
+clean: ## remove what was built, keep .venv
+	rm -rf build dist htmlcov *.egg-info .coverage .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -f optimisers/*.so optimisers/_steps.pxi $(VENV)/built
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+distclean: clean ## remove .venv too
+	rm -rf $(VENV)
+
+# --- what the targets stand on: empty files in .venv say what was done there, and when -----------
+
+$(VENV)/made: pyproject.toml
+	@echo "making $(VENV)"
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed" if sys.version_info < (3, 11) else 0)'
+	@$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -c 'import tomllib; print(*tomllib.load(open("$<", "rb"))["build-system"]["requires"])' | xargs $(PIP)
+	@touch $@
+
+# A change in rules.py that leaves the formulas alone leaves this file, and so the kernels, alone.
+optimisers/_steps.pxi: optimisers/rules.py tools/emit_steps.py
+	@$(PYTHON) tools/emit_steps.py $< $@.new
+	@cmp -s $@ $@.new && rm $@.new || mv $@.new $@
+
+$(VENV)/built: $(VENV)/made pyproject.toml setup.py optimisers/_kernels.pyx optimisers/_steps.pxi
+	@echo "building optimisers"
+	@$(PIP) --no-build-isolation --check-build-dependencies --editable .
+	@touch $@
+
+# The extra that `make demo`, `make test`, ... names, read from what was just installed.
+$(VENV)/demo $(VENV)/test $(VENV)/dev $(VENV)/oracles: $(VENV)/%: $(VENV)/built pyproject.toml
+	@test $@ -nt pyproject.toml || { echo "installing optimisers[$*]" && $(PIP) "optimisers[$*]"; }
+	@touch $@

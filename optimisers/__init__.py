@@ -1,0 +1,47 @@
+"""Gradient-based update rules for NumPy arrays, with the state in plain sight.
+
+`setup` makes a state tree for a model, `update_` takes a step in place, `update` a pure one.
+
+>>> import numpy as np, optimisers
+>>> model = {"w": np.array([1.0, 2.0])}
+>>> state = optimisers.setup(optimisers.Adam(eta=0.1), model)
+>>> state, model = optimisers.update_(state, model, {"w": np.array([3.0, -4.0])})
+>>> model["w"]
+array([0.9, 2.1])
+"""
+
+from importlib.metadata import version as _version
+
+from . import words as words
+from ._engine import get_num_threads as get_num_threads
+from ._engine import set_num_threads as set_num_threads
+from ._info import show_versions as show_versions
+from ._rule import ElementwiseRule as ElementwiseRule
+from ._rule import Rule as Rule
+from ._tree import KeyPath as KeyPath
+from ._tree import children as children
+from ._tree import fmap as fmap
+from ._tree import functor as functor
+from ._tree import getkeypath as getkeypath
+from ._tree import haskeypath as haskeypath
+from ._tree import isnumeric as isnumeric
+from ._tree import maywrite as maywrite
+from ._tree import register_node as register_node
+from ._tree import setkeypath_ as setkeypath_
+from ._tree import trainable as trainable
+from .compose import AccumGrad as AccumGrad
+from .compose import ClipNorm as ClipNorm
+from .compose import MixedPrecision as MixedPrecision
+from .compose import OptimiserChain as OptimiserChain
+from .rules import *
+from .state import Leaf as Leaf
+from .state import adjust as adjust
+from .state import adjust_ as adjust_
+from .state import freeze_ as freeze_
+from .state import setup as setup
+from .state import thaw_ as thaw_
+from .state import trainables as trainables
+from .state import update as update
+from .state import update_ as update_
+
+__version__ = _version("optimisers")

@@ -1,0 +1,848 @@
+# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True
+# cython: initializedcheck=False, freethreading_compatible=True
+"""The CPU engine: runs the steps of many leaves, block by block, without the GIL.
+
+a) A *step* is one rule's formula as a loop over a block of numbers. The steps are written by
+   tools/emit_steps.py from rules.py into _steps.pxi, for float and double, and included below.
+b) A `Plan` is a rule made ready: it knows how to stack its steps on a leaf.
+c) A `Batch` gathers leaves: for each a *segment* (parameter, gradient, length) and for each step of
+   its rule a *stage* (function, slots, coefs). What the kernels cannot take is handed back
+   untouched; nothing that the caller can see is written while gathering.
+d) `Batch.run` cuts every segment into blocks that fit the first cache and runs the whole chain on
+   a block before it goes to the next, so that a chain of any length moves each array through
+   memory once. The last thing it does with a block is to subtract. Blocks are independent, so the
+   bits depend neither on their size nor on the number of threads.
+e) A *barrier* (a norm) needs all of a leaf before its step can run. The steps ahead of it are then
+   evaluated on copies of their slots, block by block, only to be reduced; the barrier itself
+   becomes an ordinary step with the number found. Partial sums belong to fixed stretches of the
+   leaf, so a norm too has the same bits for any number of threads.
+"""
+
+cimport numpy as cnp
+from cython.parallel cimport prange
+from libc.math cimport INFINITY, fabs, fabsf, isfinite, pow
+from libc.stdint cimport int64_t, uintptr_t
+from libc.stdlib cimport free, malloc, qsort, realloc
+from libc.string cimport memcpy
+
+cnp.import_array()
+
+cdef extern from *:
+    """
+    #include <math.h>
+    #if defined(_OPENMP)
+    #include <omp.h>
+    #else
+    static int omp_get_max_threads(void) { return 1; }
+    #endif
+    /* Blocks never overlap (see Batch.overlaps), and the loops may rely on it. */
+    #if defined(_MSC_VER)
+    #define APART __restrict
+    #else
+    #define APART __restrict__
+    #endif
+    #if defined(__x86_64__) && defined(__GNUC__)
+    static int runs_avx2(void) {
+        __builtin_cpu_init();
+        return __builtin_cpu_supports("avx2") != 0;
+    }
+    static int runs_avx512(void) {
+        __builtin_cpu_init();
+        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw")
+            && __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq")
+            && __builtin_cpu_supports("avx512vl");
+    }
+    #else
+    static int runs_avx2(void) { return 0; }
+    static int runs_avx512(void) { return 0; }
+    #endif
+    typedef float *APART float_p;
+    typedef double *APART double_p;
+    typedef const float *APART const_float_p;
+    typedef const double *APART const_double_p;
+    """
+    int omp_get_max_threads() nogil
+    int runs_avx2()
+    int runs_avx512()
+    ctypedef float* float_p
+    ctypedef double* double_p
+    ctypedef const float* const_float_p
+    ctypedef const double* const_double_p
+
+cdef extern from "numpy/arrayobject.h":
+    object PyArray_NewLikeArray(cnp.ndarray like, int order, void* dtype, int subok)
+
+cdef extern from "<math.h>" nogil:
+    float sqrtf(float)
+    double c_sqrt "sqrt"(double)
+
+ctypedef void (*Step)(
+    const void*, const void*, void*, void**, const void*, Py_ssize_t
+) noexcept nogil
+
+cdef enum:
+    MAX_BLOCK = 4096        # numbers in the scratch buffers
+    MAX_SLOTS = 8
+    STRETCHES = 256         # most partial sums of a norm
+    STRETCH = 16384         # fewest numbers in one of them
+    LANES = 8               # running sums side by side, so that a reduction fills a vector
+
+ctypedef fused real:
+    float
+    double
+
+# --- words -----------------------------------------------------------------------------------
+# The values are NumPy's, bit for bit, so that a step means the same here and there.
+
+cdef inline real sqrt(real x) noexcept nogil:
+    if real is float:
+        return sqrtf(x)
+    else:
+        return c_sqrt(x)
+
+cdef inline real absolute(real x) noexcept nogil:
+    if real is float:
+        return fabsf(x)
+    else:
+        return fabs(x)
+
+cdef inline real abs2(real x) noexcept nogil:
+    return x * x
+
+cdef inline real sign(real x) noexcept nogil:
+    return x if x != x else <real> ((x > 0) - (x < 0))
+
+cdef inline real maximum(real x, real y) noexcept nogil:
+    return x if x >= y or x != x else y
+
+cdef inline real minimum(real x, real y) noexcept nogil:
+    return x if x <= y or x != x else y
+
+cdef inline real clip(real x, real low, real high) noexcept nogil:
+    return minimum(maximum(x, low), high)
+
+cdef inline real where(bint condition, real x, real y) noexcept nogil:
+    return x if condition else y
+
+cdef inline real zeros_like(real x) noexcept nogil:
+    return 0
+
+# --- steps -----------------------------------------------------------------------------------
+
+cdef struct StepInfo:
+    int slots
+    int coefs
+    Step run[2]             # for float and for double
+
+cdef enum:
+    MAX_STEPS = 256
+
+cdef StepInfo step_table[MAX_STEPS]
+step_index = {}
+"""Where the step of each class of rules.py stands in the table, by the name of the class."""
+
+cdef int add_step(str name, int slots, int coefs, Step single, Step double_) except -1:
+    cdef int k = len(step_index)
+    if k == MAX_STEPS or slots > MAX_SLOTS:
+        raise ImportError(f"no room for the step of {name}")
+    step_table[k].slots = slots
+    step_table[k].coefs = coefs
+    step_table[k].run[0] = single
+    step_table[k].run[1] = double_
+    step_index[name] = k
+    return 0
+
+include "_steps.pxi"
+
+fill_table()
+
+# --- what a batch is made of -----------------------------------------------------------------
+
+cdef struct Stage:          # one step on one leaf
+    Step run
+    int slots
+    char* old[MAX_SLOTS]    # where the slots are read ...
+    char* new[MAX_SLOTS]    # ... and where they are written; the same for an update in place
+    Py_ssize_t coefs        # where its numbers stand among the batch's
+
+cdef struct Segment:        # one leaf
+    const char* x
+    const char* g
+    char* out               # where x - dx goes; x itself for an update in place
+    Py_ssize_t n
+    Py_ssize_t place        # which of the caller's places it is
+    Py_ssize_t first        # of its stages
+    Py_ssize_t stages
+    Py_ssize_t blocks       # in all segments up to and including this one
+    bint is_double
+    bint c_order
+    bint swallowed          # its rule makes no step this time
+
+cdef struct Norm:           # a barrier that waits for its number
+    Py_ssize_t segment
+    Py_ssize_t stage
+    double p
+
+cdef struct Count:          # a count of steps to be stored
+    int64_t* where
+    int64_t value
+
+cdef struct Span:           # memory that the run writes
+    uintptr_t low
+    uintptr_t high
+    Py_ssize_t place
+
+cdef int by_address(const void* a, const void* b) noexcept nogil:
+    cdef uintptr_t low_a = (<const Span*> a).low, low_b = (<const Span*> b).low
+    return (low_a > low_b) - (low_a < low_b)
+
+
+cdef enum Reduction:
+    LARGEST
+    SMALLEST
+    NONZERO
+    ABSOLUTE
+    SQUARES
+    POWERS
+
+
+cdef struct Vector:         # of any of the above
+    char* data
+    Py_ssize_t length
+    Py_ssize_t room
+
+cdef void* push(Vector* v, size_t size, Py_ssize_t more=1) except NULL:
+    """Return new room for `more` items of `size` bytes at the end of `v`."""
+    cdef Py_ssize_t room
+    cdef char* data
+    if v.length + more > v.room:
+        room = 2 * (v.length + more)
+        data = <char*> realloc(v.data, room * size)
+        if data is NULL:
+            raise MemoryError(f"no memory for {room} work items")
+        v.data, v.room = data, room
+    v.length += more
+    return v.data + (v.length - more) * size
+
+# --- settings --------------------------------------------------------------------------------
+
+cdef Py_ssize_t block = 1024            # numbers in a block
+cdef Py_ssize_t work_per_thread = 32768
+cdef int threads_wanted = 0             # 0: as OpenMP says
+cdef bint forked = False
+
+
+def instruction_sets():
+    """Return the names of the twins of this module that the processor runs, widest first."""
+    return ["avx512"] * bool(runs_avx512()) + ["avx2"] * bool(runs_avx2())
+
+
+def set_block(Py_ssize_t numbers):
+    """Set how many numbers a block has; for tests and measurements."""
+    global block
+    if not LANES <= numbers <= MAX_BLOCK or numbers % LANES:
+        raise ValueError(f"a block has a multiple of {LANES} numbers, at most {MAX_BLOCK}")
+    block = numbers
+
+
+def set_work_per_thread(Py_ssize_t numbers):
+    """Set how many numbers each thread must have to be worth its start."""
+    global work_per_thread
+    work_per_thread = max(1, numbers)
+
+
+def settings():
+    """Return (numbers in a block, numbers that each thread must have)."""
+    return block, work_per_thread
+
+
+def set_num_threads(int n):
+    """Set the most threads that a run uses; 0 leaves it to OpenMP."""
+    global threads_wanted
+    threads_wanted = n
+
+
+def get_num_threads():
+    """Return the most threads that a run uses."""
+    return most_threads()
+
+
+def after_fork():
+    """Keep a forked child on one thread: OpenMP's other threads stayed with the parent."""
+    global forked
+    forked = True
+
+
+cdef int most_threads() noexcept nogil:
+    if forked:
+        return 1
+    return threads_wanted if threads_wanted > 0 else omp_get_max_threads()
+
+# --- plans -----------------------------------------------------------------------------------
+
+cdef class Plan:
+    """A rule made ready for one batch."""
+
+    cdef readonly object rule
+
+    def __cinit__(self, rule, *args):
+        self.rule = rule
+
+    cdef bint stack(self, Batch batch, Segment* leaf, old, new) except -1:
+        """Add stages that read the state `old` and write `new`; tell whether they can."""
+        return False
+
+
+cdef class StepPlan(Plan):
+    """An elementwise rule whose step stands at `index` of the table."""
+
+    cdef StepInfo step
+    cdef bint counts            # whether coefs takes t
+    cdef object coefs
+    cdef int64_t known_t[2]     # for float and for double: the count of steps ...
+    cdef Py_ssize_t known[2]    # ... for which the batch holds the coefs, and where
+
+    def __init__(self, rule, int index, bint counts):
+        self.step = step_table[index]
+        self.counts = counts
+        self.coefs = rule.coefs
+        self.known[0] = self.known[1] = -1
+
+    cdef bint stack(self, Batch batch, Segment* leaf, old, new) except -1:
+        cdef int64_t t = 0
+        cdef int kind = leaf.is_double
+        cdef Stage* stage
+        if len(old) != self.step.slots + self.counts:
+            return False
+        stage = batch.add_stage(leaf, &self.step, old, new)
+        if stage is NULL:
+            return False
+        if self.counts:
+            t = batch.read_count(old[self.step.slots]) + 1
+            if t == 0:
+                return False
+            batch.store_count(new[self.step.slots], t)
+        if self.known[kind] < 0 or self.known_t[kind] != t:
+            numbers = self.coefs(t) if self.counts else self.coefs()
+            self.known[kind] = batch.add_numbers(numbers, kind)
+            self.known_t[kind] = t
+        stage.coefs = self.known[kind]
+        return True
+
+
+cdef class ChainPlan(Plan):
+    """Rules one after another."""
+
+    cdef tuple parts
+
+    def __init__(self, rule, tuple parts):
+        self.parts = parts
+
+    cdef bint stack(self, Batch batch, Segment* leaf, old, new) except -1:
+        cdef Plan part
+        cdef Py_ssize_t k
+        if len(old) != len(self.parts):
+            return False
+        for k in range(len(self.parts)):
+            part = self.parts[k]
+            if leaf.swallowed:
+                batch.carry_over(old[k], new[k])
+            elif not part.stack(batch, leaf, old[k], new[k]):
+                return False
+        return True
+
+
+cdef class NormPlan(Plan):
+    """A barrier: `rule.factor` turns the p-norm of what comes into the number of a step."""
+
+    cdef StepInfo step
+    cdef double p
+
+    def __init__(self, rule, int index, double p):
+        self.step = step_table[index]
+        self.p = p
+
+    cdef bint stack(self, Batch batch, Segment* leaf, old, new) except -1:
+        cdef Stage* stage = batch.add_stage(leaf, &self.step, (), ())
+        stage.coefs = batch.add_numbers((1.0,), leaf.is_double)
+        batch.add_norm(self.rule, self.p)
+        return True
+
+
+cdef class AccumulatePlan(Plan):
+    """A rule that holds n - 1 gradients back and releases the mean with the n-th."""
+
+    cdef Plan hold
+    cdef Plan release
+    cdef int64_t n
+
+    def __init__(self, rule, Plan hold, Plan release, int64_t n):
+        self.hold, self.release, self.n = hold, release, n
+
+    cdef bint stack(self, Batch batch, Segment* leaf, old, new) except -1:
+        cdef int64_t held
+        if len(old) != 2:
+            return False
+        held = batch.read_count(old[1])
+        if held < 0:
+            return False
+        leaf.swallowed = held + 1 < self.n
+        batch.store_count(new[1], held + 1 if leaf.swallowed else 0)
+        return (self.hold if leaf.swallowed else self.release).stack(batch, leaf, old[:1], new[:1])
+
+# --- gathering -------------------------------------------------------------------------------
+
+cdef inline bint ready(cnp.ndarray a, int kind, bint c_order) noexcept:
+    """Tell whether `a` is plain memory of one type, in the order asked for."""
+    cdef int order = cnp.NPY_ARRAY_C_CONTIGUOUS if c_order else cnp.NPY_ARRAY_F_CONTIGUOUS
+    return (
+        cnp.PyArray_TYPE(a) == kind
+        and cnp.PyArray_CHKFLAGS(a, order | cnp.NPY_ARRAY_ALIGNED)
+        and cnp.PyArray_ISNOTSWAPPED(a)
+    )
+
+
+cdef inline bint same_shape(cnp.ndarray a, cnp.ndarray b) noexcept:
+    cdef int k
+    if cnp.PyArray_NDIM(a) != cnp.PyArray_NDIM(b):
+        return False
+    for k in range(cnp.PyArray_NDIM(a)):
+        if cnp.PyArray_DIM(a, k) != cnp.PyArray_DIM(b, k):
+            return False
+    return True
+
+
+cdef class Batch:
+    """Leaves to be updated together.
+
+    Parameters
+    ----------
+    blank : callable or None
+        Given a state, returns an empty one of the same form, which the run then fills, as it fills
+        a new array for each parameter. None updates in place.
+    """
+
+    cdef object blank
+    cdef Vector segments
+    cdef Vector stages
+    cdef Vector numbers         # coefs, cast to the dtype of their leaf, one in eight bytes
+    cdef Vector norms
+    cdef Vector counts
+    cdef Vector spans
+    cdef list norm_rules
+    cdef list kept              # the objects that own the memory in use
+    cdef readonly dict new_x
+    """Place: array that takes the parameter's place, where it was not written in place."""
+    cdef readonly dict new_state
+    """Place: state that takes the place of the leaf's, where it was not written in place."""
+    cdef readonly Py_ssize_t failed
+    """Place of the leaf at which `run` raised."""
+
+    def __cinit__(self, blank=None):
+        self.blank = blank
+        self.norm_rules, self.kept = [], []
+        self.new_x, self.new_state = {}, {}
+        self.failed = -1
+
+    def __dealloc__(self):
+        free(self.segments.data)
+        free(self.stages.data)
+        free(self.numbers.data)
+        free(self.norms.data)
+        free(self.counts.data)
+        free(self.spans.data)
+
+    def places(self):
+        """Return the places taken."""
+        return [(<Segment*> self.segments.data)[k].place for k in range(self.segments.length)]
+
+    def gather(self, list leaves, list xs, list gs, lower):
+        """Take every leaf that the kernels can update; return the places of the others.
+
+        Places without a gradient and frozen leaves are neither taken nor returned. `lower` turns
+        a rule into a plan, or None.
+        """
+        cdef list rest = []
+        cdef Py_ssize_t place
+        cdef Plan plan = None
+        last = self             # no rule
+        for place in range(len(leaves)):
+            leaf = leaves[place]
+            if gs[place] is None or leaf.frozen:
+                continue
+            rule = leaf.rule
+            if rule is not last:
+                last = rule
+                plan = lower(rule)
+            if plan is None or not self.take(place, plan, leaf.state, xs[place], gs[place]):
+                rest.append(place)
+        return rest
+
+    cpdef bint take(self, Py_ssize_t place, Plan plan, state, x, g) except -1:
+        """Take one leaf if the kernels can; tell whether."""
+        cdef cnp.ndarray xa, ga, out
+        cdef Segment leaf
+        cdef int kind
+        if not cnp.PyArray_CheckExact(x) or not cnp.PyArray_CheckExact(g):
+            return False
+        xa, ga = x, g
+        kind = cnp.PyArray_TYPE(xa)
+        if kind != cnp.NPY_FLOAT and kind != cnp.NPY_DOUBLE:
+            return False
+        leaf.c_order = cnp.PyArray_IS_C_CONTIGUOUS(xa)
+        if not ready(xa, kind, leaf.c_order) or not ready(ga, kind, leaf.c_order):
+            return False
+        if not isinstance(state, tuple) or not same_shape(xa, ga):
+            return False
+
+        leaf.n = cnp.PyArray_SIZE(xa)
+        leaf.is_double = kind == cnp.NPY_DOUBLE
+        leaf.place = place
+        leaf.swallowed = False
+        leaf.first = self.stages.length
+        norms, counts, spans = self.norms.length, self.counts.length, self.spans.length
+        new = state if self.blank is None else self.blank(state)
+        if not plan.stack(self, &leaf, state, new):
+            self.stages.length = leaf.first
+            self.norms.length, self.counts.length, self.spans.length = norms, counts, spans
+            del self.norm_rules[norms:]
+            return False
+        out = xa
+        if self.blank is not None or not cnp.PyArray_ISWRITEABLE(xa):
+            out = PyArray_NewLikeArray(xa, cnp.NPY_KEEPORDER, NULL, 0)
+            self.new_x[place] = out
+        else:
+            self.add_span(xa, place)
+        if self.blank is not None:
+            self.new_state[place] = new
+        leaf.x, leaf.g, leaf.out = cnp.PyArray_BYTES(xa), cnp.PyArray_BYTES(ga), cnp.PyArray_BYTES(out)
+        leaf.stages = self.stages.length - leaf.first
+        (<Segment*> push(&self.segments, sizeof(Segment)))[0] = leaf
+        self.kept.append((x, g, state))
+        return True
+
+    cdef Stage* add_stage(self, Segment* leaf, StepInfo* step, old, new) except? NULL:
+        """Add a stage whose slots stand at the head of `old` and `new`; NULL if they cannot."""
+        cdef Stage* stage = <Stage*> push(&self.stages, sizeof(Stage))
+        cdef cnp.ndarray a, b
+        cdef int k
+        cdef int kind = cnp.NPY_DOUBLE if leaf.is_double else cnp.NPY_FLOAT
+        stage.run = step.run[leaf.is_double]
+        stage.slots = step.slots
+        for k in range(step.slots):
+            if not cnp.PyArray_CheckExact(old[k]):
+                return NULL
+            a, b = old[k], new[k]
+            if not ready(a, kind, leaf.c_order) or cnp.PyArray_SIZE(a) != leaf.n:
+                return NULL
+            if a is b:
+                if not cnp.PyArray_ISWRITEABLE(a):
+                    return NULL
+                self.add_span(a, leaf.place)
+            stage.old[k], stage.new[k] = cnp.PyArray_BYTES(a), cnp.PyArray_BYTES(b)
+        return stage
+
+    cdef Py_ssize_t add_numbers(self, numbers, bint is_double) except -1:
+        cdef Py_ssize_t at = self.numbers.length
+        cdef Py_ssize_t k, n = len(numbers)
+        cdef void* cells = push(&self.numbers, sizeof(double), n + 1)
+        for k in range(n):
+            if is_double:
+                (<double*> cells)[k] = numbers[k]
+            else:
+                (<float*> cells)[k] = numbers[k]
+        return at
+
+    cdef int add_norm(self, rule, double p) except -1:
+        cdef Norm* norm = <Norm*> push(&self.norms, sizeof(Norm))
+        norm.segment, norm.stage, norm.p = self.segments.length, self.stages.length - 1, p
+        self.norm_rules.append(rule)
+        return 0
+
+    cdef int64_t read_count(self, a) except? -1:
+        """Return the count in the 0-d array `a`; -1 if it is no such thing."""
+        if not cnp.PyArray_CheckExact(a):
+            return -1
+        cdef cnp.ndarray count = a
+        if cnp.PyArray_NDIM(count) or not ready(count, cnp.NPY_INT64, True):
+            return -1
+        if not cnp.PyArray_ISWRITEABLE(count):
+            return -1
+        return (<int64_t*> cnp.PyArray_DATA(count))[0]
+
+    cdef int store_count(self, a, int64_t value) except -1:
+        cdef Count* count = <Count*> push(&self.counts, sizeof(Count))
+        count.where = <int64_t*> cnp.PyArray_DATA(<cnp.ndarray> a)
+        count.value = value
+        return 0
+
+    cdef int carry_over(self, old, new) except -1:
+        """Copy a state that this step leaves alone."""
+        if old is new:
+            return 0
+        if isinstance(old, tuple):
+            for a, b in zip(old, new):
+                self.carry_over(a, b)
+        else:
+            new[...] = old
+        return 0
+
+    cdef int add_span(self, cnp.ndarray a, Py_ssize_t place) except -1:
+        cdef Span* span
+        if cnp.PyArray_SIZE(a):
+            span = <Span*> push(&self.spans, sizeof(Span))
+            span.low = <uintptr_t> cnp.PyArray_DATA(a)
+            span.high = span.low + cnp.PyArray_NBYTES(a)
+            span.place = place
+        return 0
+
+    def settle(self):
+        """See to it that nothing is written which is read elsewhere.
+
+        Gradients that lie in memory which the run writes are copied. Where two leaves would write
+        the same memory, their places are returned, else None.
+        """
+        cdef Span* spans = <Span*> self.spans.data
+        cdef Segment* leaf
+        cdef Py_ssize_t k
+        cdef Py_ssize_t bytes
+        cdef cnp.ndarray copy
+        for k in range(1, self.spans.length):
+            if spans[k].low < spans[k - 1].low:
+                qsort(spans, self.spans.length, sizeof(Span), by_address)
+                break
+        for k in range(1, self.spans.length):
+            if spans[k].low < spans[k - 1].high:
+                return spans[k - 1].place, spans[k].place
+        for k in range(self.segments.length):
+            leaf = <Segment*> self.segments.data + k
+            bytes = leaf.n * (8 if leaf.is_double else 4)
+            if self.is_written(<uintptr_t> leaf.g, bytes):
+                copy = cnp.PyArray_SimpleNew(1, <cnp.npy_intp*> &bytes, cnp.NPY_BYTE)
+                memcpy(cnp.PyArray_DATA(copy), leaf.g, bytes)
+                leaf.g = cnp.PyArray_BYTES(copy)
+                self.kept.append(copy)
+        return None
+
+    cdef bint is_written(self, uintptr_t low, Py_ssize_t bytes) noexcept:
+        """Tell whether the run writes any of these bytes (spans are sorted and apart)."""
+        cdef Span* spans = <Span*> self.spans.data
+        cdef Py_ssize_t first = 0, last = self.spans.length, middle
+        while first < last:             # the first span that ends after `low`
+            middle = (first + last) // 2
+            if spans[middle].high <= low:
+                first = middle + 1
+            else:
+                last = middle
+        return first < self.spans.length and spans[first].low < low + <uintptr_t> bytes
+
+    # --- running -----------------------------------------------------------------------------
+
+    def run(self):
+        """Update every leaf. Raises, if at all, before anything is written."""
+        cdef Py_ssize_t k, threads, tasks, blocks = 0, total = 0
+        cdef Segment* leaf
+        cdef Norm* norm
+        cdef double value
+        for k in range(self.segments.length):
+            leaf = <Segment*> self.segments.data + k
+            total += leaf.n
+            blocks += (leaf.n + block - 1) // block
+            leaf.blocks = blocks
+        for k in range(self.norms.length):
+            norm = <Norm*> self.norms.data + k
+            leaf = <Segment*> self.segments.data + norm.segment
+            with nogil:
+                value = self.norm(leaf, norm.stage, norm.p)
+            self.failed = leaf.place
+            self.set_number(leaf, norm.stage, self.norm_rules[k].factor(value))
+        self.failed = -1
+        with nogil:
+            threads = min(<Py_ssize_t> most_threads(), total // work_per_thread)
+            if threads < 2:
+                self.run_blocks(0, blocks)
+            else:
+                tasks = min(blocks, 8 * threads)
+                for k in prange(tasks, num_threads=threads, schedule="dynamic", chunksize=1):
+                    self.run_blocks(k * blocks // tasks, (k + 1) * blocks // tasks)
+            for k in range(self.counts.length):
+                (<Count*> self.counts.data)[k].where[0] = (<Count*> self.counts.data)[k].value
+
+    cdef int set_number(self, Segment* leaf, Py_ssize_t stage, double value) except -1:
+        cdef void* cell = <double*> self.numbers.data + (<Stage*> self.stages.data)[stage].coefs
+        if leaf.is_double:
+            (<double*> cell)[0] = value
+        else:
+            (<float*> cell)[0] = <float> value
+        return 0
+
+    cdef void run_blocks(self, Py_ssize_t first, Py_ssize_t last) noexcept nogil:
+        """Update the blocks first <= k < last, counted over all segments."""
+        cdef double scratch[2 * MAX_BLOCK]
+        cdef Segment* leaves = <Segment*> self.segments.data
+        cdef Segment* leaf
+        cdef Py_ssize_t low = 0, high = self.segments.length, middle, before, start, n
+        cdef const char* dx
+        if first >= last:
+            return
+        while low < high:               # the segment that holds block `first`
+            middle = (low + high) // 2
+            if leaves[middle].blocks <= first:
+                low = middle + 1
+            else:
+                high = middle
+        while first < last:
+            leaf = leaves + low
+            before = leaves[low - 1].blocks if low else 0
+            while first < last and first < leaf.blocks:
+                start = (first - before) * block
+                n = min(block, leaf.n - start)
+                dx = self.chain(leaf, leaf.first + leaf.stages, start, n, <char*> scratch, False)
+                if leaf.is_double:
+                    subtract[double](leaf.x, leaf.out, dx, start, n, leaf.swallowed)
+                else:
+                    subtract[float](leaf.x, leaf.out, dx, start, n, leaf.swallowed)
+                first += 1
+            low += 1
+
+    cdef const char* chain(self, Segment* leaf, Py_ssize_t end, Py_ssize_t start, Py_ssize_t n,
+                           char* scratch, bint dry) noexcept nogil:
+        """Run the stages before `end` on one block; return where the step then lies.
+
+        `scratch` holds two blocks, which the stages use by turns. A dry run stores no slots; it
+        needs MAX_SLOTS blocks more.
+        """
+        cdef Py_ssize_t size = 8 if leaf.is_double else 4
+        cdef Py_ssize_t offset = start * size
+        cdef Py_ssize_t room = MAX_BLOCK * size
+        cdef const char* g = leaf.g + offset
+        cdef char* dx = scratch
+        cdef void* slots[MAX_SLOTS]
+        cdef Stage* stage
+        cdef Py_ssize_t k
+        cdef int j
+        for k in range(leaf.first, end):
+            stage = <Stage*> self.stages.data + k
+            for j in range(stage.slots):
+                slots[j] = scratch + (2 + j) * room if dry else stage.new[j] + offset
+                if slots[j] != stage.old[j] + offset:
+                    memcpy(slots[j], stage.old[j] + offset, n * size)
+            stage.run(leaf.x + offset, g, dx, slots, <double*> self.numbers.data + stage.coefs, n)
+            g = dx
+            dx = scratch + room if dx == scratch else scratch
+        return g
+
+    cdef double norm(self, Segment* leaf, Py_ssize_t stage, double p) noexcept nogil:
+        """Return the p-norm of what reaches `stage`, in double."""
+        cdef double value, largest
+        if p == INFINITY:
+            return self.reduce(leaf, stage, LARGEST, 0, 1)
+        if p == -INFINITY:
+            return self.reduce(leaf, stage, SMALLEST, 0, 1)
+        if p == 0:
+            return self.reduce(leaf, stage, NONZERO, 0, 1)
+        if p == 1:
+            return self.reduce(leaf, stage, ABSOLUTE, 0, 1)
+        if p == 2:
+            value = c_sqrt(self.reduce(leaf, stage, SQUARES, 0, 1))
+            if not leaf.is_double or 1e-140 < value < 1e150 or value != value:
+                return value            # no square overflowed or lost its digits
+        largest = self.reduce(leaf, stage, LARGEST if p > 0 else SMALLEST, 0, 1)
+        if largest == 0 or not isfinite(largest):
+            return largest
+        return largest * pow(self.reduce(leaf, stage, POWERS, p, largest), 1 / p)
+
+    cdef double reduce(self, Segment* leaf, Py_ssize_t stage, Reduction kind, double p,
+                       double unit) noexcept nogil:
+        """Combine what reaches `stage`, stretch by stretch, in an order that n alone decides."""
+        cdef double parts[STRETCHES]
+        cdef Py_ssize_t length = max(STRETCH, (leaf.n + STRETCHES - 1) // STRETCHES)
+        cdef Py_ssize_t stretches = (leaf.n + length - 1) // length
+        cdef Py_ssize_t k
+        cdef Py_ssize_t threads = min(<Py_ssize_t> most_threads(), leaf.n // work_per_thread)
+        cdef double total = INFINITY if kind == SMALLEST else 0
+        if leaf.n == 0:
+            return 0
+        if threads < 2:
+            for k in range(stretches):
+                parts[k] = self.reduce_stretch(leaf, stage, kind, p, unit, k * length, length)
+        else:
+            for k in prange(stretches, num_threads=threads, schedule="dynamic", chunksize=1):
+                parts[k] = self.reduce_stretch(leaf, stage, kind, p, unit, k * length, length)
+        for k in range(stretches):
+            total = joined(kind, total, parts[k])
+        return total
+
+    cdef double reduce_stretch(self, Segment* leaf, Py_ssize_t stage, Reduction kind, double p,
+                               double unit, Py_ssize_t start, Py_ssize_t n) noexcept nogil:
+        cdef double scratch[(2 + MAX_SLOTS) * MAX_BLOCK]
+        cdef double lanes[LANES]
+        cdef double total = INFINITY if kind == SMALLEST else 0
+        cdef Py_ssize_t end = min(start + n, leaf.n)
+        cdef Py_ssize_t m
+        cdef const char* g
+        cdef int j
+        for j in range(LANES):
+            lanes[j] = total
+        while start < end:
+            m = min(block, end - start)
+            g = self.chain(leaf, stage, start, m, <char*> scratch, True)
+            if leaf.is_double:
+                accumulate[double](g, m, lanes, kind, p, unit)
+            else:
+                accumulate[float](g, m, lanes, kind, p, unit)
+            start += m
+        for j in range(LANES):
+            total = joined(kind, total, lanes[j])
+        return total
+
+# --- loops over one block --------------------------------------------------------------------
+
+cdef inline double joined(Reduction kind, double a, double b) noexcept nogil:
+    if kind == LARGEST:
+        return maximum(a, b)
+    if kind == SMALLEST:
+        return minimum(a, b)
+    return a + b
+
+
+cdef void subtract(const void* x_, void* out_, const void* dx_, Py_ssize_t start, Py_ssize_t n,
+                   bint swallowed, real unused=0) noexcept nogil:
+    cdef const real* x = <const real*> x_ + start
+    cdef const real* dx = <const real*> dx_
+    cdef real* out = <real*> out_ + start
+    cdef Py_ssize_t i
+    if not swallowed:
+        for i in range(n):
+            out[i] = x[i] - dx[i]
+    elif out != x:
+        memcpy(out, x, n * sizeof(real))
+
+
+cdef void accumulate(const void* g_, Py_ssize_t n, double* lanes, Reduction kind, double p,
+                     double unit, real unused=0) noexcept nogil:
+    """Combine number i of a block into lane i % LANES."""
+    cdef const real* g = <const real*> g_
+    cdef Py_ssize_t i
+    cdef int j
+    cdef double v
+    if kind == SQUARES:
+        for i in range(n // LANES):
+            for j in range(LANES):
+                lanes[j] += <double> g[LANES * i + j] * <double> g[LANES * i + j]
+        for i in range(n - n % LANES, n):
+            lanes[i % LANES] += <double> g[i] * <double> g[i]
+        return
+    for i in range(n):
+        j = i % LANES
+        v = absolute(<double> g[i])
+        if kind == LARGEST:
+            lanes[j] = maximum(lanes[j], v)
+        elif kind == SMALLEST:
+            lanes[j] = minimum(lanes[j], v)
+        elif kind == NONZERO:
+            lanes[j] += v != 0
+        elif kind == ABSOLUTE:
+            lanes[j] += v
+        else:
+            lanes[j] += pow(v / unit, p)

@@ -1,0 +1,312 @@
+"""What a rule is: `Rule`, its elementwise kind, the limits of its fields, the registry."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import math
+import sys
+import typing
+from abc import ABC, abstractmethod
+from collections import namedtuple
+from collections.abc import Callable, Iterable, Iterator
+from typing import Annotated, Any, ClassVar, NamedTuple, Self
+
+import numpy as np
+
+from .words import is_complex, namespace
+
+# --- limits of fields ------------------------------------------------------------------------
+
+
+class Limit(NamedTuple):
+    """What the numbers of a field must satisfy; attached to the field's type with `Annotated`."""
+
+    text: str
+    holds: Callable[[float], bool]
+
+
+Finite = Annotated[float, Limit("finite", math.isfinite)]
+NonNegative = Annotated[float, Limit("finite and at least 0", lambda v: 0 <= v < math.inf)]
+Decay = Annotated[float, Limit("in [0, 1)", lambda v: 0 <= v < 1)]
+Decays = tuple[Decay, Decay]
+Order = Annotated[float, Limit("a number, inf or -inf", lambda v: not math.isnan(v))]
+Count = Annotated[int, Limit("a whole number, at least 1", lambda v: v >= 1 and v == int(v))]
+
+
+@functools.cache
+def _limits(cls: type) -> dict[str, list[Limit]]:
+    """Return for each field of `cls` its limits: one, or one for each entry of a tuple."""
+    try:
+        hints = typing.get_type_hints(cls, include_extras=True)
+    except NameError:  # a user's annotations that cannot be read here limit nothing
+        return {}
+    found: dict[str, list[Limit]] = {}
+    for name, hint in hints.items():
+        parts = typing.get_args(hint) if typing.get_origin(hint) is tuple else (hint,)
+        limits = [m for p in parts for m in getattr(p, "__metadata__", ()) if isinstance(m, Limit)]
+        if limits:
+            found[name] = limits
+    return found
+
+
+def is_traced(value: Any) -> bool:
+    """Tell whether `value` stands for a number that JAX will know only later."""
+    jax = sys.modules.get("jax")
+    return jax is not None and isinstance(value, jax.core.Tracer)
+
+
+def _check_number(where: str, limit: Limit, value: Any) -> None:
+    if is_traced(value):
+        return
+    try:
+        if isinstance(value, str | bytes) or getattr(value, "ndim", 0) != 0:
+            raise TypeError
+        number = float(value)
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"{where} must be a real number, {limit.text}; got {value!r} ({type(value).__name__})"
+        ) from None
+    if not limit.holds(number):
+        raise ValueError(f"{where} must be {limit.text}; got {value!r}")
+
+
+# --- Rule ------------------------------------------------------------------------------------
+
+_registry: list[type[Rule]] = []
+
+
+def registry() -> list[type[Rule]]:
+    """Return every public rule of the library, in the order of their definition."""
+    ours = __name__.partition(".")[0] + "."
+    return [c for c in _registry if c.__module__.startswith(ours) and not c.__name__[0] == "_"]
+
+
+class Rule(ABC):
+    """A way to turn gradients into steps.
+
+    Subclass it as a frozen dataclass whose fields are the hyperparameters, and give it `apply`
+    (and `init`, if it remembers something from step to step). If the formula works element by
+    element, subclass `ElementwiseRule` instead: it then runs as fast as the built-in rules.
+
+    Examples
+    --------
+    >>> from dataclasses import dataclass
+    >>> import numpy as np, optimisers
+    >>> @dataclass(frozen=True)
+    ... class DecayDescent(optimisers.Rule):
+    ...     eta: float = 0.1
+    ...     def init(self, x): return 1
+    ...     def apply(self, state, x, dx): return state + 1, dx * (self.eta / state**0.5)
+    >>> model = {"w": np.array([1.0, 2.0])}
+    >>> state = optimisers.setup(DecayDescent(), model)
+    >>> state, model = optimisers.update(state, model, {"w": np.array([1.0, 1.0])})
+    >>> model["w"], state["w"]
+    (array([0.9, 1.9]), Leaf(DecayDescent(eta=0.1), 2))
+    """
+
+    fixed: ClassVar[tuple[str, ...]] = ()
+    """Fields that shape the state and so cannot be adjusted once there is one."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        _registry.append(cls)
+
+    def __post_init__(self) -> None:
+        name = type(self).__name__
+        for field, limits in _limits(type(self)).items():
+            value = getattr(self, field)
+            if len(limits) == 1:
+                _check_number(f"{name}: {field}", limits[0], value)
+                continue
+            if not isinstance(value, tuple | list) or len(value) != len(limits):
+                raise TypeError(f"{name}: {field} must hold {len(limits)} numbers; got {value!r}")
+            object.__setattr__(self, field, tuple(value))
+            for i, (limit, number) in enumerate(zip(limits, value, strict=True)):
+                _check_number(f"{name}: {field}[{i}]", limit, number)
+
+    def init(self, x: Any) -> Any:
+        """Return the state this rule keeps for the parameter `x`; anything, by default ``()``."""
+        return ()
+
+    @abstractmethod
+    def apply(self, state: Any, x: Any, dx: Any, *higher: Any) -> tuple[Any, Any]:
+        """Turn a gradient into a step.
+
+        Parameters
+        ----------
+        state
+            What `init` or the last `apply` returned; it may be written into.
+        x : array
+            The parameter, not to be written.
+        dx : array
+            The gradient, of the shape and dtype of `x`, not to be written.
+        *higher : array
+            Higher derivatives, where `update` was given them.
+
+        Returns
+        -------
+        (state, dx)
+            The new state, and what is subtracted from `x`. A `dx` of None means: no step.
+        """
+
+    def move(self, state: Any, x: Any, dx: Any, *higher: Any) -> tuple[Any, Any]:
+        """Return the new state and parameter, ``x - dx`` with the `dx` of `apply`; None for no step."""
+        state, dx = self.apply(state, x, dx, *higher)
+        return state, None if dx is None else as_like(x, x - dx)
+
+    def fields(self) -> Iterator[tuple[str, Any]]:
+        """Yield the name and value of each hyperparameter, those of inner rules included."""
+        if dataclasses.is_dataclass(self):
+            for field in dataclasses.fields(self):
+                yield field.name, getattr(self, field.name)
+
+    def adjust(self, **changes: Any) -> Self:
+        """Return this rule with other values of those fields that it has."""
+        own = {name: changes[name] for name, _ in self.fields() if name in changes}
+        for name in own:
+            if name in self.fixed:
+                raise TypeError(
+                    f"{type(self).__name__}: {name} shapes the state and cannot be adjusted; "
+                    f"call setup with a new rule"
+                )
+        return dataclasses.replace(self, **own) if own else self  # type: ignore[type-var]
+
+
+# --- ElementwiseRule -------------------------------------------------------------------------
+
+
+class ElementwiseRule(Rule):
+    """A rule whose formula works element by element, written once, as a `step`.
+
+    Subclass it as a frozen dataclass with
+
+    ``slots``
+        the names of the arrays it keeps, each like the parameter; they start at `start`.
+    ``coefs(self)`` or ``coefs(self, t)``
+        the numbers that the step needs, computed in double and then cast once to the parameter's
+        real dtype. A rule whose `coefs` takes `t`, the 1-based count of steps, has a `t` in its
+        state.
+    ``step(x, dx, state, coefs)``
+        a static method in straight lines, free of numbers, that calls only `optimisers.words` and
+        returns ``dx, (slots...)``.
+
+    Examples
+    --------
+    >>> from dataclasses import dataclass
+    >>> import numpy as np, optimisers
+    >>> from optimisers.words import sign
+    >>> @dataclass(frozen=True)
+    ... class SignMomentum(optimisers.ElementwiseRule):
+    ...     eta: float = 0.01
+    ...     rho: float = 0.9
+    ...     slots = ("v",)
+    ...     def coefs(self): return self.rho, self.eta
+    ...     @staticmethod
+    ...     def step(x, dx, state, coefs):
+    ...         v, = state
+    ...         rho, eta = coefs
+    ...         v = rho * v + dx
+    ...         return eta * sign(v), (v,)
+    >>> rule = SignMomentum(eta=0.5)
+    >>> state, dx = rule.apply(rule.init(np.zeros(2)), np.zeros(2), np.array([3.0, -4.0]))
+    >>> dx, state
+    (array([ 0.5, -0.5]), SignMomentumState(v=array([ 3., -4.])))
+    """
+
+    slots: ClassVar[tuple[str, ...]] = ()
+    real_only: ClassVar[bool] = False
+    """Whether the formula means nothing for complex numbers."""
+
+    counts: ClassVar[bool]
+    """Whether `coefs` takes `t`, so that the state counts steps."""
+    State: ClassVar[Any]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.counts = "t" in inspect.signature(cls.coefs).parameters
+        names = (*cls.slots, "t") if cls.counts else cls.slots
+        state = namedtuple(f"{cls.__name__}State", names)  # type: ignore[misc]
+        state.__module__, state.__qualname__ = cls.__module__, f"{cls.__qualname__}.State"
+        cls.State = state
+
+    def coefs(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        """Return the numbers that `step` needs."""
+        return ()
+
+    @staticmethod
+    @abstractmethod
+    def step(x: Any, dx: Any, state: Any, coefs: Any) -> tuple[Any, tuple[Any, ...]]:
+        """Return the step and the new slots."""
+
+    def start(self) -> tuple[float, ...]:
+        """Return the numbers that the slots are filled with at first."""
+        return (0.0,) * len(self.slots)
+
+    def init(self, x: Any) -> Any:
+        """Return the state for `x`: an array for each slot, and a count `t` where there is one."""
+        if self.real_only and is_complex(x):
+            raise TypeError(
+                f"{type(self).__name__} compares numbers, so it takes real parameters only; "
+                f"got {x.dtype}"
+            )
+        made: list[Any] = [full_like(x, v) for v in self._at_precision_of(x).start()]
+        if self.counts:
+            made.append(count_like(x))
+        return self.State(*made) if made else ()
+
+    def apply(self, state: Any, x: Any, dx: Any, *higher: Any) -> tuple[Any, Any]:
+        """Evaluate the step with the array library of `x`; writes into nothing."""
+        rule = self._at_precision_of(x)
+        slots = tuple(state[: len(self.slots)])
+        if self.counts:
+            t = state.t + 1
+            coefs = rule.coefs(t if is_traced(t) else int(t))
+        else:
+            coefs = rule.coefs()
+        dx, new = self.step(x, dx, slots, cast_like(x, coefs))
+        made = [as_like(old, value) for old, value in zip(slots, new, strict=True)]
+        if self.counts:
+            made.append(as_like(state.t, t))
+        return (self.State(*made) if made else ()), as_like(x, dx)
+
+    def _at_precision_of(self, x: Any) -> Self:
+        """Return this rule with an `epsilon` that float16 does not round to zero."""
+        epsilon = getattr(self, "epsilon", None)
+        if epsilon is None or is_traced(epsilon) or not 0 < epsilon < 1e-7:
+            return self
+        if getattr(x.dtype, "name", str(x.dtype)).removeprefix("torch.") != "float16":
+            return self
+        return dataclasses.replace(self, epsilon=1e-7)  # type: ignore[type-var]
+
+
+def full_like(x: Any, value: float) -> Any:
+    """Return an array of the shape, dtype and device of `x`, in native byte order."""
+    if isinstance(x, np.ndarray):
+        return np.full_like(x, value, dtype=x.dtype.newbyteorder("="), subok=False)
+    return namespace(x).full_like(x, value)
+
+
+def count_like(x: Any) -> Any:
+    """Return a 0-d count of zero, made by the library of `x`."""
+    if isinstance(x, np.ndarray):
+        return np.zeros((), np.int64)
+    xp = namespace(x)
+    return xp.asarray(0) if xp.__name__.startswith("jax") else xp.asarray(0, dtype=xp.int64)
+
+
+def cast_like(x: Any, numbers: Iterable[Any]) -> tuple[Any, ...]:
+    """Cast numbers once to the real dtype of `x`."""
+    if isinstance(x, np.ndarray):
+        real = x.real.dtype if x.dtype.kind == "c" else x.dtype
+        return tuple(real.type(n) for n in numbers)
+    return tuple(n.astype(x.real.dtype) if is_traced(n) else float(n) for n in numbers)
+
+
+def as_like(old: Any, value: Any) -> Any:
+    """Return `value` as an array of the dtype of `old` (0-d arithmetic makes scalars in NumPy)."""
+    if isinstance(old, np.ndarray):
+        native = old.dtype.newbyteorder("=")
+        return np.array(value, dtype=native, copy=True if value is old else None)
+    return value if value.dtype == old.dtype else namespace(value).astype(value, old.dtype)

@@ -1,0 +1,572 @@
+"""The state tree: set up, step, adjust, freeze.
+
+A state tree has the shape of its model, with a `Leaf` for each trainable array: the rule that
+updates it and what the rule remembers. A step gathers the leaves with their parameters and
+gradients (`_gather`), hands them to the engine, and puts what was not written in place back into
+trees (`_replace`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from types import SimpleNamespace
+from typing import Any, TypeVar
+
+import numpy as np
+
+from . import _engine
+from ._rule import Rule
+from ._ties import carry, owners, same_elements
+from ._tree import (
+    KeyPath,
+    children,
+    fmap,
+    fold,
+    isnumeric,
+    maywrite,
+    mirror,
+    register_leaf,
+    trainable_keys,
+    walk,
+)
+
+Array = Any
+Tree = Any
+Model = TypeVar("Model")
+_places = tuple[list[Any], list[Any], list[Any]]
+
+
+@register_leaf
+class Leaf:
+    """What a state tree holds for one trainable array.
+
+    Mutable; its identity says which parameters are tied: the same `Leaf` at two places of a state
+    tree makes the arrays there one parameter.
+
+    Parameters
+    ----------
+    rule : Rule
+        The rule that updates the parameter.
+    state
+        What the rule remembers.
+    frozen : bool
+        Whether updates pass it by.
+
+    Examples
+    --------
+    >>> import numpy as np, optimisers
+    >>> optimisers.setup(optimisers.Momentum(), np.zeros(2))
+    Leaf(Momentum(eta=0.01, rho=0.9), MomentumState(v=array([0., 0.])))
+    """
+
+    __slots__ = ("__weakref__", "frozen", "rule", "state")
+
+    rule: Rule
+    state: Any
+    frozen: bool
+
+    def __init__(self, rule: Rule, state: Any, frozen: bool = False) -> None:
+        self.rule = rule
+        self.state = state
+        self.frozen = frozen
+
+    def __repr__(self) -> str:
+        return f"Leaf({self.rule!r}, {self.state!r}{', frozen=True' * self.frozen})"
+
+
+# --- setup -----------------------------------------------------------------------------------
+
+
+def setup(rule: Rule, model: Tree) -> Tree:
+    """Return a state tree for a model.
+
+    Parameters
+    ----------
+    rule : Rule
+        The rule for every parameter; several rules make one with `OptimiserChain`.
+    model : tree
+        The model; its trainable arrays of floating numbers, real or complex, are the parameters.
+
+    Returns
+    -------
+    tree
+        Of the shape of `model`: a `Leaf` for each parameter, the same one for parameters that are
+        tied, and ``()`` for everything else.
+
+    Raises
+    ------
+    TypeError
+        If `rule` is no rule, or one that cannot take a parameter of this dtype.
+    ValueError
+        If parameters overlap in memory only in part, or if the model contains itself.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from optimisers import Descent, setup
+    >>> setup(Descent(0.1), {"w": np.ones((2, 3)), "name": "encoder"})
+    {'w': Leaf(Descent(eta=0.1), ()), 'name': ()}
+    """
+    if not isinstance(rule, Rule):
+        hint = f"; write {rule.__name__}()" if isinstance(rule, type) else ""
+        raise TypeError(f"setup takes a rule first, then the model; got {rule!r:.60}{hint}")
+    arrays = trainables(model, path=True, tied=True)
+    made: list[Leaf] = []
+    for k, owner in enumerate(owners(arrays)):
+        made.append(_new_leaf(rule, *arrays[k]) if owner == k else made[owner])
+    leaf_of = {id(x): leaf for (_, x), leaf in zip(arrays, made, strict=True)}
+
+    return fold(
+        model,
+        lambda path, x: leaf_of[id(x)] if isnumeric(x) else (),
+        lambda path, x, results: mirror(x, results),
+        keys=trainable_keys,
+        skipped=lambda child: (),
+    )
+
+
+def _new_leaf(rule: Rule, path: KeyPath, x: Array) -> Leaf:
+    try:
+        return Leaf(rule, rule.init(x))
+    except TypeError as error:
+        raise TypeError(f"at {path}: {error}") from error
+
+
+def trainables(model: Tree, path: bool = False, *, tied: bool = False) -> list[Any]:
+    """Return the trainable arrays of a model, in the order of its flat vector."""
+    found: list[tuple[KeyPath, Array]] = []
+
+    def leaf(where: KeyPath, x: Any) -> None:
+        if isnumeric(x):
+            found.append((where, x))
+
+    fold(model, leaf, lambda where, x, results: None, keys=trainable_keys)
+    if not tied:
+        found = [found[k] for k, owner in enumerate(owners(found)) if owner == k]
+    return found if path else [x for _, x in found]
+
+
+# --- update ----------------------------------------------------------------------------------
+
+
+def update(state: Tree, model: Model, grad: Tree, *higher: Tree) -> tuple[Tree, Model]:
+    """Take one step; nothing given is written to.
+
+    Parameters
+    ----------
+    state : tree
+        From `setup`, or from the last `update`.
+    model : tree
+        The model.
+    grad : tree
+        The gradient, in the structure of `model`. ``None``, a missing key or attribute, or ``()``
+        says that there is none here: no step, no change of state. An object node also takes a
+        dictionary or namespace of its attributes.
+    *higher : tree
+        Higher derivatives, for rules that use them.
+
+    Returns
+    -------
+    (state, model)
+        New trees, whose parameters and states share no memory with those given.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If `grad` does not fit `model`; the message names the path.
+    FloatingPointError
+        If a norm is not finite (see `ClipNorm`).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from optimisers import Momentum, setup, update
+    >>> model = {"w": np.array([1.0, 2.0]), "b": np.array([0.0])}
+    >>> state = setup(Momentum(eta=0.1), model)
+    >>> state, model = update(state, model, {"w": np.array([1.0, 1.0])})
+    >>> model
+    {'w': array([0.9, 1.9]), 'b': array([0.])}
+    """
+    return _step(state, model, (grad, *higher), in_place=False)
+
+
+def update_(state: Tree, model: Model, grad: Tree, *higher: Tree) -> tuple[Tree, Model]:
+    """Take one step in place.
+
+    Like `update`, but writes into the writable arrays of `model` and into `state`. If it raises,
+    both are as they were.
+
+    Parameters
+    ----------
+    state, model, grad, *higher
+        As in `update`.
+
+    Returns
+    -------
+    (state, model)
+        The state tree given, and the model given, unless it holds read-only or immutable arrays:
+        these are replaced in the model that is returned.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from optimisers import Descent, setup, update_
+    >>> w = np.array([1.0, 2.0])
+    >>> state = setup(Descent(0.1), w)
+    >>> state, _ = update_(state, w, np.array([1.0, 1.0]))
+    >>> w
+    array([0.9, 1.9])
+    """
+    return _step(state, model, (grad, *higher), in_place=True)
+
+
+def _step(
+    state: Tree, model: Model, grads: Sequence[Tree], *, in_place: bool
+) -> tuple[Tree, Model]:
+    leaves, xs, gs = _gather(state, model, grads[0])
+    higher = [_gather(state, model, grad)[2] for grad in grads[1:]]
+
+    def where(k: int) -> str:
+        return str(next(islice(_places(state, model, None), k, None))[0])
+
+    if len({*map(id, leaves)}) == len(leaves):
+        new_x, new_state = _engine.advance(leaves, xs, gs, higher, where, in_place=in_place)
+    else:
+        tied = _Tied(leaves, xs, where)
+        new_x, new_state = tied.advance(gs, higher, in_place=in_place)
+
+    if in_place:
+        for k, new in new_state.items():
+            leaves[k].state = new
+        if not new_x:
+            return state, model
+    else:
+        state = _renewed(state, leaves, new_state)
+        for k, x in enumerate(xs):
+            if k not in new_x:
+                new_x[k] = _engine.fresh(x)
+    replaced = {id(xs[k]): new for k, new in new_x.items()}
+    return state, fmap(lambda x: replaced.get(id(x), x), model)
+
+
+def _renewed(state: Tree, leaves: list[Leaf], new_state: dict[int, Any]) -> Tree:
+    """Return a state tree of new leaves, tied as before."""
+    made: dict[int, Leaf] = {}
+    for k, leaf in enumerate(leaves):
+        if k in new_state or id(leaf) not in made:
+            new = new_state[k] if k in new_state else _engine.fresh(leaf.state)
+            made[id(leaf)] = Leaf(leaf.rule, new, leaf.frozen)
+    return fmap(lambda leaf: made.get(id(leaf), leaf), state)
+
+
+# --- walking three trees at once -------------------------------------------------------------
+
+
+def _gather(state: Tree, model: Tree, grad: Tree) -> tuple[list[Leaf], list[Array], list[Any]]:
+    """Return beside each other every leaf, its parameter and its gradient, or None."""
+    leaves: list[Leaf] = []
+    xs: list[Array] = []
+    gs: list[Any] = []
+    stack: list[Iterator[tuple[Any, Any, Any]]] = [iter(((state, model, grad),))]
+    try:
+        while stack:
+            for s, m, g in stack[-1]:
+                if s.__class__ is Leaf:
+                    leaves.append(s)
+                    xs.append(m)
+                    gs.append(g)
+                elif s != ():
+                    stack.append(_beside(s, m, g))
+                    break
+            else:
+                stack.pop()
+    except _Misfit:
+        for _ in _places(state, model, grad):  # raises the same error with its path
+            pass
+        raise
+    return leaves, xs, gs
+
+
+def _places(state: Tree, model: Tree, grad: Tree) -> Iterator[tuple[KeyPath, Leaf]]:
+    """Yield what `_gather` finds, with paths."""
+    stack = [(KeyPath(), state, model, grad)]
+    while stack:
+        path, s, m, g = stack.pop()
+        if isinstance(s, Leaf):
+            yield path, s
+        elif s != ():
+            try:
+                below = list(_beside(s, m, g))
+            except _Misfit as misfit:
+                raise misfit.error(f"at {path}: {misfit}") from None
+            paths = [path.child(m, key) for key in children(s)]
+            stack += reversed([(p, *b) for p, b in zip(paths, below, strict=True)])
+
+
+class _Misfit(Exception):
+    """Two trees do not fit each other; what is missing is where."""
+
+    def __init__(self, error: type[Exception], message: str) -> None:
+        super().__init__(message)
+        self.error = error
+
+
+def _beside(s: Tree, m: Tree, g: Tree) -> Iterator[tuple[Any, Any, Any]]:
+    """Yield the children of a node of the state tree, beside those of the model and gradient."""
+    kind = type(m)
+    if kind is type(s) is type(g):
+        if kind is dict and s.keys() == m.keys() and g.keys() <= m.keys():
+            return zip(s.values(), map(m.__getitem__, s), map(g.get, s), strict=True)
+        if kind is list and len(s) == len(m) == len(g):
+            return zip(s, m, g, strict=True)
+    below_s, below_m = children(s), children(m)
+    if below_s.keys() == below_m.keys():
+        keys = list(below_s)
+    elif type(s) is tuple and len(below_s) == len(below_m):  # an object whose keys are no names
+        keys = list(below_m)
+    else:
+        raise _Misfit(
+            ValueError,
+            f"the state tree has {_keys_text(s)}, the model has {_keys_text(m)}; "
+            "call setup anew for this model",
+        )
+    try:
+        below_g = _below_gradient(m, below_m, g)
+    except _Misfit:
+        if any(not leaf.frozen for leaf in _leaves(s)):
+            raise
+        below_g = {}  # nobody looks at gradients below frozen leaves
+    return zip(
+        below_s.values(), [below_m[k] for k in keys], [below_g.get(k) for k in keys], strict=True
+    )
+
+
+def _below_gradient(m: Tree, below_m: dict[Any, Any], g: Tree) -> dict[Any, Any]:
+    if g is None or (type(g) is tuple and not g):
+        return {}
+    expected = f"expected a gradient like the model's {_keys_text(m)}"
+    if isinstance(m, list | tuple) and isinstance(g, list | tuple):
+        if len(g) != len(m):
+            raise _Misfit(ValueError, f"{expected}, got {_keys_text(g)}; None means no gradient")
+        return dict(zip(below_m, g, strict=True))
+    if isinstance(m, list | tuple) or not isinstance(g, (dict, SimpleNamespace, type(m))):
+        raise _Misfit(TypeError, f"{expected}, got {_keys_text(g)}; None means no gradient")
+    below_g = children(g)
+    if unknown := [key for key in below_g if key not in below_m]:
+        raise _Misfit(
+            ValueError,
+            f"{expected}, got {', '.join(map(repr, unknown[:9]))}, which the model does not have",
+        )
+    return below_g
+
+
+def _keys_text(node: Tree) -> str:
+    name = type(node).__name__
+    if isinstance(node, list | tuple) and not hasattr(node, "_fields"):
+        return f"{name} of {len(node)}"
+    keys = list(children(node))
+    if not keys:
+        return f"{name} ({node!r:.40})"
+    return f"{name} with {', '.join(map(repr, keys[:9]))}{', ...' * (len(keys) > 9)}"
+
+
+# --- ties ------------------------------------------------------------------------------------
+
+
+class _Tied:
+    """The places of a model, grouped by leaf: one step for each group, spread to its places."""
+
+    def __init__(self, leaves: list[Leaf], xs: list[Array], where: Callable[[int], str]) -> None:
+        self.xs, self.where = xs, where
+        groups: dict[int, list[int]] = {}
+        for k, leaf in enumerate(leaves):
+            groups.setdefault(id(leaf), []).append(k)
+        self.groups = list(groups.values())
+        self.leaves = [leaves[group[0]] for group in self.groups]
+
+    def advance(
+        self, gs: list[Any], higher: list[list[Any]], *, in_place: bool
+    ) -> tuple[dict[int, Array], dict[int, Any]]:
+        """Do what `_engine.advance` does, for all places."""
+        summed, *higher = [[self._sum(g, group) for group in self.groups] for g in (gs, *higher)]
+        first, states = _engine.advance(
+            self.leaves,
+            [self._primary(group) for group in self.groups],
+            summed,
+            higher,
+            lambda k: self.where(self.groups[k][0]),
+            in_place=in_place,
+        )
+        new_x: dict[int, Array] = {}
+        for j, group in enumerate(self.groups):
+            moved = summed[j] is not None and not self.leaves[j].frozen
+            x = self.xs[group[0]]
+            new = first.get(j)
+            if new is None and not in_place:
+                new = _engine.fresh(x)
+            for k in group:
+                other = self.xs[k]
+                if other is x or same_elements(x, other):
+                    if new is not None:
+                        new_x[k] = new if other is x else carry(new, x, other)
+                elif not moved:
+                    continue
+                elif in_place and maywrite(other):
+                    other[...] = x if new is None else new
+                else:
+                    new_x[k] = _engine.fresh(x if new is None else new)
+        return new_x, {self.groups[j][0]: state for j, state in states.items()}
+
+    def _primary(self, group: list[int]) -> Array:
+        """Return the group's first array, read-only if one of its places is."""
+        x = self.xs[group[0]]
+        return x if all(maywrite(self.xs[k]) for k in group) else _engine.read_only(x)
+
+    def _sum(self, gs: list[Any], group: list[int]) -> Any:
+        """Return the sum of a group's gradients as its first place sees it; None if all are."""
+        first = group[0]
+        if len(group) == 1:
+            return gs[first]  # which the engine checks
+        total = None
+        for k in group:
+            g = _engine.checked_gradient(gs[k], self.xs[k], lambda k=k: self.where(k))
+            if g is not None:
+                g = self._seen_from(first, k, g)
+                total = g if total is None else total + g
+        return total
+
+    def _seen_from(self, first: int, k: int, g: Array) -> Array:
+        x, other = self.xs[first], self.xs[k]
+        if other is x:
+            return g
+        if same_elements(x, other):
+            return carry(g, other, x)
+        if other.shape != x.shape:
+            raise ValueError(
+                f"{self.where(first)} and {self.where(k)} share a Leaf, but are separate arrays of "
+                f"shapes {x.shape} and {other.shape}; call setup anew with this model"
+            )
+        return g
+
+
+# --- adjust, freeze, thaw --------------------------------------------------------------------
+
+
+def _leaves(state: Tree) -> list[Leaf]:
+    """Return the leaves of a state tree, each once."""
+    found: dict[int, Leaf] = {}
+    for path, x in walk(state):
+        if isinstance(x, Leaf):
+            found[id(x)] = x
+        elif isnumeric(x):
+            raise TypeError(
+                f"expected a state tree, as setup returns it, got one with an array at {path}: "
+                "is this the model?"
+            )
+    return list(found.values())
+
+
+def _adjusted(leaves: list[Leaf], eta: Any, fields: dict[str, Any]) -> dict[int, Rule]:
+    """Return the new rule of each leaf, by the leaf's id."""
+    if eta is not None:
+        if "eta" in fields:
+            raise TypeError("adjust got eta twice, by position and by name")
+        fields = {"eta": eta, **fields}
+    known = {name for leaf in leaves for name, _ in leaf.rule.fields()}
+    unknown = [name for name in fields if name not in known]
+    if unknown and leaves:
+        raise TypeError(
+            f"no rule here has the field {', '.join(map(repr, unknown))}; "
+            f"there are {', '.join(sorted(known))}"
+        )
+    made: dict[int, Rule] = {}  # rules that leaves share stay shared
+    for leaf in leaves:
+        if id(leaf.rule) not in made:
+            made[id(leaf.rule)] = leaf.rule.adjust(**fields)
+    return {id(leaf): made[id(leaf.rule)] for leaf in leaves}
+
+
+def adjust(state: Tree, eta: float | None = None, /, **fields: Any) -> Tree:
+    """Return a state tree with other hyperparameters; what the rules remember is kept.
+
+    Parameters
+    ----------
+    state : tree
+        A state tree, or a part of one. It stays as it is, and shares no memory with the result.
+    eta : float, optional
+        The new learning rate.
+    **fields
+        Other fields by name. Rules of a chain that have no such field stay as they are.
+
+    Raises
+    ------
+    TypeError
+        If no rule has a field of this name, or if the field shapes the state (as `n` of
+        `AccumGrad`).
+    ValueError
+        If a rule does not take the value.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from optimisers import Momentum, adjust, setup
+    >>> state = setup(Momentum(), np.zeros(2))
+    >>> adjust(state, 0.5, rho=0.8)
+    Leaf(Momentum(eta=0.5, rho=0.8), MomentumState(v=array([0., 0.])))
+    """
+    leaves = _leaves(state)
+    rules = _adjusted(leaves, eta, fields)
+    made = {
+        id(leaf): Leaf(rules[id(leaf)], _engine.fresh(leaf.state), leaf.frozen) for leaf in leaves
+    }
+    return fmap(lambda x: made.get(id(x), x), state)
+
+
+def adjust_(state: Tree, eta: float | None = None, /, **fields: Any) -> None:
+    """Change hyperparameters in a state tree, or in the part of one that is given.
+
+    Like `adjust`, but in place and without a copy. If it raises, nothing has changed.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from optimisers import Descent, adjust_, setup
+    >>> state = setup(Descent(), {"encoder": np.zeros(2), "decoder": np.zeros(2)})
+    >>> adjust_(state["decoder"], 0.5)
+    >>> state
+    {'encoder': Leaf(Descent(eta=0.1), ()), 'decoder': Leaf(Descent(eta=0.5), ())}
+    """
+    leaves = _leaves(state)
+    rules = _adjusted(leaves, eta, fields)
+    for leaf in leaves:
+        leaf.rule = rules[id(leaf)]
+
+
+def freeze_(state: Tree) -> None:
+    """Stop updates of the parameters below a state tree, or a part of one, until `thaw_`.
+
+    Neither the parameters nor what the rules remember of them then change.
+
+    Raises
+    ------
+    TypeError
+        If given a model instead of a state tree.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from optimisers import Descent, freeze_, setup
+    >>> state = setup(Descent(), {"encoder": np.zeros(2), "decoder": np.zeros(2)})
+    >>> freeze_(state["encoder"])
+    >>> state
+    {'encoder': Leaf(Descent(eta=0.1), (), frozen=True), 'decoder': Leaf(Descent(eta=0.1), ())}
+    """
+    for leaf in _leaves(state):
+        leaf.frozen = True
+
+
+def thaw_(state: Tree) -> None:
+    """Undo `freeze_` for the parameters below a state tree, or a part of one."""
+    for leaf in _leaves(state):
+        leaf.frozen = False

@@ -1,0 +1,135 @@
+"""The vocabulary of a step: the only functions that a rule's formula may call.
+
+Each word works elementwise on any array that knows its namespace: NumPy arrays of every dtype,
+JAX arrays and tracers, PyTorch tensors, CuPy arrays, HIPS-autograd boxes. The CPU kernels and the
+CUDA kernels have words of the same names with the same values, special values included:
+``sign(nan)`` is nan, ``maximum`` and ``minimum`` pass nan on, ``sign(0)`` is 0.
+
+A step is written with these words and the operators ``+ - * /`` and ``< <= > >=``:
+
+>>> from optimisers.words import sqrt, abs2
+>>> import numpy as np
+>>> abs2(np.array([3 + 4j, 1j])), sqrt(np.array([4.0, 9.0]))
+(array([25.,  1.]), array([2., 3.]))
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from typing import Any
+
+import array_api_compat
+import numpy as np
+
+__all__ = [
+    "abs2",
+    "absolute",
+    "clip",
+    "ema_weight",
+    "maximum",
+    "minimum",
+    "sign",
+    "sqrt",
+    "where",
+    "zeros_like",
+]
+
+
+def namespace(x: Any) -> Any:
+    """Return the module whose functions take `x`: NumPy's, JAX's, PyTorch's, ..."""
+    if isinstance(x, np.ndarray | np.generic):
+        return np
+    if type(x).__module__.partition(".")[0] == "autograd":
+        return importlib.import_module("autograd.numpy")
+    return array_api_compat.array_namespace(x)
+
+
+def is_complex(x: Any) -> bool:
+    """Tell whether `x` holds complex numbers."""
+    if isinstance(x, np.ndarray | np.generic):
+        return x.dtype.kind == "c"
+    return bool(array_api_compat.array_namespace(x).isdtype(x.dtype, "complex floating"))
+
+
+def _real(x: Any) -> Any:
+    return namespace(x).real(x) if hasattr(x, "dtype") and is_complex(x) else x
+
+
+def _beside(x: Any, y: Any) -> Any:
+    """Return `y` as an array of `x`'s library, where a bare number would not do."""
+    if hasattr(y, "dtype") or isinstance(x, np.ndarray | np.generic):
+        return y
+    return namespace(x).asarray(y, dtype=x.dtype)
+
+
+def sqrt(x: Any) -> Any:
+    """Square root."""
+    return namespace(x).sqrt(x)
+
+
+def absolute(x: Any) -> Any:
+    """Absolute value, ``|x|``; real for complex `x`."""
+    return namespace(x).abs(x)
+
+
+def abs2(x: Any) -> Any:
+    """Squared absolute value, ``|x|²``; real for complex `x`."""
+    if is_complex(x):
+        xp = namespace(x)
+        re, im = xp.real(x), xp.imag(x)
+        return re * re + im * im
+    return x * x
+
+
+def sign(x: Any) -> Any:
+    """Sign: -1, 0 or 1, nan for nan, and ``z/|z|`` for complex z."""
+    return namespace(x).sign(x)
+
+
+def maximum(x: Any, y: Any) -> Any:
+    """Larger of two numbers, nan if either is.
+
+    Complex numbers are compared, and returned, by their real parts: where a rule of this library
+    compares, the numbers are second moments, real numbers in complex dress.
+    """
+    x, y = _real(x), _real(y)
+    return namespace(x).maximum(x, _beside(x, y))
+
+
+def minimum(x: Any, y: Any) -> Any:
+    """Smaller of two numbers, nan if either is; complex numbers as in `maximum`."""
+    x, y = _real(x), _real(y)
+    return namespace(x).minimum(x, _beside(x, y))
+
+
+def clip(x: Any, low: Any, high: Any) -> Any:
+    """Number nearest to `x` in ``[low, high]``, nan for nan."""
+    return minimum(maximum(x, low), high)
+
+
+def where(condition: Any, x: Any, y: Any) -> Any:
+    """Return `x` where `condition` holds, else `y`."""
+    if isinstance(condition, bool | np.bool):
+        return x if condition else y
+    return namespace(condition).where(condition, x, y)
+
+
+def zeros_like(x: Any) -> Any:
+    """Zeros in the shape of `x`."""
+    return namespace(x).zeros_like(x)
+
+
+def ema_weight(beta: Any, t: Any) -> Any:
+    """Return ``1 - beta**t``, the weight that an exponential moving average has seen in t steps.
+
+    A word for `coefs`, not for `step`. Python numbers are taken in double; a traced `t` or `beta`
+    goes through ``expm1``, which keeps in float32 the digits that ``1 - beta**t`` would cancel.
+
+    >>> ema_weight(0.9, 2)
+    0.18999999999999995
+    """
+    if isinstance(t, int) and isinstance(beta, float | int):
+        return 1.0 - math.pow(beta, t)
+    xp = namespace(t if hasattr(t, "dtype") else beta)
+    return -xp.expm1(t * xp.log(beta))

@@ -1,0 +1,106 @@
+"""Build the CPU kernels: the steps of rules.py as Cython, compiled for each instruction set.
+
+Everything else that a build needs to know stands in pyproject.toml.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError, LinkError
+from setuptools.modified import newer_group
+
+sys.path.insert(0, "tools")
+from emit_steps import generate
+
+RULES = Path("optimisers/rules.py")
+STEPS = Path("optimisers/_steps.pxi")
+KERNELS = Path("optimisers/_kernels.pyx")
+
+# Equal bits on every instruction set need separate roundings: no contraction to fma, no fast-math.
+# The other two flags let loops with `sqrt` and comparisons use vector instructions.
+EXACT = ["-O3", "-g0", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+OPENMP = "-fopenmp"
+EXACT_MSVC = ["/O2", "/fp:precise"]
+OPENMP_MSVC = "/openmp"
+
+# Modules made from the same source; `_engine` imports the widest that the processor runs.
+VARIANTS: dict[str, list[str]] = {"optimisers._kernels": []}
+if platform.machine().lower() in {"x86_64", "amd64"} and sys.platform != "win32":
+    VARIANTS["optimisers._kernels_avx2"] = ["-mavx2"]
+    VARIANTS["optimisers._kernels_avx512"] = ["-march=x86-64-v4", "-mprefer-vector-width=512"]
+
+
+class BuildKernels(build_ext):
+    """Write the steps, then make each variant a module: Cython and C compiler side by side."""
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        if self.parallel is None:
+            self.parallel = os.cpu_count()
+
+    def build_extensions(self) -> None:
+        steps = generate(RULES.read_text(encoding="utf-8"))
+        if not STEPS.exists() or STEPS.read_text(encoding="utf-8") != steps:
+            STEPS.write_text(steps, encoding="utf-8")
+
+        msvc = self.compiler.compiler_type == "msvc"
+        flags = EXACT_MSVC if msvc else [flag for flag in EXACT if self.takes(flag)]
+        openmp = OPENMP_MSVC if msvc else OPENMP
+        parallel = [openmp] if self.takes(openmp) else []
+        self.extensions[:] = [ext for ext in self.extensions if self.takes(*VARIANTS[ext.name])]
+        for ext in self.extensions:
+            ext.extra_compile_args = flags + parallel + VARIANTS[ext.name]
+            ext.extra_link_args = [] if msvc else parallel
+        super().build_extensions()
+
+    def build_extension(self, ext: Extension) -> None:
+        written = Path(self.build_temp, f"{ext.name}.c")
+        if newer_group(ext.depends, written):
+            written.parent.mkdir(parents=True, exist_ok=True)
+            cython = [sys.executable, "-m", "cython", "-3", "--module-name", ext.name]
+            subprocess.run([*cython, "-o", written, KERNELS], check=True)
+        ext.sources = [str(written)]
+        super().build_extension(ext)
+
+    def takes(self, *flags: str) -> bool:
+        """Tell whether the compiler and linker take `flags`."""
+        if not flags:
+            return True
+        with tempfile.TemporaryDirectory() as folder:
+            source = Path(folder, "probe.c")
+            source.write_text("int main(void) { return 0; }\n")
+            try:
+                objects = self.compiler.compile(
+                    [str(source)], output_dir=folder, extra_postargs=list(flags)
+                )
+                self.compiler.link_executable(
+                    objects, "probe", output_dir=folder, extra_postargs=list(flags)
+                )
+            except (CompileError, LinkError):
+                return False
+        return True
+
+
+if __name__ == "__main__":
+    setup(
+        cmdclass={"build_ext": BuildKernels},
+        ext_modules=[
+            Extension(
+                name,
+                [str(KERNELS)],
+                include_dirs=[np.get_include()],
+                define_macros=[("NPY_NO_DEPRECATED_API", "NPY_2_0_API_VERSION")],
+                depends=[str(KERNELS), str(STEPS), "setup.py"],
+            )
+            for name in VARIANTS
+        ],
+    )

@@ -1,0 +1,65 @@
+"""What the tests left out, and why; `--peers=required` makes a missing library an error."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Generator
+
+import pytest
+
+MISSING = re.compile(r"could not import '([\w.]+)'")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--peers",
+        choices=("optional", "required"),
+        default="optional",
+        help="whether a test whose library is not installed is skipped or fails",
+    )
+
+
+def skip_reason(report: pytest.TestReport | pytest.CollectReport) -> str:
+    """Return why a test, or a file of tests, was skipped."""
+    why = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+    return why.removeprefix("Skipped: ")
+
+
+def demand_peers(report: pytest.TestReport | pytest.CollectReport, config: pytest.Config) -> None:
+    """Turn a skip for want of a library into a failure, where libraries are required."""
+    if report.skipped and config.getoption("--peers") == "required":
+        missing = MISSING.search(skip_reason(report))
+        if missing:
+            report.outcome = "failed"
+            report.longrepr = f"{missing[1]} is required here; `make oracles` installs it"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    demand_peers(report, item.config)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(
+    collector: pytest.Collector,
+) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    report = yield
+    demand_peers(report, collector.config)
+    return report
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    skipped = terminalreporter.stats.get("skipped", [])
+    if not skipped:
+        return
+    terminalreporter.section("left out")
+    for reason, count in Counter(map(skip_reason, skipped)).most_common():
+        missing = MISSING.search(reason)
+        if missing:
+            reason = f"{missing[1]} is not installed; `make oracles` installs what we compare with"
+        terminalreporter.write_line(f"{count:5d} skipped: {reason}")

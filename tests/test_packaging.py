@@ -1,0 +1,245 @@
+"""The shape of the package: who imports whom, what an import loads, what the archives hold."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import io
+import platform
+import runpy
+import subprocess
+import sys
+import tarfile
+import tomllib
+import zipfile
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import optimisers
+from optimisers import _engine, _info
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "optimisers"
+
+# A module imports from floors below its own, nothing else.
+FLOORS = [
+    {"words", "_tree", "_kernels", "_kernels_avx2", "_kernels_avx512"},
+    {"_rule", "_ties"},
+    {"rules"},
+    {"compose"},
+    {"_engine"},
+    {"state", "destructure"},
+    {"_info"},
+    {"__init__"},
+    {"__main__"},
+]
+FLOOR = {module: number for number, floor in enumerate(FLOORS) for module in floor}
+MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
+
+
+def is_type_checking(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
+
+
+def walk_what_runs(node: ast.AST) -> Iterator[ast.AST]:
+    """Yield the nodes below `node`, functions included, but for what only type checkers read."""
+    for child in ast.iter_child_nodes(node):
+        if not is_type_checking(child):
+            yield child
+            yield from walk_what_runs(child)
+
+
+def imported(source: str) -> set[str]:
+    """Return the modules of the package that `source` imports, now or later."""
+    found: set[str] = set()
+    for node in walk_what_runs(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and (node.level or node.module == "optimisers"):
+            module = node.module or ""
+            module = f"optimisers.{module}" if node.level else module
+            named = [f"{module.rstrip('.')}.{alias.name}" for alias in node.names]
+            names = [module] if module.strip(".") != "optimisers" else named
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module or ""]
+        else:
+            continue
+        for name in names:
+            package, _, rest = name.partition(".")
+            if package == "optimisers":
+                module = rest.partition(".")[0]
+                found.add(module if module in FLOOR or module in MODULES else "__init__")
+    return found
+
+
+@pytest.mark.parametrize(
+    ("source", "modules"),
+    [
+        ("from . import _tree", {"_tree"}),
+        ("from .rules import Adam", {"rules"}),
+        ("import optimisers._engine", {"_engine"}),
+        ("from optimisers.state import Leaf", {"state"}),
+        ("from optimisers import Adam", {"__init__"}),
+        ("def later():\n    from .state import Leaf", {"state"}),
+        ("if TYPE_CHECKING:\n    from .state import Leaf", set()),
+        ("import numpy", set()),
+    ],
+)
+def test_the_reader_of_imports_sees_each_kind(source: str, modules: set[str]) -> None:
+    assert imported(source) == modules
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_go_downward_only(module: str) -> None:
+    assert module in FLOOR, f"say in FLOORS on which floor {module}.py lives"
+    source = (PACKAGE / f"{module}.py").read_text(encoding="utf-8")
+    upward = {name for name in imported(source) if FLOOR[name] >= FLOOR[module]}
+    assert not upward, f"{module}.py may import from lower floors only, not from {upward}"
+
+
+def test_no_rule_is_listed_by_hand() -> None:
+    """The package and its tools find rules through the registry; rules.py alone names them."""
+    tree = ast.parse((PACKAGE / "rules.py").read_text(encoding="utf-8"))
+    rules = {node.name for node in tree.body if isinstance(node, ast.ClassDef)}
+    assert "Adam" in rules
+    sources = [*PACKAGE.glob("*.py"), *(ROOT / "tools").glob("*.py"), ROOT / "setup.py"]
+    for path in sources:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.List | ast.Tuple | ast.Set | ast.Dict):
+                inside = list(ast.walk(node))
+                names = {n.id for n in inside if isinstance(n, ast.Name)}
+                texts = {n.value for n in inside if isinstance(n, ast.Constant)}
+                listed = rules & (names | texts)
+                assert len(listed) < 4, f"{path.name}, line {node.lineno}, lists {listed}"
+
+
+def test_import_loads_no_heavy_library() -> None:
+    code = "import optimisers, sys; print(*sorted({m.partition('.')[0] for m in sys.modules}))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = set(run.stdout.split())
+    assert {"optimisers", "numpy"} <= loaded
+    optional = "autograd cupy equinox flax jax ml_dtypes mpi4py numba optax optree scipy torch"
+    assert not loaded & set(optional.split())
+
+
+def test_the_version_stands_in_one_place() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert optimisers.__version__ == metadata.version("optimisers") == project["version"]
+
+
+# --- show_versions ------------------------------------------------------------------------------
+
+
+def printed_versions() -> dict[str, str]:
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        runpy.run_module("optimisers", run_name="__main__")
+    return dict(line.split(maxsplit=1) for line in out.getvalue().splitlines())
+
+
+def test_python_dash_m_prints_versions_kernels_and_threads() -> None:
+    said = printed_versions()
+    assert said["optimisers"] == optimisers.__version__
+    assert said["python"].startswith(platform.python_version())
+    assert said["numpy"] == metadata.version("numpy")
+    assert said["kernels"].startswith(_engine.isa)
+    assert said["threads"] == str(optimisers.get_num_threads())
+    assert f"optree {metadata.version('optree')}" in said["optional"]
+
+
+def test_what_is_not_installed_is_not_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_info, "OPTIONAL", ("no-such-library", "optree"))
+    assert dict(_info.facts())["optional"] == f"optree {metadata.version('optree')}"
+    monkeypatch.setattr(_info, "OPTIONAL", ("no-such-library",))
+    assert dict(_info.facts())["optional"] == "none"
+
+
+@pytest.mark.parametrize(
+    ("cuda", "said"),
+    [
+        (None, "none (numba-cuda is not installed)"),
+        (SimpleNamespace(is_available=lambda: False), "none"),
+        (
+            SimpleNamespace(
+                is_available=lambda: True,
+                gpus=[SimpleNamespace(name="H100"), SimpleNamespace(name="A100")],
+            ),
+            "H100, A100",
+        ),
+    ],
+)
+def test_gpus_are_named(cuda: object, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_info, "installed", lambda name: None if cuda is None else "1.0")
+    monkeypatch.setitem(sys.modules, "numba", SimpleNamespace(cuda=cuda))  # type: ignore[arg-type]
+    assert _info.gpus() == said
+
+
+# --- the archives -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def archives(tmp_path_factory: pytest.TempPathFactory) -> tuple[set[str], set[str]]:
+    """Return the names in the source archive, and in the wheel that is built from it."""
+    out = tmp_path_factory.mktemp("dist")
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(ROOT)]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
+    (sdist,) = out.glob("*.tar.gz")
+    (wheel,) = out.glob("*.whl")
+    with tarfile.open(sdist) as archive:
+        sources = {member.name.partition("/")[2] for member in archive if member.isfile()}
+    with zipfile.ZipFile(wheel) as archive:
+        return sources, set(archive.namelist())
+
+
+@pytest.mark.slow
+def test_the_source_archive_holds_all_that_a_build_needs(
+    archives: tuple[set[str], set[str]],
+) -> None:
+    sources, _ = archives
+    for name in (
+        "LICENSE",
+        "README.md",
+        "CHANGELOG.md",
+        "Makefile",
+        "pyproject.toml",
+        "setup.py",
+        "tools/emit_steps.py",
+        "optimisers/rules.py",
+        "optimisers/_kernels.pyx",
+        "optimisers/_kernels.pyi",
+        "optimisers/py.typed",
+        "examples/digits.py",
+        "tests/conftest.py",
+    ):
+        assert name in sources
+    generated = {name for name in sources if name.endswith((".c", ".so", ".pyc", "_steps.pxi"))}
+    assert not generated
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_the_package_and_nothing_else(archives: tuple[set[str], set[str]]) -> None:
+    _, wheel = archives
+    folders = {name.partition("/")[0] for name in wheel}
+    assert folders == {"optimisers", f"optimisers-{optimisers.__version__}.dist-info"}
+    inside = {name.removeprefix("optimisers/") for name in wheel if name.startswith("optimisers/")}
+    python = {f"{module}.py" for module in MODULES}
+    assert python | {"py.typed", "_kernels.pyi"} <= inside
+    rest = {name for name in inside - python if not name.endswith((".so", ".pyd", ".pyi"))}
+    assert rest == {"py.typed"}
+    assert any(name.endswith("LICENSE") for name in wheel)
+
+
+@pytest.mark.skipif(
+    platform.machine() not in {"x86_64", "AMD64"} or sys.platform != "linux",
+    reason="one set of instructions on this machine",
+)
+@pytest.mark.slow
+def test_the_wheel_holds_kernels_for_each_instruction_set(
+    archives: tuple[set[str], set[str]],
+) -> None:
+    kernels = {name.partition(".")[0] for name in archives[1] if name.endswith(".so")}
+    assert kernels == {f"optimisers/_kernels{twin}" for twin in ("", "_avx2", "_avx512")}
