@@ -10,7 +10,7 @@
 array([0.9, 2.1])
 """
 
-from importlib.metadata import version as _version
+from typing import TYPE_CHECKING as _TYPE_CHECKING
 
 from . import words as words
 from ._engine import get_num_threads as get_num_threads
@@ -18,6 +18,7 @@ from ._engine import set_num_threads as set_num_threads
 from ._info import show_versions as show_versions
 from ._rule import ElementwiseRule as ElementwiseRule
 from ._rule import Rule as Rule
+from ._ties import trainables as trainables
 from ._tree import KeyPath as KeyPath
 from ._tree import children as children
 from ._tree import fmap as fmap
@@ -40,8 +41,16 @@ from .state import adjust_ as adjust_
 from .state import freeze_ as freeze_
 from .state import setup as setup
 from .state import thaw_ as thaw_
-from .state import trainables as trainables
 from .state import update as update
 from .state import update_ as update_
 
-__version__ = _version("optimisers")
+if _TYPE_CHECKING:
+    __version__: str
+else:
+
+    def __getattr__(name):
+        if name != "__version__":
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from importlib import metadata  # late: it would be a quarter of the whole import
+
+        return metadata.version(__name__)

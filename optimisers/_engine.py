@@ -16,6 +16,7 @@ import importlib
 import numbers
 import os
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from . import _kernels as baseline
 from . import rules
 from ._rule import ElementwiseRule, Rule, as_like
 from ._tree import isnumeric, maywrite
-from .compose import AccumGrad, ClipNorm, OptimiserChain
+from .compose import AccumGrad, ClipNorm, MixedPrecision, OptimiserChain
 from .words import namespace
 
 Array = Any
@@ -55,7 +56,6 @@ def _choose_kernels() -> tuple[str, Any]:
 available = _find_kernels()
 isa, kernels = _choose_kernels()
 available_isas = tuple(available)
-get_num_threads = kernels.get_num_threads
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=kernels.after_fork)
 
@@ -73,28 +73,42 @@ def set_num_threads(n: int) -> None:
     kernels.set_num_threads(int(n))
 
 
+def get_num_threads() -> int:
+    """Return the most threads that an update uses; small ones use fewer."""
+    return int(kernels.get_num_threads())
+
+
 # --- making a rule ready for the kernels -----------------------------------------------------
 
 _steps = {getattr(rules, name).step: index for name, index in kernels.step_index.items()}
+_step_of: dict[type, int | None] = {}
 
 
 def lower(rule: Rule) -> Any:
     """Return the plan by which the kernels run `rule`, or None if they cannot."""
     cls: Any = type(rule)
-    if isinstance(rule, ElementwiseRule):
-        index = _steps.get(cls.step)
-        if index is None or cls.apply is not ElementwiseRule.apply:
-            return None
-        return kernels.StepPlan(rule, index, cls.counts)
-    if cls is OptimiserChain:
+    if cls not in _step_of:
+        _step_of[cls] = _find_step(cls)
+    if (step := _step_of[cls]) is not None:
+        return kernels.StepPlan(rule, step, cls.counts)
+    if isinstance(rule, OptimiserChain):
         parts = tuple(map(lower, rule.rules))
         return None if None in parts else kernels.ChainPlan(rule, parts)
-    if cls is ClipNorm:
+    if isinstance(rule, ClipNorm):
         return kernels.NormPlan(rule, _steps[rules._Scale.step], rule.p)
-    if cls is AccumGrad:
+    if isinstance(rule, AccumGrad):
         hold, release = lower(rules._Hold()), lower(rules._Release(rule.n))
         return kernels.AccumulatePlan(rule, hold, release, rule.n)
+    if isinstance(rule, MixedPrecision):
+        inner = lower(rule.rule)
+        return None if inner is None else kernels.MixedPlan(rule, inner)
     return None
+
+
+def _find_step(cls: Any) -> int | None:
+    """Return where the step of an elementwise rule stands in the kernels' table."""
+    elementwise = issubclass(cls, ElementwiseRule) and cls.apply is ElementwiseRule.apply
+    return _steps.get(cls.step) if elementwise and cls.move is Rule.move else None
 
 
 # --- the array path --------------------------------------------------------------------------
@@ -111,9 +125,8 @@ def checked_gradient(g: Any, x: Array, where: Callable[[], str]) -> Array | None
     if g is None or (type(g) is tuple and not g) or _is_symbolic_zero(g):
         return None
     wanted = f"expected an array of shape {tuple(x.shape)} and dtype {x.dtype}"
-    if not hasattr(g, "dtype"):
-        if not isinstance(g, numbers.Number) or x.shape != ():
-            raise TypeError(f"gradient at {where()}: {wanted}, got {g!r:.60} ({type(g).__name__})")
+    if not hasattr(g, "dtype") and (not isinstance(g, numbers.Number) or x.shape != ()):
+        raise TypeError(f"gradient at {where()}: {wanted}, got {g!r:.60} ({type(g).__name__})")
     if isinstance(x, np.ndarray):
         a = _as_numpy(g)
         if a.dtype.kind not in "biufc" and not isnumeric(a):
@@ -221,7 +234,6 @@ def advance(
     gs: list[Any],
     higher: Sequence[list[Any]],
     where: Callable[[int], str],
-    *,
     in_place: bool,
 ) -> tuple[dict[int, Array], dict[int, Any]]:
     """Update every leaf that has a gradient and is not frozen; all of them or none.
@@ -247,15 +259,15 @@ def advance(
     stored: list[tuple[Array, Array]] = []
     for k in rest:
         leaf, x = leaves[k], xs[k]
-        g = checked_gradient(gs[k], x, lambda: where(k))
+        g = checked_gradient(gs[k], x, partial(where, k))
         if g is None:
             continue
         plan = lower(leaf.rule)
         if plan is not None and isinstance(x, np.ndarray):
-            order = "C" if x.flags.c_contiguous else "F"
-            if batch.take(k, plan, leaf.state, x, np.asarray(g, order=order)):
+            ordered = np.ascontiguousarray if x.flags.c_contiguous else np.asfortranarray
+            if batch.take(k, plan, leaf.state, x, ordered(g).reshape(x.shape)):
                 continue
-        others = [checked_gradient(h[k], x, lambda: where(k)) for h in higher]
+        others = [checked_gradient(h[k], x, partial(where, k)) for h in higher]
         try:
             new_state[k], new = evaluate(leaf.rule, leaf.state, x, [g, *others])
         except FloatingPointError as error:

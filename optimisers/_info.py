@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Iterator
-from importlib import metadata
 
 from ._engine import available_isas, get_num_threads, isa
 
@@ -25,6 +24,8 @@ OPTIONAL = (
 
 def installed(distribution: str) -> str | None:
     """Return the version of a distribution, None where it is not installed; imports nothing."""
+    from importlib import metadata  # late: it would be a quarter of `import optimisers`
+
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:

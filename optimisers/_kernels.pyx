@@ -19,10 +19,11 @@ e) A *barrier* (a norm) needs all of a leaf before its step can run. The steps a
 """
 
 cimport numpy as cnp
+from cpython.tuple cimport PyTuple_Check, PyTuple_GET_ITEM, PyTuple_GET_SIZE
 from cython.parallel cimport prange
 from libc.math cimport INFINITY, fabs, fabsf, isfinite, pow
-from libc.stdint cimport int64_t, uintptr_t
-from libc.stdlib cimport free, malloc, qsort, realloc
+from libc.stdint cimport int64_t, uint16_t, uintptr_t
+from libc.stdlib cimport calloc, free, realloc
 from libc.string cimport memcpy
 
 cnp.import_array()
@@ -56,12 +57,53 @@ cdef extern from *:
     static int runs_avx2(void) { return 0; }
     static int runs_avx512(void) { return 0; }
     #endif
+    /* Store a pointer and return the one before, undisturbed by other threads. */
+    #if defined(_MSC_VER)
+    #include <intrin.h>
+    static void *exchange(void **at, void *p) { return _InterlockedExchangePointer(at, p); }
+    #else
+    static void *exchange(void **at, void *p) {
+        return __atomic_exchange_n(at, p, __ATOMIC_ACQ_REL);
+    }
+    #endif
+    /* Half-width floats, as bits. Rounding is to nearest, ties to even, as in NumPy; there are no
+       branches, so that compilers turn the loops into vector instructions. */
+    #include <stdint.h>
+    #include <string.h>
+    static inline uint32_t bits_of(float x) { uint32_t b; memcpy(&b, &x, 4); return b; }
+    static inline float float_of(uint32_t b) { float x; memcpy(&x, &b, 4); return x; }
+
+    static inline float widen_bfloat16(uint16_t h) { return float_of((uint32_t) h << 16); }
+    static inline uint16_t narrow_bfloat16(float x) {
+        uint32_t b = bits_of(x), sign = b & 0x80000000u, rest = b ^ sign;
+        uint32_t near = (b + 0x7fffu + ((b >> 16) & 1u)) >> 16;
+        return (uint16_t) (rest > 0x7f800000u ? (sign >> 16) | 0x7fc0u : near);
+    }
+    static inline float widen_float16(uint16_t h) {
+        uint32_t sign = (uint32_t) (h & 0x8000u) << 16, rest = (uint32_t) (h & 0x7fffu) << 13;
+        uint32_t scaled = bits_of(float_of(rest) * 0x1p112f);      /* subnormals come out right */
+        return float_of(sign | (rest >= 0x0f800000u ? rest | 0x7f800000u : scaled));
+    }
+    static inline uint16_t narrow_float16(float x) {
+        uint32_t b = bits_of(x), sign = b & 0x80000000u, rest = b ^ sign;
+        uint32_t normal = (rest - 0x38000000u + 0xfffu + ((rest >> 13) & 1u)) >> 13;
+        uint32_t tiny = bits_of(float_of(rest) + 0.5f) - 0x3f000000u;   /* the sum rounds */
+        uint32_t near = rest < 0x38800000u ? tiny : normal;
+        near = rest >= 0x477ff000u ? 0x7c00u : near;
+        near = rest > 0x7f800000u ? 0x7e00u : near;
+        return (uint16_t) ((sign >> 16) | near);
+    }
     typedef float *APART float_p;
     typedef double *APART double_p;
     typedef const float *APART const_float_p;
     typedef const double *APART const_double_p;
     """
     int omp_get_max_threads() nogil
+    float widen_float16(uint16_t) nogil
+    float widen_bfloat16(uint16_t) nogil
+    uint16_t narrow_float16(float) nogil
+    uint16_t narrow_bfloat16(float) nogil
+    void* exchange(void** at, void* p) nogil
     int runs_avx2()
     int runs_avx512()
     ctypedef float* float_p
@@ -70,6 +112,9 @@ cdef extern from *:
     ctypedef const double* const_double_p
 
 cdef extern from "numpy/arrayobject.h":
+    enum:
+        NPY_HALF
+        NPY_USERDEF
     object PyArray_NewLikeArray(cnp.ndarray like, int order, void* dtype, int subok)
 
 cdef extern from "<math.h>" nogil:
@@ -92,7 +137,8 @@ ctypedef fused real:
     double
 
 # --- words -----------------------------------------------------------------------------------
-# The values are NumPy's, bit for bit, so that a step means the same here and there.
+# The values are NumPy's, bit for bit, so that a step means the same here and there. Each is one
+# expression without `or`, which compilers turn into vector instructions.
 
 cdef inline real sqrt(real x) noexcept nogil:
     if real is float:
@@ -110,16 +156,17 @@ cdef inline real abs2(real x) noexcept nogil:
     return x * x
 
 cdef inline real sign(real x) noexcept nogil:
-    return x if x != x else <real> ((x > 0) - (x < 0))
+    return 1 if x > 0 else -1 if x < 0 else x + 0       # nan stays nan, -0 becomes 0
 
 cdef inline real maximum(real x, real y) noexcept nogil:
-    return x if x >= y or x != x else y
+    return x if (x > y) | (x != x) else y
 
 cdef inline real minimum(real x, real y) noexcept nogil:
-    return x if x <= y or x != x else y
+    return x if (x < y) | (x != x) else y
 
 cdef inline real clip(real x, real low, real high) noexcept nogil:
-    return minimum(maximum(x, low), high)
+    x = low if x <= low else x
+    return high if x >= high else x
 
 cdef inline real where(bint condition, real x, real y) noexcept nogil:
     return x if condition else y
@@ -165,10 +212,17 @@ cdef struct Stage:          # one step on one leaf
     char* new[MAX_SLOTS]    # ... and where they are written; the same for an update in place
     Py_ssize_t coefs        # where its numbers stand among the batch's
 
+cdef enum Narrow:
+    NO
+    FLOAT16
+    BFLOAT16
+
 cdef struct Segment:        # one leaf
-    const char* x
+    const char* x           # what the rule updates: the parameter, or a master copy of it
     const char* g
     char* out               # where x - dx goes; x itself for an update in place
+    uint16_t* rounded       # where a master copy is rounded to, else NULL
+    Narrow narrow           # what g and `rounded` then are
     Py_ssize_t n
     Py_ssize_t place        # which of the caller's places it is
     Py_ssize_t first        # of its stages
@@ -192,9 +246,34 @@ cdef struct Span:           # memory that the run writes
     uintptr_t high
     Py_ssize_t place
 
-cdef int by_address(const void* a, const void* b) noexcept nogil:
-    cdef uintptr_t low_a = (<const Span*> a).low, low_b = (<const Span*> b).low
-    return (low_a > low_b) - (low_a < low_b)
+
+cdef void sort_spans(Span* spans, Span* spare, Py_ssize_t n) noexcept nogil:
+    """Sort by address; in one pass where, as arrays often do, a few rising runs come together."""
+    cdef Py_ssize_t start, middle, end, i, j, k, runs = 2
+    while runs > 1:
+        start = runs = 0
+        while start < n:                # merge each two runs
+            middle = run_end(spans, start, n)
+            end = run_end(spans, middle, n)
+            i, j = start, middle
+            for k in range(start, end):
+                if j >= end or (i < middle and spans[i].low <= spans[j].low):
+                    spare[k] = spans[i]
+                    i += 1
+                else:
+                    spare[k] = spans[j]
+                    j += 1
+            start = end
+            runs += 1
+        memcpy(spans, spare, n * sizeof(Span))
+
+
+cdef inline Py_ssize_t run_end(Span* spans, Py_ssize_t start, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t k
+    for k in range(start + 1, n):
+        if spans[k].low < spans[k - 1].low:
+            return k
+    return n
 
 
 cdef enum Reduction:
@@ -210,6 +289,41 @@ cdef struct Vector:         # of any of the above
     char* data
     Py_ssize_t length
     Py_ssize_t room
+
+cdef struct Work:           # the memory of a batch, lent from one to the next
+    Vector segments
+    Vector stages
+    Vector numbers          # coefs, cast to the dtype of their leaf, one in eight bytes
+    Vector norms
+    Vector counts
+    Vector spans            # of slots, then of all that is written
+    Vector parameters       # spans of parameters
+
+cdef Work* spare = NULL
+
+
+cdef Work* borrow() except NULL:
+    """Return empty work memory: the spare one, unless another batch has it."""
+    cdef Work* work = <Work*> exchange(<void**> &spare, NULL)
+    if work is NULL:
+        work = <Work*> calloc(1, sizeof(Work))
+        if work is NULL:
+            raise MemoryError
+    return work
+
+
+cdef void give_back(Work* work) noexcept:
+    cdef Vector* vectors = <Vector*> work
+    cdef size_t k
+    for k in range(sizeof(Work) // sizeof(Vector)):
+        vectors[k].length = 0
+    work = <Work*> exchange(<void**> &spare, work)
+    if work is not NULL:
+        vectors = <Vector*> work
+        for k in range(sizeof(Work) // sizeof(Vector)):
+            free(vectors[k].data)
+        free(work)
+
 
 cdef void* push(Vector* v, size_t size, Py_ssize_t more=1) except NULL:
     """Return new room for `more` items of `size` bytes at the end of `v`."""
@@ -278,6 +392,10 @@ cdef int most_threads() noexcept nogil:
         return 1
     return threads_wanted if threads_wanted > 0 else omp_get_max_threads()
 
+cdef inline object item(object a_tuple, Py_ssize_t k):
+    """Return an item of a tuple, also of a named one, unchecked."""
+    return <object> PyTuple_GET_ITEM(a_tuple, k)
+
 # --- plans -----------------------------------------------------------------------------------
 
 cdef class Plan:
@@ -312,16 +430,16 @@ cdef class StepPlan(Plan):
         cdef int64_t t = 0
         cdef int kind = leaf.is_double
         cdef Stage* stage
-        if len(old) != self.step.slots + self.counts:
+        if PyTuple_GET_SIZE(old) != self.step.slots + self.counts:
             return False
         stage = batch.add_stage(leaf, &self.step, old, new)
         if stage is NULL:
             return False
         if self.counts:
-            t = batch.read_count(old[self.step.slots]) + 1
+            t = batch.read_count(item(old, self.step.slots)) + 1
             if t == 0:
                 return False
-            batch.store_count(new[self.step.slots], t)
+            batch.store_count(item(new, self.step.slots), t)
         if self.known[kind] < 0 or self.known_t[kind] != t:
             numbers = self.coefs(t) if self.counts else self.coefs()
             self.known[kind] = batch.add_numbers(numbers, kind)
@@ -341,13 +459,15 @@ cdef class ChainPlan(Plan):
     cdef bint stack(self, Batch batch, Segment* leaf, old, new) except -1:
         cdef Plan part
         cdef Py_ssize_t k
-        if len(old) != len(self.parts):
+        if PyTuple_GET_SIZE(old) != PyTuple_GET_SIZE(self.parts):
             return False
-        for k in range(len(self.parts)):
-            part = self.parts[k]
+        for k in range(PyTuple_GET_SIZE(self.parts)):
+            part = <Plan> item(self.parts, k)
+            if not PyTuple_Check(item(old, k)):
+                return False
             if leaf.swallowed:
-                batch.carry_over(old[k], new[k])
-            elif not part.stack(batch, leaf, old[k], new[k]):
+                batch.carry_over(item(old, k), item(new, k))
+            elif not part.stack(batch, leaf, item(old, k), item(new, k)):
                 return False
         return True
 
@@ -381,14 +501,30 @@ cdef class AccumulatePlan(Plan):
 
     cdef bint stack(self, Batch batch, Segment* leaf, old, new) except -1:
         cdef int64_t held
-        if len(old) != 2:
+        if PyTuple_GET_SIZE(old) != 2:
             return False
-        held = batch.read_count(old[1])
+        held = batch.read_count(item(old, 1))
         if held < 0:
             return False
         leaf.swallowed = held + 1 < self.n
-        batch.store_count(new[1], held + 1 if leaf.swallowed else 0)
+        batch.store_count(item(new, 1), held + 1 if leaf.swallowed else 0)
         return (self.hold if leaf.swallowed else self.release).stack(batch, leaf, old[:1], new[:1])
+
+cdef class MixedPlan(Plan):
+    """A rule that updates a float32 master copy of a narrower parameter."""
+
+    cdef Plan inner
+
+    def __init__(self, rule, Plan inner):
+        self.inner = inner
+
+
+cdef Narrow narrow_kind(cnp.ndarray a):
+    if cnp.PyArray_TYPE(a) == NPY_HALF:
+        return FLOAT16
+    if cnp.PyArray_TYPE(a) >= NPY_USERDEF and a.dtype.name == "bfloat16":
+        return BFLOAT16
+    return NO
 
 # --- gathering -------------------------------------------------------------------------------
 
@@ -423,12 +559,8 @@ cdef class Batch:
     """
 
     cdef object blank
-    cdef Vector segments
-    cdef Vector stages
-    cdef Vector numbers         # coefs, cast to the dtype of their leaf, one in eight bytes
-    cdef Vector norms
-    cdef Vector counts
-    cdef Vector spans
+    cdef Work* work
+    cdef Py_ssize_t hint
     cdef list norm_rules
     cdef list kept              # the objects that own the memory in use
     cdef readonly dict new_x
@@ -439,22 +571,21 @@ cdef class Batch:
     """Place of the leaf at which `run` raised."""
 
     def __cinit__(self, blank=None):
+        self.work = borrow()
         self.blank = blank
         self.norm_rules, self.kept = [], []
         self.new_x, self.new_state = {}, {}
         self.failed = -1
 
     def __dealloc__(self):
-        free(self.segments.data)
-        free(self.stages.data)
-        free(self.numbers.data)
-        free(self.norms.data)
-        free(self.counts.data)
-        free(self.spans.data)
+        if self.work is not NULL:
+            give_back(self.work)
 
     def places(self):
         """Return the places taken."""
-        return [(<Segment*> self.segments.data)[k].place for k in range(self.segments.length)]
+        cdef Py_ssize_t k
+        cdef Segment* leaves = <Segment*> self.work.segments.data
+        return [leaves[k].place for k in range(self.work.segments.length)]
 
     def gather(self, list leaves, list xs, list gs, lower):
         """Take every leaf that the kernels can update; return the places of the others.
@@ -467,85 +598,106 @@ cdef class Batch:
         cdef Plan plan = None
         last = self             # no rule
         for place in range(len(leaves)):
-            leaf = leaves[place]
-            if gs[place] is None or leaf.frozen:
+            leaf, x, g = leaves[place], xs[place], gs[place]
+            if g is None or leaf.frozen:
                 continue
             rule = leaf.rule
             if rule is not last:
                 last = rule
                 plan = lower(rule)
-            if plan is None or not self.take(place, plan, leaf.state, xs[place], gs[place]):
+            if plan is None or not self.take(place, plan, leaf.state, x, g):
                 rest.append(place)
         return rest
 
     cpdef bint take(self, Py_ssize_t place, Plan plan, state, x, g) except -1:
         """Take one leaf if the kernels can; tell whether."""
-        cdef cnp.ndarray xa, ga, out
+        cdef cnp.ndarray xa, ga, old, new
         cdef Segment leaf
         cdef int kind
         if not cnp.PyArray_CheckExact(x) or not cnp.PyArray_CheckExact(g):
             return False
-        xa, ga = x, g
-        kind = cnp.PyArray_TYPE(xa)
-        if kind != cnp.NPY_FLOAT and kind != cnp.NPY_DOUBLE:
-            return False
+        xa, ga = <cnp.ndarray> x, <cnp.ndarray> g
         leaf.c_order = cnp.PyArray_IS_C_CONTIGUOUS(xa)
+        kind = cnp.PyArray_TYPE(xa)
         if not ready(xa, kind, leaf.c_order) or not ready(ga, kind, leaf.c_order):
             return False
-        if not isinstance(state, tuple) or not same_shape(xa, ga):
+        if not PyTuple_Check(state) or not same_shape(xa, ga):
+            return False
+        made = state if self.blank is None else self.blank(state)
+
+        old_state, new_state, old, new = state, made, xa, xa
+        leaf.narrow = NO
+        if isinstance(plan, MixedPlan):
+            leaf.narrow = narrow_kind(xa)
+            if leaf.narrow == NO or not cnp.PyArray_CheckExact(item(state, 0)):
+                return False
+            old, new = <cnp.ndarray> item(state, 0), <cnp.ndarray> item(made, 0)
+            kind = cnp.NPY_FLOAT
+            if not ready(old, kind, leaf.c_order) or not same_shape(old, xa):
+                return False
+            if not cnp.PyArray_ISWRITEABLE(new):
+                return False
+            plan, old_state, new_state = (<MixedPlan> plan).inner, item(state, 1), item(made, 1)
+        if kind != cnp.NPY_FLOAT and kind != cnp.NPY_DOUBLE:
             return False
 
         leaf.n = cnp.PyArray_SIZE(xa)
         leaf.is_double = kind == cnp.NPY_DOUBLE
         leaf.place = place
         leaf.swallowed = False
-        leaf.first = self.stages.length
-        norms, counts, spans = self.norms.length, self.counts.length, self.spans.length
-        new = state if self.blank is None else self.blank(state)
-        if not plan.stack(self, &leaf, state, new):
-            self.stages.length = leaf.first
-            self.norms.length, self.counts.length, self.spans.length = norms, counts, spans
+        leaf.first = self.work.stages.length
+        norms, counts, spans = (
+            self.work.norms.length, self.work.counts.length, self.work.spans.length
+        )
+        if not plan.stack(self, &leaf, old_state, new_state):
+            self.work.stages.length = leaf.first
+            self.work.norms.length = norms
+            self.work.counts.length = counts
+            self.work.spans.length = spans
             del self.norm_rules[norms:]
             return False
-        out = xa
-        if self.blank is not None or not cnp.PyArray_ISWRITEABLE(xa):
-            out = PyArray_NewLikeArray(xa, cnp.NPY_KEEPORDER, NULL, 0)
-            self.new_x[place] = out
-        else:
-            self.add_span(xa, place)
+        leaf.stages = self.work.stages.length - leaf.first
         if self.blank is not None:
-            self.new_state[place] = new
-        leaf.x, leaf.g, leaf.out = cnp.PyArray_BYTES(xa), cnp.PyArray_BYTES(ga), cnp.PyArray_BYTES(out)
-        leaf.stages = self.stages.length - leaf.first
-        (<Segment*> push(&self.segments, sizeof(Segment)))[0] = leaf
-        self.kept.append((x, g, state))
+            self.new_state[place] = made
+        elif leaf.narrow:
+            self.add_span(&self.work.spans, new, place)
+        if self.blank is not None or not cnp.PyArray_ISWRITEABLE(xa):
+            xa = PyArray_NewLikeArray(xa, cnp.NPY_KEEPORDER, NULL, 0)
+            self.new_x[place] = xa
+        else:
+            self.add_span(&self.work.parameters, xa, place)
+        leaf.g, leaf.x = cnp.PyArray_BYTES(ga), cnp.PyArray_BYTES(old)
+        leaf.out = cnp.PyArray_BYTES(new if leaf.narrow else xa)
+        leaf.rounded = <uint16_t*> cnp.PyArray_BYTES(xa) if leaf.narrow else NULL
+        (<Segment*> push(&self.work.segments, sizeof(Segment)))[0] = leaf
+        self.kept += x, g, state
         return True
 
     cdef Stage* add_stage(self, Segment* leaf, StepInfo* step, old, new) except? NULL:
         """Add a stage whose slots stand at the head of `old` and `new`; NULL if they cannot."""
-        cdef Stage* stage = <Stage*> push(&self.stages, sizeof(Stage))
+        cdef Stage* stage = <Stage*> push(&self.work.stages, sizeof(Stage))
         cdef cnp.ndarray a, b
         cdef int k
         cdef int kind = cnp.NPY_DOUBLE if leaf.is_double else cnp.NPY_FLOAT
         stage.run = step.run[leaf.is_double]
         stage.slots = step.slots
         for k in range(step.slots):
-            if not cnp.PyArray_CheckExact(old[k]):
+            if not cnp.PyArray_CheckExact(item(old, k)):
                 return NULL
-            a, b = old[k], new[k]
+            a, b = <cnp.ndarray> item(old, k), <cnp.ndarray> item(new, k)
             if not ready(a, kind, leaf.c_order) or cnp.PyArray_SIZE(a) != leaf.n:
                 return NULL
             if a is b:
                 if not cnp.PyArray_ISWRITEABLE(a):
                     return NULL
-                self.add_span(a, leaf.place)
+                self.add_span(&self.work.spans, a, leaf.place)
             stage.old[k], stage.new[k] = cnp.PyArray_BYTES(a), cnp.PyArray_BYTES(b)
         return stage
 
     cdef Py_ssize_t add_numbers(self, numbers, bint is_double) except -1:
-        cdef Py_ssize_t at = self.numbers.length
+        cdef Py_ssize_t at = self.work.numbers.length
         cdef Py_ssize_t k, n = len(numbers)
-        cdef void* cells = push(&self.numbers, sizeof(double), n + 1)
+        cdef void* cells = push(&self.work.numbers, sizeof(double), n + 1)
         for k in range(n):
             if is_double:
                 (<double*> cells)[k] = numbers[k]
@@ -554,8 +706,8 @@ cdef class Batch:
         return at
 
     cdef int add_norm(self, rule, double p) except -1:
-        cdef Norm* norm = <Norm*> push(&self.norms, sizeof(Norm))
-        norm.segment, norm.stage, norm.p = self.segments.length, self.stages.length - 1, p
+        cdef Norm* norm = <Norm*> push(&self.work.norms, sizeof(Norm))
+        norm.segment, norm.stage, norm.p = self.work.segments.length, self.work.stages.length - 1, p
         self.norm_rules.append(rule)
         return 0
 
@@ -563,7 +715,7 @@ cdef class Batch:
         """Return the count in the 0-d array `a`; -1 if it is no such thing."""
         if not cnp.PyArray_CheckExact(a):
             return -1
-        cdef cnp.ndarray count = a
+        cdef cnp.ndarray count = <cnp.ndarray> a
         if cnp.PyArray_NDIM(count) or not ready(count, cnp.NPY_INT64, True):
             return -1
         if not cnp.PyArray_ISWRITEABLE(count):
@@ -571,7 +723,7 @@ cdef class Batch:
         return (<int64_t*> cnp.PyArray_DATA(count))[0]
 
     cdef int store_count(self, a, int64_t value) except -1:
-        cdef Count* count = <Count*> push(&self.counts, sizeof(Count))
+        cdef Count* count = <Count*> push(&self.work.counts, sizeof(Count))
         count.where = <int64_t*> cnp.PyArray_DATA(<cnp.ndarray> a)
         count.value = value
         return 0
@@ -587,10 +739,10 @@ cdef class Batch:
             new[...] = old
         return 0
 
-    cdef int add_span(self, cnp.ndarray a, Py_ssize_t place) except -1:
+    cdef int add_span(self, Vector* spans, cnp.ndarray a, Py_ssize_t place) except -1:
         cdef Span* span
         if cnp.PyArray_SIZE(a):
-            span = <Span*> push(&self.spans, sizeof(Span))
+            span = <Span*> push(spans, sizeof(Span))
             span.low = <uintptr_t> cnp.PyArray_DATA(a)
             span.high = span.low + cnp.PyArray_NBYTES(a)
             span.place = place
@@ -602,21 +754,24 @@ cdef class Batch:
         Gradients that lie in memory which the run writes are copied. Where two leaves would write
         the same memory, their places are returned, else None.
         """
-        cdef Span* spans = <Span*> self.spans.data
+        cdef Py_ssize_t n = self.work.parameters.length + self.work.spans.length
+        cdef Span* spans
         cdef Segment* leaf
         cdef Py_ssize_t k
         cdef Py_ssize_t bytes
         cdef cnp.ndarray copy
-        for k in range(1, self.spans.length):
-            if spans[k].low < spans[k - 1].low:
-                qsort(spans, self.spans.length, sizeof(Span), by_address)
-                break
-        for k in range(1, self.spans.length):
+        push(&self.work.spans, sizeof(Span), 1 + n + self.work.parameters.length)   # to sort in
+        spans = <Span*> self.work.spans.data
+        self.work.spans.length = n
+        memcpy(spans + n - self.work.parameters.length, self.work.parameters.data,
+               self.work.parameters.length * sizeof(Span))
+        sort_spans(spans, spans + n, n)
+        for k in range(1, self.work.spans.length):
             if spans[k].low < spans[k - 1].high:
                 return spans[k - 1].place, spans[k].place
-        for k in range(self.segments.length):
-            leaf = <Segment*> self.segments.data + k
-            bytes = leaf.n * (8 if leaf.is_double else 4)
+        for k in range(self.work.segments.length):
+            leaf = <Segment*> self.work.segments.data + k
+            bytes = leaf.n * (2 if leaf.narrow else 8 if leaf.is_double else 4)
             if self.is_written(<uintptr_t> leaf.g, bytes):
                 copy = cnp.PyArray_SimpleNew(1, <cnp.npy_intp*> &bytes, cnp.NPY_BYTE)
                 memcpy(cnp.PyArray_DATA(copy), leaf.g, bytes)
@@ -626,15 +781,21 @@ cdef class Batch:
 
     cdef bint is_written(self, uintptr_t low, Py_ssize_t bytes) noexcept:
         """Tell whether the run writes any of these bytes (spans are sorted and apart)."""
-        cdef Span* spans = <Span*> self.spans.data
-        cdef Py_ssize_t first = 0, last = self.spans.length, middle
+        cdef Span* spans = <Span*> self.work.spans.data
+        cdef Py_ssize_t n = self.work.spans.length, first = 0, last = n, middle
+        # Gradients often lie in the order of their parameters: look where the last one led.
+        if self.hint < n and spans[self.hint].high > low and (
+            self.hint == 0 or spans[self.hint - 1].high <= low
+        ):
+            first = last = self.hint
         while first < last:             # the first span that ends after `low`
             middle = (first + last) // 2
             if spans[middle].high <= low:
                 first = middle + 1
             else:
                 last = middle
-        return first < self.spans.length and spans[first].low < low + <uintptr_t> bytes
+        self.hint = first
+        return first < n and spans[first].low < low + <uintptr_t> bytes
 
     # --- running -----------------------------------------------------------------------------
 
@@ -644,14 +805,14 @@ cdef class Batch:
         cdef Segment* leaf
         cdef Norm* norm
         cdef double value
-        for k in range(self.segments.length):
-            leaf = <Segment*> self.segments.data + k
+        for k in range(self.work.segments.length):
+            leaf = <Segment*> self.work.segments.data + k
             total += leaf.n
             blocks += (leaf.n + block - 1) // block
             leaf.blocks = blocks
-        for k in range(self.norms.length):
-            norm = <Norm*> self.norms.data + k
-            leaf = <Segment*> self.segments.data + norm.segment
+        for k in range(self.work.norms.length):
+            norm = <Norm*> self.work.norms.data + k
+            leaf = <Segment*> self.work.segments.data + norm.segment
             with nogil:
                 value = self.norm(leaf, norm.stage, norm.p)
             self.failed = leaf.place
@@ -665,11 +826,11 @@ cdef class Batch:
                 tasks = min(blocks, 8 * threads)
                 for k in prange(tasks, num_threads=threads, schedule="dynamic", chunksize=1):
                     self.run_blocks(k * blocks // tasks, (k + 1) * blocks // tasks)
-            for k in range(self.counts.length):
-                (<Count*> self.counts.data)[k].where[0] = (<Count*> self.counts.data)[k].value
+            for k in range(self.work.counts.length):
+                (<Count*> self.work.counts.data)[k].where[0] = (<Count*> self.work.counts.data)[k].value
 
     cdef int set_number(self, Segment* leaf, Py_ssize_t stage, double value) except -1:
-        cdef void* cell = <double*> self.numbers.data + (<Stage*> self.stages.data)[stage].coefs
+        cdef void* cell = <double*> self.work.numbers.data + (<Stage*> self.work.stages.data)[stage].coefs
         if leaf.is_double:
             (<double*> cell)[0] = value
         else:
@@ -678,10 +839,10 @@ cdef class Batch:
 
     cdef void run_blocks(self, Py_ssize_t first, Py_ssize_t last) noexcept nogil:
         """Update the blocks first <= k < last, counted over all segments."""
-        cdef double scratch[2 * MAX_BLOCK]
-        cdef Segment* leaves = <Segment*> self.segments.data
+        cdef double scratch[3 * MAX_BLOCK]
+        cdef Segment* leaves = <Segment*> self.work.segments.data
         cdef Segment* leaf
-        cdef Py_ssize_t low = 0, high = self.segments.length, middle, before, start, n
+        cdef Py_ssize_t low = 0, high = self.work.segments.length, middle, before, start, n
         cdef const char* dx
         if first >= last:
             return
@@ -702,6 +863,8 @@ cdef class Batch:
                     subtract[double](leaf.x, leaf.out, dx, start, n, leaf.swallowed)
                 else:
                     subtract[float](leaf.x, leaf.out, dx, start, n, leaf.swallowed)
+                if leaf.narrow and not leaf.swallowed:
+                    narrow(leaf.narrow, <float*> leaf.out + start, leaf.rounded + start, n)
                 first += 1
             low += 1
 
@@ -709,8 +872,8 @@ cdef class Batch:
                            char* scratch, bint dry) noexcept nogil:
         """Run the stages before `end` on one block; return where the step then lies.
 
-        `scratch` holds two blocks, which the stages use by turns. A dry run stores no slots; it
-        needs MAX_SLOTS blocks more.
+        `scratch` holds three blocks: two that the stages use by turns and one for a gradient made
+        wider. A dry run stores no slots; it needs MAX_SLOTS blocks more.
         """
         cdef Py_ssize_t size = 8 if leaf.is_double else 4
         cdef Py_ssize_t offset = start * size
@@ -721,13 +884,16 @@ cdef class Batch:
         cdef Stage* stage
         cdef Py_ssize_t k
         cdef int j
+        if leaf.narrow:
+            widen(leaf.narrow, <uint16_t*> leaf.g + start, <float*> (scratch + 2 * room), n)
+            g = scratch + 2 * room
         for k in range(leaf.first, end):
-            stage = <Stage*> self.stages.data + k
+            stage = <Stage*> self.work.stages.data + k
             for j in range(stage.slots):
-                slots[j] = scratch + (2 + j) * room if dry else stage.new[j] + offset
+                slots[j] = scratch + (3 + j) * room if dry else stage.new[j] + offset
                 if slots[j] != stage.old[j] + offset:
                     memcpy(slots[j], stage.old[j] + offset, n * size)
-            stage.run(leaf.x + offset, g, dx, slots, <double*> self.numbers.data + stage.coefs, n)
+            stage.run(leaf.x + offset, g, dx, slots, <double*> self.work.numbers.data + stage.coefs, n)
             g = dx
             dx = scratch + room if dx == scratch else scratch
         return g
@@ -775,7 +941,7 @@ cdef class Batch:
 
     cdef double reduce_stretch(self, Segment* leaf, Py_ssize_t stage, Reduction kind, double p,
                                double unit, Py_ssize_t start, Py_ssize_t n) noexcept nogil:
-        cdef double scratch[(2 + MAX_SLOTS) * MAX_BLOCK]
+        cdef double scratch[(3 + MAX_SLOTS) * MAX_BLOCK]
         cdef double lanes[LANES]
         cdef double total = INFINITY if kind == SMALLEST else 0
         cdef Py_ssize_t end = min(start + n, leaf.n)
@@ -817,6 +983,26 @@ cdef void subtract(const void* x_, void* out_, const void* dx_, Py_ssize_t start
             out[i] = x[i] - dx[i]
     elif out != x:
         memcpy(out, x, n * sizeof(real))
+
+
+cdef void widen(Narrow kind, const uint16_t* source, float* target, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t i
+    if kind == FLOAT16:
+        for i in range(n):
+            target[i] = widen_float16(source[i])
+    else:
+        for i in range(n):
+            target[i] = widen_bfloat16(source[i])
+
+
+cdef void narrow(Narrow kind, const float* source, uint16_t* target, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t i
+    if kind == FLOAT16:
+        for i in range(n):
+            target[i] = narrow_float16(source[i])
+    else:
+        for i in range(n):
+            target[i] = narrow_bfloat16(source[i])
 
 
 cdef void accumulate(const void* g_, Py_ssize_t n, double* lanes, Reduction kind, double p,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import inspect
@@ -32,7 +33,7 @@ NonNegative = Annotated[float, Limit("finite and at least 0", lambda v: 0 <= v <
 Decay = Annotated[float, Limit("in [0, 1)", lambda v: 0 <= v < 1)]
 Decays = tuple[Decay, Decay]
 Order = Annotated[float, Limit("a number, inf or -inf", lambda v: not math.isnan(v))]
-Count = Annotated[int, Limit("a whole number, at least 1", lambda v: v >= 1 and v == int(v))]
+Count = Annotated[int, Limit("a whole number, at least 1", lambda v: v >= 1 and v.is_integer())]
 
 
 @functools.cache
@@ -40,7 +41,7 @@ def _limits(cls: type) -> dict[str, list[Limit]]:
     """Return for each field of `cls` its limits: one, or one for each entry of a tuple."""
     try:
         hints = typing.get_type_hints(cls, include_extras=True)
-    except NameError:  # a user's annotations that cannot be read here limit nothing
+    except Exception:  # a user's annotations that cannot be read here limit nothing
         return {}
     found: dict[str, list[Limit]] = {}
     for name, hint in hints.items():
@@ -57,9 +58,10 @@ def is_traced(value: Any) -> bool:
     return jax is not None and isinstance(value, jax.core.Tracer)
 
 
-def _check_number(where: str, limit: Limit, value: Any) -> None:
+def _checked_number(where: str, limit: Limit, value: Any) -> Any:
+    """Return `value` as a Python number, or as it is where it is traced."""
     if is_traced(value):
-        return
+        return value
     try:
         if isinstance(value, str | bytes) or getattr(value, "ndim", 0) != 0:
             raise TypeError
@@ -68,8 +70,11 @@ def _check_number(where: str, limit: Limit, value: Any) -> None:
         raise TypeError(
             f"{where} must be a real number, {limit.text}; got {value!r} ({type(value).__name__})"
         ) from None
+    except OverflowError:  # a whole number beyond all floats
+        number = math.inf
     if not limit.holds(number):
         raise ValueError(f"{where} must be {limit.text}; got {value!r}")
+    return value if type(value) in (bool, int, float) else number
 
 
 # --- Rule ------------------------------------------------------------------------------------
@@ -79,8 +84,7 @@ _registry: list[type[Rule]] = []
 
 def registry() -> list[type[Rule]]:
     """Return every public rule of the library, in the order of their definition."""
-    ours = __name__.partition(".")[0] + "."
-    return [c for c in _registry if c.__module__.startswith(ours) and not c.__name__[0] == "_"]
+    return [c for c in _registry if c.__name__[0] != "_" and not inspect.isabstract(c)]
 
 
 class Rule(ABC):
@@ -109,22 +113,29 @@ class Rule(ABC):
     fixed: ClassVar[tuple[str, ...]] = ()
     """Fields that shape the state and so cannot be adjusted once there is one."""
 
+    _shown_as: ClassVar[str]
+    """The name of the class in messages and in its state."""
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        _registry.append(cls)
+        cls._shown_as = cls.__dict__.get("_shown_as", cls.__name__)
+        if cls.__module__.startswith(f"{__package__}."):
+            _registry.append(cls)
 
     def __post_init__(self) -> None:
-        name = type(self).__name__
+        name = self._shown_as
         for field, limits in _limits(type(self)).items():
             value = getattr(self, field)
             if len(limits) == 1:
-                _check_number(f"{name}: {field}", limits[0], value)
-                continue
-            if not isinstance(value, tuple | list) or len(value) != len(limits):
+                checked = _checked_number(f"{name}: {field}", limits[0], value)
+            elif not isinstance(value, tuple | list) or len(value) != len(limits):
                 raise TypeError(f"{name}: {field} must hold {len(limits)} numbers; got {value!r}")
-            object.__setattr__(self, field, tuple(value))
-            for i, (limit, number) in enumerate(zip(limits, value, strict=True)):
-                _check_number(f"{name}: {field}[{i}]", limit, number)
+            else:
+                checked = tuple(
+                    _checked_number(f"{name}: {field}[{i}]", limit, number)
+                    for i, (limit, number) in enumerate(zip(limits, value, strict=True))
+                )
+            object.__setattr__(self, field, checked)
 
     def init(self, x: Any) -> Any:
         """Return the state this rule keeps for the parameter `x`; anything, by default ``()``."""
@@ -152,7 +163,7 @@ class Rule(ABC):
         """
 
     def move(self, state: Any, x: Any, dx: Any, *higher: Any) -> tuple[Any, Any]:
-        """Return the new state and parameter, ``x - dx`` with the `dx` of `apply`; None for no step."""
+        """Return the new state, and the new parameter: ``x - dx``, or None for no step."""
         state, dx = self.apply(state, x, dx, *higher)
         return state, None if dx is None else as_like(x, x - dx)
 
@@ -168,7 +179,7 @@ class Rule(ABC):
         for name in own:
             if name in self.fixed:
                 raise TypeError(
-                    f"{type(self).__name__}: {name} shapes the state and cannot be adjusted; "
+                    f"{self._shown_as}: {name} shapes the state and cannot be adjusted; "
                     f"call setup with a new rule"
                 )
         return dataclasses.replace(self, **own) if own else self  # type: ignore[type-var]
@@ -227,7 +238,7 @@ class ElementwiseRule(Rule):
         super().__init_subclass__(**kwargs)
         cls.counts = "t" in inspect.signature(cls.coefs).parameters
         names = (*cls.slots, "t") if cls.counts else cls.slots
-        state = namedtuple(f"{cls.__name__}State", names)  # type: ignore[misc]
+        state = namedtuple(f"{cls._shown_as}State", names)  # type: ignore[misc]
         state.__module__, state.__qualname__ = cls.__module__, f"{cls.__qualname__}.State"
         cls.State = state
 
@@ -248,7 +259,7 @@ class ElementwiseRule(Rule):
         """Return the state for `x`: an array for each slot, and a count `t` where there is one."""
         if self.real_only and is_complex(x):
             raise TypeError(
-                f"{type(self).__name__} compares numbers, so it takes real parameters only; "
+                f"{self._shown_as} compares numbers, so it takes real parameters only; "
                 f"got {x.dtype}"
             )
         made: list[Any] = [full_like(x, v) for v in self._at_precision_of(x).start()]
@@ -265,8 +276,12 @@ class ElementwiseRule(Rule):
             coefs = rule.coefs(t if is_traced(t) else int(t))
         else:
             coefs = rule.coefs()
-        dx, new = self.step(x, dx, slots, cast_like(x, coefs))
-        made = [as_like(old, value) for old, value in zip(slots, new, strict=True)]
+        given = dx
+        dx, new = self.step(x, given, slots, cast_like(x, coefs))
+        made = [
+            _copy(old) if value is old else as_like(old, _copy(given) if value is given else value)
+            for old, value in zip(slots, new, strict=True)
+        ]
         if self.counts:
             made.append(as_like(state.t, t))
         return (self.State(*made) if made else ()), as_like(x, dx)
@@ -278,7 +293,14 @@ class ElementwiseRule(Rule):
             return self
         if getattr(x.dtype, "name", str(x.dtype)).removeprefix("torch.") != "float16":
             return self
-        return dataclasses.replace(self, epsilon=1e-7)  # type: ignore[type-var]
+        rule = copy.copy(self)
+        object.__setattr__(rule, "epsilon", 1e-7)
+        return rule
+
+
+def _copy(x: Any) -> Any:
+    """Return a copy: no state shares memory with the last one or with a gradient."""
+    return x.copy() if isinstance(x, np.ndarray) else namespace(x).asarray(x, copy=True)
 
 
 def full_like(x: Any, value: float) -> Any:

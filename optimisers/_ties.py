@@ -1,77 +1,262 @@
 """Ties: one parameter at several places of a model.
 
-Two places are tied if they hold the same array object, or NumPy arrays that are views of exactly
-the same elements, such as ``w`` and ``w.T``. Values that belong to one such view are *carried* to
-another by way of the one order that both share: that of the addresses.
+Two places are tied if they hold the same array object, or views of exactly the same elements of
+memory, such as ``w`` and ``w.T`` (NumPy, PyTorch, CuPy). Values that belong to one such view are
+*carried* to another by way of the one order that both share: that of the addresses.
+
+a) `parameters` finds every trainable array of a model, and `owners` which of them are one;
+b) a `View` is what of a strided array's layout is needed to carry values, without the array;
+c) whether two arrays overlap only in part is decided exactly, by marking the cells they touch,
+   and only among arrays whose spans of memory overlap at all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, NamedTuple, cast, overload
 
 import numpy as np
 
-from ._tree import KeyPath
+from ._tree import KeyPath, fold, isnumeric, trainable_keys
 
 Array = Any
+Tree = Any
+Place = tuple[KeyPath, Array]
+
+# --- the parameters of a model ---------------------------------------------------------------
 
 
-def _address_order(like: np.ndarray) -> tuple[tuple[slice, ...], list[int]]:
-    """Return which axes to reverse, and then how to sort them, to walk `like` by address."""
-    backwards, forwards = slice(None, None, -1), slice(None)
-    flips = tuple(backwards if stride < 0 else forwards for stride in like.strides)
-    order = sorted(range(like.ndim), key=lambda axis: -abs(like.strides[axis]))
-    return flips, order
+@overload
+def trainables(model: Tree, path: Literal[False] = False) -> list[Array]: ...
+@overload
+def trainables(model: Tree, path: Literal[True]) -> list[Place]: ...
+@overload
+def trainables(model: Tree, path: bool) -> list[Any]: ...
+def trainables(model: Tree, path: bool = False) -> list[Any]:
+    """Return the trainable arrays of a model, each once, in the order of its flat vector.
+
+    Parameters
+    ----------
+    model : tree
+        The model.
+    path : bool
+        Whether to give the place of each array too.
+
+    Returns
+    -------
+    list of array, or of (KeyPath, array)
+        The arrays themselves, not copies. Of a parameter that is at several places, the array at
+        the first.
+
+    Raises
+    ------
+    ValueError
+        If arrays overlap in memory only in part, or if the model contains itself.
+
+    See Also
+    --------
+    destructure : copies them into one vector.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from optimisers import trainables
+    >>> w = np.ones((2, 3))
+    >>> model = {"encoder": w, "bias": np.zeros(2), "decoder": w.T, "name": "tied", "step": 7}
+    >>> [x.shape for x in trainables(model)]
+    [(2, 3), (2,)]
+    >>> [str(path) for path, x in trainables(model, path=True)]
+    ["['encoder']", "['bias']"]
+    >>> sum(x.size for x in trainables(model))
+    8
+    """
+    places, owner = parameters(model)
+    found = [place for k, place in enumerate(places) if owner[k] == k]
+    return found if path else [x for _, x in found]
 
 
-def carry(values: Array, source: np.ndarray, target: np.ndarray) -> Array:
+def parameters(model: Tree) -> tuple[list[Place], list[int]]:
+    """Return every place of a trainable array, and for each the first that it is tied to."""
+    places: list[Place] = []
+
+    def leaf(path: KeyPath, x: Any) -> None:
+        if isnumeric(x):
+            places.append((path, x))
+
+    fold(model, leaf, lambda path, x, results: None, keys=trainable_keys)
+    return places, owners(places)
+
+
+# --- from one view to another ----------------------------------------------------------------
+
+
+class View(NamedTuple):
+    """How an array sees its elements: `seen` and `unseen` go to and from the order of addresses."""
+
+    shape: tuple[int, ...]
+    order: tuple[int, ...]
+    """The axes by falling stride."""
+    flips: tuple[int, ...]
+    """The axes that run against the addresses."""
+
+    @classmethod
+    def of(cls, x: Array) -> View:
+        """Return the view that `x` is."""
+        strides = _strides(x)
+        order = sorted(range(len(strides)), key=lambda axis: -abs(strides[axis]))
+        flips = [axis for axis, stride in enumerate(strides) if stride < 0]
+        return cls(tuple(x.shape), tuple(order), tuple(flips))
+
+    def unseen(self, values: Array) -> Array:
+        """Return values, laid out like this view, with their axes by falling stride."""
+        return _transposed(_flipped(values, self.flips), self.order)
+
+    def seen(self, values: Array) -> Array:
+        """Return values in the order of addresses as this view shows them.
+
+        A view of `values` where strides allow, which they do if `values` is C-contiguous.
+        """
+        axes = _reshaped(values, tuple(self.shape[axis] for axis in self.order))
+        back = sorted(range(len(self.shape)), key=self.order.__getitem__)
+        return _flipped(_transposed(axes, back), self.flips)
+
+
+def carry(values: Array, source: Array | View, target: Array | View) -> Array:
     """Return values laid out like `source` as they appear through its other view `target`.
 
-    A view of `values` where strides allow.
+    A view of `values` where strides allow; see `laid_out` for how to make sure that they do.
     """
-    flips, order = _address_order(source)
-    flat = values[flips].transpose(order).reshape(-1)
-    flips, order = _address_order(target)
-    back = sorted(range(target.ndim), key=order.__getitem__)
-    return flat.reshape([target.shape[axis] for axis in order]).transpose(back)[flips]
+    source = source if isinstance(source, View) else View.of(source)
+    target = target if isinstance(target, View) else View.of(target)
+    return target.seen(source.unseen(values))
 
 
-def _layout(x: np.ndarray) -> tuple[Any, ...] | None:
-    """Return what two views of the same elements have in common; None for overlapping elements.
+def laid_out(values: np.ndarray, like: np.ndarray) -> np.ndarray:
+    """Return a copy of `values` whose elements follow each other in memory as those of `like`.
 
-    The lowest address, and the (length, stride) of each axis by falling stride, where axes that
-    continue one another count as one.
+    What is carried from it to any other view of the same elements as `like` is a view of it.
     """
-    flips, order = _address_order(x)
-    plain = x[flips].transpose(order)
-    axes: list[tuple[int, int]] = []
-    for length, stride in zip(plain.shape, plain.strides, strict=True):
-        if length == 1:
-            continue
-        if axes and axes[-1][1] == length * stride:
-            axes[-1] = axes[-1][0] * length, stride
-        else:
-            axes.append((length, stride))
-    reach = x.itemsize
-    for length, stride in reversed(axes):
-        if stride < reach:
+    view = View.of(like)
+    return view.seen(np.array(view.unseen(values), order="C"))
+
+
+def _transposed(a: Array, order: Sequence[int]) -> Array:
+    if list(order) == list(range(len(order))):
+        return a
+    return a.permute(tuple(order)) if hasattr(a, "permute") else a.transpose(tuple(order))
+
+
+def _flipped(a: Array, axes: Sequence[int]) -> Array:
+    if not axes:
+        return a
+    if hasattr(a, "permute"):  # PyTorch has no negative strides
+        return a.flip(tuple(axes))
+    return a[tuple(slice(None, None, -1 if k in axes else 1) for k in range(a.ndim))]
+
+
+def _reshaped(a: Array, shape: tuple[int, ...]) -> Array:
+    return a if tuple(a.shape) == shape else a.reshape(shape)
+
+
+# --- which arrays are one --------------------------------------------------------------------
+
+
+class _Memory(NamedTuple):
+    """Where the elements of an array lie; addresses and strides in bytes."""
+
+    address: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    itemsize: int
+    meaning: Any
+    """What the bytes stand for: arrays are tied only if this is the same."""
+    device: str = ""
+
+    def axes(self) -> list[tuple[int, int]]:
+        """Return length and absolute stride of each axis longer than 1, by falling stride."""
+        axes = [(n, abs(s)) for n, s in zip(self.shape, self.strides, strict=True) if n > 1]
+        return sorted(axes, key=lambda axis: -axis[1])
+
+    def low(self) -> int:
+        """Return the lowest address."""
+        below = [(n - 1) * s for n, s in zip(self.shape, self.strides, strict=True) if s < 0]
+        return self.address + sum(below)
+
+    def high(self) -> int:
+        """Return the address behind the last element."""
+        return self.low() + sum((n - 1) * s for n, s in self.axes()) + self.itemsize
+
+    def elements(self) -> tuple[Any, ...] | None:
+        """Return what exactly those arrays have in common that show the same elements.
+
+        The lowest address, and the axes, of which those that continue one another are made one.
+        None for an array that shows an element twice.
+        """
+        merged: list[tuple[int, int]] = []
+        axes = self.axes()
+        for length, stride in axes:
+            if merged and merged[-1][1] == length * stride:
+                merged[-1] = merged[-1][0] * length, stride
+            else:
+                merged.append((length, stride))
+        reach = self.itemsize
+        for length, stride in reversed(axes):
+            if stride < reach:
+                return None
+            reach += (length - 1) * stride
+        return self.low(), self.itemsize, self.meaning, *merged
+
+
+def _strides(x: Array) -> tuple[int, ...]:
+    """Return the strides of `x`, in bytes; those of a C-contiguous array where it has none."""
+    strides = getattr(x, "strides", None)
+    if strides is None and callable(getattr(x, "stride", None)):
+        strides = [step * x.element_size() for step in x.stride()]
+    if strides is None:
+        strides = [math.prod(x.shape[axis + 1 :]) for axis in range(len(x.shape))]
+    return tuple(strides)
+
+
+def _memory(x: Array) -> _Memory | None:
+    """Return where `x` lies; None if that is nowhere, or nobody's business (JAX, traced arrays)."""
+    if 0 in x.shape:
+        return None
+    if isinstance(x, np.ndarray):
+        return _Memory(x.ctypes.data, x.shape, x.strides, x.itemsize, x.dtype)
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(x, torch.Tensor):
+        if x.layout is not torch.strided or x.is_meta:
             return None
-        reach = length * stride
-    return plain.__array_interface__["data"][0], x.dtype, *axes
+        try:
+            address = x.data_ptr()
+        except RuntimeError:  # a tensor that is being traced or transformed
+            return None
+        meaning = x.dtype, x.is_conj(), x.is_neg()
+        shape, size = tuple(x.shape), x.element_size()
+        if not address:
+            return None
+        return _Memory(address, shape, _strides(x), size, meaning, str(x.device))
+    if hasattr(x, "__cuda_array_interface__") and type(x).__module__.startswith(("cupy", "numba")):
+        address = x.__cuda_array_interface__["data"][0]
+        device = str(getattr(x, "device", ""))
+        return _Memory(address, x.shape, x.strides, x.dtype.itemsize, x.dtype, device)
+    return None
 
 
 def same_elements(a: Array, b: Array) -> bool:
     """Tell whether two arrays are the same, or views of exactly the same elements."""
     if a is b:
         return True
-    if not isinstance(a, np.ndarray) or not isinstance(b, np.ndarray) or a.size == 0:
+    one, other = _memory(a), _memory(b)
+    if one is None or other is None or one.device != other.device:
         return False
-    layout = _layout(a)
-    return layout is not None and layout == _layout(b)
+    elements = one.elements()
+    return elements is not None and elements == other.elements()
 
 
-def owners(arrays: Sequence[tuple[KeyPath, Array]]) -> list[int]:
+def owners(arrays: Sequence[Place]) -> list[int]:
     """Return for each array the position of the first that it is tied to; often its own.
 
     Raises
@@ -81,38 +266,78 @@ def owners(arrays: Sequence[tuple[KeyPath, Array]]) -> list[int]:
     """
     first: dict[int, int] = {}
     owner = [first.setdefault(id(x), k) for k, (_, x) in enumerate(arrays)]
-    distinct = [k for k in first.values() if isinstance(arrays[k][1], np.ndarray)]
-    spans = sorted((*np.lib.array_utils.byte_bounds(arrays[k][1]), k) for k in distinct)
-    open_spans: list[tuple[int, int]] = []
-    for low, high, k in spans:
+    spans: list[tuple[str, int, int, int]] = []
+    for k in first.values():
         x = arrays[k][1]
-        if x.size == 0:
-            continue
-        open_spans = [(end, other) for end, other in open_spans if end > low]
-        for _, other in open_spans:
-            if same_elements(x, arrays[other][1]):
-                owner[k], owner[other] = [min(owner[k], owner[other])] * 2
-            elif _overlap(x, arrays[other][1]):
-                raise ValueError(_overlap_text(arrays[min(k, other)], arrays[max(k, other)]))
-        open_spans.append((high, k))
-    return [_root(owner, k) for k in range(len(owner))]
+        if type(x) is np.ndarray and x.flags.c_contiguous:
+            if x.size:
+                address = x.ctypes.data
+                spans.append(("", address, address + x.nbytes, k))
+        elif (memory := _memory(x)) is not None:
+            spans.append((memory.device, memory.low(), memory.high(), k))
+    for crowd in _crowds(sorted(spans)):
+        shown: dict[Any, int] = {}
+        for k in sorted(crowd):
+            elements = cast(_Memory, _memory(arrays[k][1])).elements()
+            owner[k] = shown.setdefault(k if elements is None else elements, k)
+        if len(shown) > 1:
+            _refuse_overlaps([arrays[k] for k in shown.values()])
+    return [owner[k] for k in owner]
 
 
-def _root(owner: list[int], k: int) -> int:
-    while owner[k] != k:
-        k = owner[k]
-    return k
+def _crowds(spans: list[tuple[str, int, int, int]]) -> Iterator[list[int]]:
+    """Yield the positions of what lies within overlapping spans, if that is more than one."""
+    crowd: list[int] = []
+    where, end = "", 0
+    for device, low, high, k in spans:
+        if low >= end or device != where:
+            if len(crowd) > 1:
+                yield crowd
+            crowd, where, end = [], device, high
+        crowd.append(k)
+        end = max(end, high)
+    if len(crowd) > 1:
+        yield crowd
 
 
-def _overlap(a: np.ndarray, b: np.ndarray) -> bool:
-    try:
-        return bool(np.shares_memory(a, b, max_work=100_000))
-    except np.exceptions.TooHardError:
-        return True
+def _refuse_overlaps(arrays: list[Place]) -> None:
+    """Raise the error that two of these arrays share memory, if any two do."""
+    memories = [cast(_Memory, _memory(x)) for _, x in arrays]
+    low = min(memory.low() for memory in memories)
+    # A cell is the largest unit of which all offsets, strides and items are multiples.
+    cell = math.gcd(
+        *(number for m in memories for number in (m.low() - low, m.itemsize)),
+        *(stride for m in memories for _, stride in m.axes()),
+    )
+    touched: Sequence[np.ndarray] = [_cells(memory, low, cell) for memory in memories]
+    count = max(int(cells.max()) for cells in touched) + 1
+    if count > 2**24 + 16 * sum(cells.size for cells in touched):  # far apart: number them anew
+        found, numbers = np.unique(np.concatenate(touched), return_inverse=True)
+        touched = np.split(numbers, np.cumsum([cells.size for cells in touched])[:-1])
+        count = found.size
+    holder = np.full(count, -1, np.int32)
+    for k, cells in enumerate(touched):
+        other = int(holder[cells].max())
+        if other >= 0:
+            raise ValueError(_overlap_text(arrays[other], arrays[k]))
+        holder[cells] = k
 
 
-def _overlap_text(a: tuple[KeyPath, Array], b: tuple[KeyPath, Array]) -> str:
+def _cells(memory: _Memory, low: int, cell: int) -> np.ndarray:
+    """Return the numbers of the cells that an array touches, counted from address `low`."""
+    cells = np.array([(memory.low() - low) // cell])
+    for length, stride in (*memory.axes(), (memory.itemsize // cell, cell)):
+        if stride:
+            cells = np.add.outer(cells, np.arange(length) * (stride // cell)).ravel()
+    return cells
+
+
+def _overlap_text(a: Place, b: Place) -> str:
+    kinds = ""
+    if a[1].dtype != b[1].dtype:
+        kinds = f", dtypes {a[1].dtype} and {b[1].dtype}"
     return (
         f"the arrays at {a[0]} and {b[0]} overlap in memory without being views of exactly the "
-        f"same elements: shapes {a[1].shape} and {b[1].shape}; copy one of them"
+        f"same elements: shapes {tuple(a[1].shape)} and {tuple(b[1].shape)}{kinds}; "
+        "copy one of them"
     )

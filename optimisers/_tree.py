@@ -119,8 +119,8 @@ _FLOATING = frozenset("fc")
 
 @functools.lru_cache(maxsize=256)
 def _is_named_float(dtype: object) -> bool:
-    """Whether an extension dtype is a float: ``ml_dtypes`` are all of NumPy's kind "V"."""
-    return getattr(dtype, "name", "").startswith(("float", "bfloat", "complex"))
+    """Whether an extension dtype is a float: those of ``ml_dtypes`` are of NumPy's kind "V"."""
+    return getattr(dtype, "name", "").startswith(("float", "bfloat"))
 
 
 def _find_library(cls: type) -> str | None:

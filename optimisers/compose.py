@@ -11,13 +11,42 @@ import numpy as np
 
 from ._rule import Count, NonNegative, Order, Rule, as_like, count_like, full_like, is_traced
 from .rules import _Hold, _Release, _Scale
-from .words import absolute, namespace
+from .words import absolute, is_complex, namespace
 
 Array = Any
 
 
 @dataclass(frozen=True, init=False, repr=False)
 class OptimiserChain(Rule):
+    """Rules one after another: each hands its step to the next as the gradient.
+
+    Parameters
+    ----------
+    *rules : Rule
+        Rules in the order in which they see the gradient; chains too. An empty chain steps by the
+        gradient itself. `MixedPrecision` goes around a chain, not into it.
+
+    Notes
+    -----
+    Keeps a tuple of the states of its rules. Where a rule makes no step, as `AccumGrad` may, the
+    rules after it are not asked and keep their state. `adjust` changes the rules that have the
+    field; the others stay.
+
+    Raises
+    ------
+    TypeError
+        If something is no rule, or `MixedPrecision`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from optimisers import ClipGrad, Descent, OptimiserChain
+    >>> rule = OptimiserChain(ClipGrad(1.0), Descent(eta=0.1))
+    >>> x = np.zeros(2)
+    >>> rule.apply(rule.init(x), x, np.array([0.5, -3.0]))
+    (((), ()), array([ 0.05, -0.1 ]))
+    """
+
     rules: tuple[Rule, ...]
 
     def __init__(self, *rules: Rule) -> None:
@@ -57,6 +86,45 @@ class OptimiserChain(Rule):
 
 @dataclass(frozen=True)
 class ClipNorm(Rule):
+    """The gradient of each array scaled down to a norm: put it ahead of another rule.
+
+        dx = g min(omega / ‖g‖_p, 1)
+
+    Parameters
+    ----------
+    omega : float
+        Largest norm that passes, in units of g (for p of 0, a count).
+    p : float
+        Which norm, ``sum(|g|^p)^(1/p)``: 2 by default; inf and -inf take the largest and the
+        smallest element, 0 counts those that are not zero.
+    throw : bool
+        Whether a norm that is infinite or NaN raises; if not, the step is NaN, or 0 where an
+        infinite norm meets a finite element. While JAX traces, nothing can raise: as if False.
+
+    Raises
+    ------
+    FloatingPointError
+        From an update, with the path of the array and before anything is written.
+
+    Notes
+    -----
+    Keeps no state. Norms are those of `numpy.linalg.norm`, taken in double where the library has
+    it at hand, and neither overflow nor underflow on the way. Each array has a norm of its own,
+    unlike in `torch.nn.utils.clip_grad_norm_` and `optax.clip_by_global_norm`.
+
+    References
+    ----------
+    R. Pascanu, T. Mikolov, Y. Bengio: On the Difficulty of Training Recurrent Neural Networks,
+    2012, arXiv:1211.5063
+
+    Examples
+    --------
+    >>> import numpy as np, optimisers
+    >>> rule = optimisers.ClipNorm(omega=1.0)
+    >>> rule.apply((), np.zeros(2), np.array([3.0, -4.0]))
+    ((), array([ 0.6, -0.8]))
+    """
+
     omega: NonNegative = 10.0
     p: Order = 2.0
     throw: bool = True
@@ -69,7 +137,7 @@ class ClipNorm(Rule):
     def factor(self, norm: Any) -> Any:
         """Return what a gradient of this norm is multiplied with."""
         if is_traced(norm):
-            return namespace(norm).minimum(self.omega / norm, 1.0)
+            return namespace(norm).where(norm <= self.omega, 1.0, self.omega / norm)
         if self.throw and not math.isfinite(norm):
             raise FloatingPointError(
                 f"ClipNorm: the gradient has {self.p:g}-norm {norm}; "
@@ -83,17 +151,21 @@ class ClipNorm(Rule):
 def norm(x: Array, p: float) -> Any:
     """Return the p-norm of all elements of `x`, at least in double for NumPy arrays.
 
-    Numbers are divided by the largest before they are raised to a power, so that no norm of
-    representable size overflows or underflows on the way.
+    Numbers are divided by the largest before they are raised to a power (by the smallest, if `p`
+    is negative), so that no norm of representable size overflows or underflows on the way.
     """
-    xp = namespace(x)
-    size = absolute(x)
-    if xp is np:
-        size = size.astype(np.result_type(np.float64, size.dtype if size.dtype.kind == "f" else 0))
     if math.prod(x.shape) == 0:
         return 0.0
+    xp = namespace(x)
+    if xp is np:
+        x = np.astype(
+            x, np.result_type(np.float64, x.dtype if x.dtype.kind in "fc" else 0), copy=False
+        )
+    elif x.dtype.itemsize < 4:
+        x = xp.astype(x, xp.float32)
+    size = absolute(x)
     if p == 0:
-        return xp.sum(as_like(size, size != 0))
+        return xp.sum(size != 0)
     extreme = xp.max(size) if p > 0 else xp.min(size)
     if math.isinf(p):
         return extreme
@@ -103,15 +175,49 @@ def norm(x: Array, p: float) -> Any:
 
 
 class AccumGradState(NamedTuple):
+    """The gradients held, added up, and how many they are."""
+
     sum: Array
     count: Array
 
 
 @dataclass(frozen=True)
 class AccumGrad(Rule):
+    """The mean of n gradients, once in n steps: put it ahead of another rule.
+
+        sum = sum + g                     for n - 1 steps, which the parameter does not follow
+        dx  = (sum + g) / n; sum = 0      on the n-th
+
+    Parameters
+    ----------
+    n : int
+        How many gradients make a step; it cannot be adjusted later.
+
+    Notes
+    -----
+    Keeps ``sum`` and ``count``, the number of gradients in it, from 0 to n - 1. Rules after it
+    count only the steps that are made. The count is read on the host, so it cannot be traced by
+    JAX: keep `update` with this rule out of `jax.jit`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from optimisers import AccumGrad, Descent, OptimiserChain, setup, update_
+    >>> x = np.array([0.0])
+    >>> state = setup(OptimiserChain(AccumGrad(2), Descent(eta=1.0)), x)
+    >>> for g in ([1.0], [3.0], [7.0]):
+    ...     state, x = update_(state, x, np.array(g))
+    >>> x, state.state[0]
+    (array([-2.]), AccumGradState(sum=array([7.]), count=array(1)))
+    """
+
     n: Count
 
     fixed = ("n",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "n", int(self.n))
 
     def init(self, x: Array) -> AccumGradState:
         return AccumGradState(full_like(x, 0.0), count_like(x))
@@ -119,6 +225,11 @@ class AccumGrad(Rule):
     def apply(
         self, state: AccumGradState, x: Array, dx: Array, *higher: Array
     ) -> tuple[AccumGradState, Array | None]:
+        if is_traced(state.count):
+            raise TypeError(
+                "AccumGrad decides on the host whether there is a step, and so cannot be traced by "
+                "JAX; take the update out of jax.jit"
+            )
         if int(state.count) + 1 < self.n:
             (total,), _ = _Hold().apply((state.sum,), x, dx)
             return AccumGradState(total, as_like(state.count, state.count + 1)), None
@@ -127,13 +238,54 @@ class AccumGrad(Rule):
 
 
 class MixedPrecisionState(NamedTuple):
+    """The parameter in the precision in which it is updated, and the state of its rule."""
+
     master: Array
     state: Any
 
 
 @dataclass(frozen=True, init=False, repr=False)
 class MixedPrecision(Rule):
-    dtype: Any
+    """A rule that runs in higher precision than the parameter: put it around all others.
+
+    A master copy of the parameter is updated and then rounded into the parameter, so that steps
+    too small for the parameter's dtype add up.
+
+    Parameters
+    ----------
+    dtype : dtype, default float32
+        The floating dtype of the master copy and of the rule's state; complex parameters get the
+        complex dtype of that precision. It cannot be adjusted later.
+    rule : Rule
+        The rule, often an `OptimiserChain`.
+
+    Notes
+    -----
+    ``MixedPrecision(rule)`` does for ``MixedPrecision("float32", rule)``. Keeps ``master`` and
+    ``state``. The master copy rules: a parameter changed by hand is overwritten by the next step.
+
+    Raises
+    ------
+    TypeError
+        If `dtype` is no floating dtype, or `rule` no rule or itself a `MixedPrecision`.
+
+    References
+    ----------
+    P. Micikevicius et al.: Mixed Precision Training, 2017, arXiv:1710.03740
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from optimisers import Descent, MixedPrecision, setup, update_
+    >>> x = np.array([1.0], np.float16)
+    >>> state = setup(MixedPrecision(Descent(eta=2**-13)), x)
+    >>> for _ in range(8):
+    ...     state, x = update_(state, x, np.array([1.0]))
+    >>> x, state.state.master
+    (array([0.999], dtype=float16), array([0.99902344], dtype=float32))
+    """
+
+    dtype: np.dtype[Any]
     rule: Rule
 
     fixed = ("dtype",)
@@ -143,7 +295,7 @@ class MixedPrecision(Rule):
             dtype, rule = np.float32, dtype
         if not isinstance(rule, Rule) or isinstance(rule, MixedPrecision):
             raise TypeError(f"MixedPrecision takes a rule, after the dtype if any; got {rule!r}")
-        object.__setattr__(self, "dtype", np.dtype(dtype))
+        object.__setattr__(self, "dtype", _floating(dtype))
         object.__setattr__(self, "rule", rule)
 
     def __repr__(self) -> str:
@@ -171,10 +323,11 @@ class MixedPrecision(Rule):
 
     def _lift(self, x: Array) -> Array:
         """Return a copy of `x` in the master's precision."""
+        dtype = np.result_type(self.dtype, np.complex64) if is_complex(x) else self.dtype
+        if isinstance(x, np.ndarray):
+            return np.array(x, dtype, order="K")
         xp = namespace(x)
-        if xp is np:
-            return x.astype(np.result_type(self.dtype, np.complex64) if x.dtype.kind == "c" else self.dtype)
-        return xp.astype(x, getattr(xp, self.dtype.name), copy=True)
+        return xp.astype(x, getattr(xp, dtype.name), copy=True)
 
     def fields(self) -> Iterator[tuple[str, Any]]:
         yield "dtype", self.dtype
@@ -184,3 +337,18 @@ class MixedPrecision(Rule):
         if "dtype" in changes:
             return super().adjust(dtype=changes["dtype"])
         return type(self)(self.dtype, self.rule.adjust(**changes))
+
+
+def _floating(dtype: Any) -> np.dtype[Any]:
+    """Return a real floating dtype, of NumPy or of `ml_dtypes`; PyTorch's are known by name."""
+    name = str(dtype)
+    try:
+        found = np.dtype(name.removeprefix("torch.") if name.startswith("torch.") else dtype)
+        holds_half = (
+            dtype is not None and found.kind in "fV" and float(np.array(0.5).astype(found)) == 0.5
+        )
+    except (TypeError, ValueError):
+        holds_half = False
+    if not holds_half:
+        raise TypeError(f"MixedPrecision: dtype must be a real floating dtype; got {dtype!r}")
+    return found

@@ -2,22 +2,23 @@
 
 A state tree has the shape of its model, with a `Leaf` for each trainable array: the rule that
 updates it and what the rule remembers. A step gathers the leaves with their parameters and
-gradients (`_gather`), hands them to the engine, and puts what was not written in place back into
+gradients (`gather`), hands them to the engine, and puts what was not written in place back into
 trees (`_replace`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import islice
 from types import SimpleNamespace
 from typing import Any, TypeVar
 
-import numpy as np
 
 from . import _engine
+from ._lockstep import gather, place
 from ._rule import Rule
-from ._ties import carry, owners, same_elements
+from ._ties import carry, parameters, same_elements
 from ._tree import (
     KeyPath,
     children,
@@ -34,7 +35,6 @@ from ._tree import (
 Array = Any
 Tree = Any
 Model = TypeVar("Model")
-_places = tuple[list[Any], list[Any], list[Any]]
 
 
 @register_leaf
@@ -111,9 +111,9 @@ def setup(rule: Rule, model: Tree) -> Tree:
     if not isinstance(rule, Rule):
         hint = f"; write {rule.__name__}()" if isinstance(rule, type) else ""
         raise TypeError(f"setup takes a rule first, then the model; got {rule!r:.60}{hint}")
-    arrays = trainables(model, path=True, tied=True)
+    arrays, owners = parameters(model)
     made: list[Leaf] = []
-    for k, owner in enumerate(owners(arrays)):
+    for k, owner in enumerate(owners):
         made.append(_new_leaf(rule, *arrays[k]) if owner == k else made[owner])
     leaf_of = {id(x): leaf for (_, x), leaf in zip(arrays, made, strict=True)}
 
@@ -131,20 +131,6 @@ def _new_leaf(rule: Rule, path: KeyPath, x: Array) -> Leaf:
         return Leaf(rule, rule.init(x))
     except TypeError as error:
         raise TypeError(f"at {path}: {error}") from error
-
-
-def trainables(model: Tree, path: bool = False, *, tied: bool = False) -> list[Any]:
-    """Return the trainable arrays of a model, in the order of its flat vector."""
-    found: list[tuple[KeyPath, Array]] = []
-
-    def leaf(where: KeyPath, x: Any) -> None:
-        if isnumeric(x):
-            found.append((where, x))
-
-    fold(model, leaf, lambda where, x, results: None, keys=trainable_keys)
-    if not tied:
-        found = [found[k] for k, owner in enumerate(owners(found)) if owner == k]
-    return found if path else [x for _, x in found]
 
 
 # --- update ----------------------------------------------------------------------------------
@@ -188,7 +174,7 @@ def update(state: Tree, model: Model, grad: Tree, *higher: Tree) -> tuple[Tree, 
     >>> model
     {'w': array([0.9, 1.9]), 'b': array([0.])}
     """
-    return _step(state, model, (grad, *higher), in_place=False)
+    return _step(state, model, grad, higher, False)
 
 
 def update_(state: Tree, model: Model, grad: Tree, *higher: Tree) -> tuple[Tree, Model]:
@@ -218,23 +204,22 @@ def update_(state: Tree, model: Model, grad: Tree, *higher: Tree) -> tuple[Tree,
     >>> w
     array([0.9, 1.9])
     """
-    return _step(state, model, (grad, *higher), in_place=True)
+    return _step(state, model, grad, higher, True)
 
 
 def _step(
-    state: Tree, model: Model, grads: Sequence[Tree], *, in_place: bool
+    state: Tree, model: Model, grad: Tree, higher: Sequence[Tree], in_place: bool
 ) -> tuple[Tree, Model]:
-    leaves, xs, gs = _gather(state, model, grads[0])
-    higher = [_gather(state, model, grad)[2] for grad in grads[1:]]
+    leaves, xs, gs = gather(Leaf, state, model, grad)
+    higher = higher and [gather(Leaf, state, model, h)[2] for h in higher]
 
     def where(k: int) -> str:
-        return str(next(islice(_places(state, model, None), k, None))[0])
+        return place(Leaf, state, model, k)
 
-    if len({*map(id, leaves)}) == len(leaves):
-        new_x, new_state = _engine.advance(leaves, xs, gs, higher, where, in_place=in_place)
+    if len(leaves) == 1 or len({*leaves}) == len(leaves):
+        new_x, new_state = _engine.advance(leaves, xs, gs, higher, where, in_place)
     else:
-        tied = _Tied(leaves, xs, where)
-        new_x, new_state = tied.advance(gs, higher, in_place=in_place)
+        new_x, new_state = _Tied(leaves, xs, where).advance(gs, higher, in_place)
 
     if in_place:
         for k, new in new_state.items():
@@ -260,117 +245,6 @@ def _renewed(state: Tree, leaves: list[Leaf], new_state: dict[int, Any]) -> Tree
     return fmap(lambda leaf: made.get(id(leaf), leaf), state)
 
 
-# --- walking three trees at once -------------------------------------------------------------
-
-
-def _gather(state: Tree, model: Tree, grad: Tree) -> tuple[list[Leaf], list[Array], list[Any]]:
-    """Return beside each other every leaf, its parameter and its gradient, or None."""
-    leaves: list[Leaf] = []
-    xs: list[Array] = []
-    gs: list[Any] = []
-    stack: list[Iterator[tuple[Any, Any, Any]]] = [iter(((state, model, grad),))]
-    try:
-        while stack:
-            for s, m, g in stack[-1]:
-                if s.__class__ is Leaf:
-                    leaves.append(s)
-                    xs.append(m)
-                    gs.append(g)
-                elif s != ():
-                    stack.append(_beside(s, m, g))
-                    break
-            else:
-                stack.pop()
-    except _Misfit:
-        for _ in _places(state, model, grad):  # raises the same error with its path
-            pass
-        raise
-    return leaves, xs, gs
-
-
-def _places(state: Tree, model: Tree, grad: Tree) -> Iterator[tuple[KeyPath, Leaf]]:
-    """Yield what `_gather` finds, with paths."""
-    stack = [(KeyPath(), state, model, grad)]
-    while stack:
-        path, s, m, g = stack.pop()
-        if isinstance(s, Leaf):
-            yield path, s
-        elif s != ():
-            try:
-                below = list(_beside(s, m, g))
-            except _Misfit as misfit:
-                raise misfit.error(f"at {path}: {misfit}") from None
-            paths = [path.child(m, key) for key in children(s)]
-            stack += reversed([(p, *b) for p, b in zip(paths, below, strict=True)])
-
-
-class _Misfit(Exception):
-    """Two trees do not fit each other; what is missing is where."""
-
-    def __init__(self, error: type[Exception], message: str) -> None:
-        super().__init__(message)
-        self.error = error
-
-
-def _beside(s: Tree, m: Tree, g: Tree) -> Iterator[tuple[Any, Any, Any]]:
-    """Yield the children of a node of the state tree, beside those of the model and gradient."""
-    kind = type(m)
-    if kind is type(s) is type(g):
-        if kind is dict and s.keys() == m.keys() and g.keys() <= m.keys():
-            return zip(s.values(), map(m.__getitem__, s), map(g.get, s), strict=True)
-        if kind is list and len(s) == len(m) == len(g):
-            return zip(s, m, g, strict=True)
-    below_s, below_m = children(s), children(m)
-    if below_s.keys() == below_m.keys():
-        keys = list(below_s)
-    elif type(s) is tuple and len(below_s) == len(below_m):  # an object whose keys are no names
-        keys = list(below_m)
-    else:
-        raise _Misfit(
-            ValueError,
-            f"the state tree has {_keys_text(s)}, the model has {_keys_text(m)}; "
-            "call setup anew for this model",
-        )
-    try:
-        below_g = _below_gradient(m, below_m, g)
-    except _Misfit:
-        if any(not leaf.frozen for leaf in _leaves(s)):
-            raise
-        below_g = {}  # nobody looks at gradients below frozen leaves
-    return zip(
-        below_s.values(), [below_m[k] for k in keys], [below_g.get(k) for k in keys], strict=True
-    )
-
-
-def _below_gradient(m: Tree, below_m: dict[Any, Any], g: Tree) -> dict[Any, Any]:
-    if g is None or (type(g) is tuple and not g):
-        return {}
-    expected = f"expected a gradient like the model's {_keys_text(m)}"
-    if isinstance(m, list | tuple) and isinstance(g, list | tuple):
-        if len(g) != len(m):
-            raise _Misfit(ValueError, f"{expected}, got {_keys_text(g)}; None means no gradient")
-        return dict(zip(below_m, g, strict=True))
-    if isinstance(m, list | tuple) or not isinstance(g, (dict, SimpleNamespace, type(m))):
-        raise _Misfit(TypeError, f"{expected}, got {_keys_text(g)}; None means no gradient")
-    below_g = children(g)
-    if unknown := [key for key in below_g if key not in below_m]:
-        raise _Misfit(
-            ValueError,
-            f"{expected}, got {', '.join(map(repr, unknown[:9]))}, which the model does not have",
-        )
-    return below_g
-
-
-def _keys_text(node: Tree) -> str:
-    name = type(node).__name__
-    if isinstance(node, list | tuple) and not hasattr(node, "_fields"):
-        return f"{name} of {len(node)}"
-    keys = list(children(node))
-    if not keys:
-        return f"{name} ({node!r:.40})"
-    return f"{name} with {', '.join(map(repr, keys[:9]))}{', ...' * (len(keys) > 9)}"
-
-
 # --- ties ------------------------------------------------------------------------------------
 
 
@@ -386,7 +260,7 @@ class _Tied:
         self.leaves = [leaves[group[0]] for group in self.groups]
 
     def advance(
-        self, gs: list[Any], higher: list[list[Any]], *, in_place: bool
+        self, gs: list[Any], higher: Sequence[list[Any]], in_place: bool
     ) -> tuple[dict[int, Array], dict[int, Any]]:
         """Do what `_engine.advance` does, for all places."""
         summed, *higher = [[self._sum(g, group) for group in self.groups] for g in (gs, *higher)]
@@ -396,7 +270,7 @@ class _Tied:
             summed,
             higher,
             lambda k: self.where(self.groups[k][0]),
-            in_place=in_place,
+            in_place,
         )
         new_x: dict[int, Array] = {}
         for j, group in enumerate(self.groups):
@@ -430,7 +304,7 @@ class _Tied:
             return gs[first]  # which the engine checks
         total = None
         for k in group:
-            g = _engine.checked_gradient(gs[k], self.xs[k], lambda k=k: self.where(k))
+            g = _engine.checked_gradient(gs[k], self.xs[k], partial(self.where, k))
             if g is not None:
                 g = self._seen_from(first, k, g)
                 total = g if total is None else total + g

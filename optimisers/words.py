@@ -35,10 +35,15 @@ __all__ = [
     "zeros_like",
 ]
 
+# Named here since `X | Y` is made anew each time it is evaluated.
+_NUMPY = (np.ndarray, np.generic)
+_WHOLE = (int, np.integer)
+_REAL = (float, int, np.floating, np.integer)
+
 
 def namespace(x: Any) -> Any:
     """Return the module whose functions take `x`: NumPy's, JAX's, PyTorch's, ..."""
-    if isinstance(x, np.ndarray | np.generic):
+    if isinstance(x, _NUMPY):
         return np
     if type(x).__module__.partition(".")[0] == "autograd":
         return importlib.import_module("autograd.numpy")
@@ -47,7 +52,7 @@ def namespace(x: Any) -> Any:
 
 def is_complex(x: Any) -> bool:
     """Tell whether `x` holds complex numbers."""
-    if isinstance(x, np.ndarray | np.generic):
+    if isinstance(x, _NUMPY):
         return x.dtype.kind == "c"
     return bool(array_api_compat.array_namespace(x).isdtype(x.dtype, "complex floating"))
 
@@ -58,7 +63,7 @@ def _real(x: Any) -> Any:
 
 def _beside(x: Any, y: Any) -> Any:
     """Return `y` as an array of `x`'s library, where a bare number would not do."""
-    if hasattr(y, "dtype") or isinstance(x, np.ndarray | np.generic):
+    if hasattr(y, "dtype") or isinstance(x, _NUMPY):
         return y
     return namespace(x).asarray(y, dtype=x.dtype)
 
@@ -110,7 +115,7 @@ def clip(x: Any, low: Any, high: Any) -> Any:
 
 def where(condition: Any, x: Any, y: Any) -> Any:
     """Return `x` where `condition` holds, else `y`."""
-    if isinstance(condition, bool | np.bool):
+    if isinstance(condition, np.bool) or not hasattr(condition, "dtype"):
         return x if condition else y
     return namespace(condition).where(condition, x, y)
 
@@ -123,13 +128,15 @@ def zeros_like(x: Any) -> Any:
 def ema_weight(beta: Any, t: Any) -> Any:
     """Return ``1 - beta**t``, the weight that an exponential moving average has seen in t steps.
 
-    A word for `coefs`, not for `step`. Python numbers are taken in double; a traced `t` or `beta`
-    goes through ``expm1``, which keeps in float32 the digits that ``1 - beta**t`` would cancel.
+    A word for `coefs`, not for `step`. Numbers are taken in double; a traced `t` or `beta` goes
+    through ``expm1``, which keeps in float32 the digits that ``1 - beta**t`` would cancel.
 
     >>> ema_weight(0.9, 2)
     0.18999999999999995
     """
-    if isinstance(t, int) and isinstance(beta, float | int):
+    number = isinstance(beta, _REAL)
+    if number and isinstance(t, _WHOLE):
         return 1.0 - math.pow(beta, t)
-    xp = namespace(t if hasattr(t, "dtype") else beta)
-    return -xp.expm1(t * xp.log(beta))
+    xp = namespace(t if number else beta)
+    log = (math.log(beta) if beta > 0 else -math.inf) if number else xp.log(beta)
+    return -xp.expm1(t * log)

@@ -506,6 +506,20 @@ assert not isnumeric(cuda.to_device(np.arange(2)))
     assert done.returncode == 0, done.stderr
 
 
+def test_arrays_of_cupy_by_their_class(monkeypatch):
+    class ndarray:  # noqa: N801
+        def __init__(self, like):
+            self.shape, self.strides, self.dtype = like.shape, like.strides, like.dtype
+
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(ndarray=ndarray))
+    x = np.ones((2, 3), np.float32)
+    assert isnumeric(ndarray(x))
+    assert maywrite(ndarray(x))
+    assert not is_node(ndarray(x))
+    assert not isnumeric(ndarray(x.astype(int)))
+    assert not maywrite(ndarray(np.broadcast_to(x, (4, 2, 3))))
+
+
 def test_no_library_is_imported():
     code = """
 import sys

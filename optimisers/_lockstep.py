@@ -1,0 +1,174 @@
+"""Walking a template, a model and a gradient side by side.
+
+A *template* has the structure of a model, as `mirror` makes it, with a *mark* at each parameter
+and ``()`` for what holds none. A state tree is one, its marks are its leaves. `gather` is the
+quick walk, which keeps no paths; only if something does not fit are the trees walked again, by
+`places`, for an error that says where.
+
+A gradient may be less than the model: ``None``, ``()`` or a missing key says that there is none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+from types import SimpleNamespace
+from typing import Any, Protocol, TypeVar
+
+from ._tree import KeyPath, children, walk
+
+Array = Any
+Tree = Any
+
+
+class Mark(Protocol):
+    """What a template holds for a parameter."""
+
+    @property
+    def frozen(self) -> bool:
+        """Whether nobody looks at gradients here."""
+
+
+M = TypeVar("M", bound=Mark)
+
+_STATE = "the state tree has {expected}, the model has {got}; call setup anew for this model"
+
+
+def gather(
+    mark: type[M], template: Tree, model: Tree, grad: Tree, misfit: str = _STATE
+) -> tuple[list[M], list[Array], list[Any]]:
+    """Return beside each other every mark, the parameter there and its gradient, or None.
+
+    Parameters
+    ----------
+    mark : type
+        The class of the template's marks.
+    template, model, grad : tree
+        The trees.
+    misfit : str
+        The message for a model that does not fit, with ``{expected}`` and ``{got}``.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If the trees do not fit each other; the message names the path.
+    """
+    if template.__class__ is mark:
+        return [template], [model], [grad]
+    marks: list[M] = []
+    xs: list[Array] = []
+    gs: list[Any] = []
+    stack: list[Iterator[tuple[Any, Any, Any]]] = [iter(((template, model, grad),))]
+    try:
+        while stack:
+            for s, m, g in stack[-1]:
+                if s.__class__ is mark:
+                    marks.append(s)
+                    xs.append(m)
+                    gs.append(g)
+                elif s != ():
+                    stack.append(_beside(mark, s, m, g, misfit))
+                    break
+            else:
+                stack.pop()
+    except _Misfit:
+        for _ in places(mark, template, model, grad, misfit):  # raises the same with its path
+            pass
+        raise
+    return marks, xs, gs
+
+
+def places(
+    mark: type[M], template: Tree, model: Tree, grad: Tree = None, misfit: str = _STATE
+) -> Iterator[tuple[KeyPath, M]]:
+    """Yield the marks that `gather` finds, with their paths."""
+    stack = [(KeyPath(), template, model, grad)]
+    while stack:
+        path, s, m, g = stack.pop()
+        if isinstance(s, mark):
+            yield path, s
+        elif s != ():
+            try:
+                below = list(_beside(mark, s, m, g, misfit))
+            except _Misfit as error:
+                raise error.kind(f"at {path}: {error}") from None
+            keys = _keys(children(s), children(m), s) or ()
+            paths = [path.child(m, key) for key in keys]
+            stack += reversed([(p, *b) for p, b in zip(paths, below, strict=True)])
+
+
+def place(mark: type[M], template: Tree, model: Tree, k: int) -> str:
+    """Return the path of the k-th mark that `gather` finds, as text."""
+    return str(next(islice(places(mark, template, model), k, None))[0])
+
+
+class _Misfit(Exception):
+    """Two trees do not fit each other; what is missing is where."""
+
+    def __init__(self, kind: type[Exception], message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+def _beside(
+    mark: type[M], s: Tree, m: Tree, g: Tree, misfit: str
+) -> Iterator[tuple[Any, Any, Any]]:
+    """Yield the children of a node of the template, beside those of the model and gradient."""
+    kind = type(m)
+    if kind is type(s) is type(g):
+        if kind is dict and s.keys() == m.keys() and g.keys() <= m.keys():
+            return zip(s.values(), map(m.__getitem__, s), map(g.get, s), strict=True)
+        if kind is list and len(s) == len(m) == len(g):
+            return zip(s, m, g, strict=True)
+    below_s, below_m = children(s), children(m)
+    keys = _keys(below_s, below_m, s)
+    if keys is None:
+        text = misfit.format(expected=_keys_text(s), got=_keys_text(m))
+        raise _Misfit(ValueError, text)
+    try:
+        below_g = _below_gradient(m, below_m, g)
+    except _Misfit:
+        if any(isinstance(x, mark) and not x.frozen for _, x in walk(s)):
+            raise
+        below_g = {}  # nobody looks at gradients below frozen marks
+    return zip(
+        below_s.values(), [below_m[k] for k in keys], [below_g.get(k) for k in keys], strict=True
+    )
+
+
+def _keys(below_s: dict[Any, Any], below_m: dict[Any, Any], s: Tree) -> list[Any] | None:
+    """Return the model's keys in the order of the template; None if they do not match."""
+    if below_s.keys() == below_m.keys():
+        return list(below_s)
+    if type(s) is tuple and len(below_s) == len(below_m):  # an object whose keys are no names
+        return list(below_m)
+    return None
+
+
+def _below_gradient(m: Tree, below_m: dict[Any, Any], g: Tree) -> dict[Any, Any]:
+    if g is None or (type(g) is tuple and not g):
+        return {}
+    expected = f"expected a gradient like the model's {_keys_text(m)}"
+    if isinstance(m, list | tuple) and isinstance(g, list | tuple):
+        if len(g) != len(m):
+            raise _Misfit(ValueError, f"{expected}, got {_keys_text(g)}; None means no gradient")
+        return dict(zip(below_m, g, strict=True))
+    if isinstance(m, list | tuple) or not isinstance(g, (dict, SimpleNamespace, type(m))):
+        raise _Misfit(TypeError, f"{expected}, got {_keys_text(g)}; None means no gradient")
+    below_g = children(g)
+    if unknown := [key for key in below_g if key not in below_m]:
+        raise _Misfit(
+            ValueError,
+            f"{expected}, got {', '.join(map(repr, unknown[:9]))}, which the model does not have",
+        )
+    return below_g
+
+
+def _keys_text(node: Tree) -> str:
+    name = type(node).__name__
+    if isinstance(node, list | tuple) and not hasattr(node, "_fields"):
+        return f"{name} of {len(node)}"
+    keys = list(children(node))
+    if not keys:
+        return f"{name} ({node!r:.40})"
+    return f"{name} with {', '.join(map(repr, keys[:9]))}{', ...' * (len(keys) > 9)}"

@@ -1,0 +1,216 @@
+"""The published formulas with 50 digits, written without a look at rules.py.
+
+Each takes a rule's hyperparameters `h` (exactly the doubles given), the count of steps `t`, one
+parameter `x`, its gradient `g` and what is remembered in `s`, and returns the step `dx`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import mpmath
+import numpy as np
+
+mp = mpmath.mp.clone()
+mp.dps = 50
+
+zero = mp.mpf(0)
+
+
+def sqrt(x: Any) -> Any:
+    return mp.sqrt(x)
+
+
+def abs2(z: Any) -> Any:
+    return mp.re(z) ** 2 + mp.im(z) ** 2
+
+
+def sign(z: Any) -> Any:
+    return z / abs(z) if z != 0 else zero
+
+
+def descent(h, t, x, g, s):
+    return h.eta * g
+
+
+def momentum(h, t, x, g, s):
+    s.v = h.rho * s.get("v") + h.eta * g
+    return s.v
+
+
+def nesterov(h, t, x, g, s):
+    v = s.get("v")
+    s.v = h.rho * v - h.eta * g
+    return -(h.rho**2) * v + (1 + h.rho) * h.eta * g
+
+
+def rmsprop(h, t, x, g, s):
+    s.q = h.rho * s.get("q") + (1 - h.rho) * abs2(g)
+    s.l = h.rho * s.get("l") + (1 - h.rho) * g
+    variance = max(s.q - abs2(s.l), zero) if h.centred else s.q
+    return h.eta * g / (sqrt(variance) + h.epsilon)
+
+
+def rprop(h, t, x, g, s):
+    eta, trend = s.get("eta", h.eta), s.get("g") * g
+    if trend > 0:
+        eta = min(eta * h.ell[1], h.gamma[1])
+    if trend < 0:
+        eta, g = max(eta * h.ell[0], h.gamma[0]), zero
+    s.eta, s.g = eta, g
+    return eta * sign(g)
+
+
+def averages(h, g, s):
+    b1, b2 = h.beta
+    s.m = b1 * s.get("m") + (1 - b1) * g
+    s.v = b2 * s.get("v") + (1 - b2) * abs2(g)
+    return b1, b2, s.m, s.v
+
+
+def adam(h, t, x, g, s):
+    b1, b2, m, v = averages(h, g, s)
+    return h.eta * (m / (1 - b1**t)) / (sqrt(v / (1 - b2**t)) + h.epsilon)
+
+
+def adamw(h, t, x, g, s):
+    rate_1 = SimpleNamespace(eta=1, beta=h.beta, epsilon=h.epsilon)
+    d = adam(rate_1, t, x, g, s)
+    return h.eta * (d + h.lambda_ * x) if h.couple else h.eta * d + h.lambda_ * x
+
+
+def radam(h, t, x, g, s):
+    b2 = h.beta[1]
+    r_inf = 2 / (1 - b2) - 1
+    r = r_inf - 2 * t * b2**t / (1 - b2**t)
+    if r > 4:
+        rectifier = sqrt((r - 4) * (r - 2) * r_inf / ((r_inf - 4) * (r_inf - 2) * r))
+        return adam(h, t, x, g, s) * rectifier
+    b1, b2, m, v = averages(h, g, s)
+    return h.eta * m / (1 - b1**t)
+
+
+def adamax(h, t, x, g, s):
+    b1, b2 = h.beta
+    s.m = b1 * s.get("m") + (1 - b1) * g
+    s.u = max(b2 * s.get("u"), abs(g))
+    return h.eta / (1 - b1**t) * s.m / (s.u + h.epsilon)
+
+
+def nadam(h, t, x, g, s):
+    b1, b2, m, v = averages(h, g, s)
+    ahead = b1 * m / (1 - b1 ** (t + 1)) + (1 - b1) * g / (1 - b1**t)
+    return h.eta * ahead / (sqrt(b2 * v / (1 - b2**t)) + h.epsilon)
+
+
+def oadam(h, t, x, g, s):
+    term, s.term = s.get("term"), adam(h, t, x, g, s)
+    return 2 * s.term - term
+
+
+def amsgrad(h, t, x, g, s):
+    for slot in "m", "v", "vhat":
+        s.get(slot, h.epsilon)
+    b1, b2, m, v = averages(h, g, s)
+    s.vhat = max(s.vhat, v)
+    return h.eta * m / (sqrt(s.vhat) + h.epsilon)
+
+
+def adabelief(h, t, x, g, s):
+    b1, b2 = h.beta
+    s.m = b1 * s.get("m") + (1 - b1) * g
+    s.s = b2 * s.get("s") + (1 - b2) * abs2(g - s.m) + h.epsilon
+    return h.eta * s.m / (1 - b1**t) / (sqrt(s.s / (1 - b2**t)) + h.epsilon)
+
+
+def adagrad(h, t, x, g, s):
+    s.acc = s.get("acc", h.epsilon) + abs2(g)
+    return h.eta * g / (sqrt(s.acc) + h.epsilon)
+
+
+def adadelta(h, t, x, g, s):
+    s.acc = h.rho * s.get("acc") + (1 - h.rho) * abs2(g)
+    dx = g * sqrt(s.get("delta") + h.epsilon) / sqrt(s.acc + h.epsilon)
+    s.delta = h.rho * s.delta + (1 - h.rho) * abs2(dx)
+    return dx
+
+
+def lion(h, t, x, g, s):
+    b1, b2 = h.beta
+    m = s.get("m")
+    s.m = b2 * m + (1 - b2) * g
+    return h.eta * sign(b1 * m + (1 - b1) * g)
+
+
+def weight_decay(h, t, x, g, s):
+    return g + h.lambda_ * x
+
+
+def sign_decay(h, t, x, g, s):
+    return g + h.lambda_ * sign(x)
+
+
+def clip_grad(h, t, x, g, s):
+    return max(min(g, h.delta), -h.delta)
+
+
+FORMULAS = {
+    "Descent": descent,
+    "Momentum": momentum,
+    "Nesterov": nesterov,
+    "RMSProp": rmsprop,
+    "Rprop": rprop,
+    "Adam": adam,
+    "AdamW": adamw,
+    "RAdam": radam,
+    "AdaMax": adamax,
+    "NAdam": nadam,
+    "OAdam": oadam,
+    "AMSGrad": amsgrad,
+    "AdaBelief": adabelief,
+    "AdaGrad": adagrad,
+    "AdaDelta": adadelta,
+    "Lion": lion,
+    "WeightDecay": weight_decay,
+    "SignDecay": sign_decay,
+    "ClipGrad": clip_grad,
+}
+
+
+class Memory(SimpleNamespace):
+    """What a formula remembers of one element."""
+
+    def get(self, name: str, start: Any = zero) -> Any:
+        return self.__dict__.setdefault(name, start)
+
+
+def exact(value: Any) -> Any:
+    """Return a number, or a tuple of them, with all digits of what it is in double."""
+    if isinstance(value, tuple):
+        return tuple(map(exact, value))
+    if isinstance(value, complex):
+        return mp.mpc(value.real, value.imag)
+    return value if isinstance(value, bool) else mp.mpf(value)
+
+
+def trajectory(
+    name: str, rule: Any, x: np.ndarray, gs: Sequence[np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the steps, and the parameter after each, as the formula `name` has them.
+
+    Arrays of objects with 50 digits: a row for each step.
+    """
+    h = SimpleNamespace(**{f.name: exact(getattr(rule, f.name)) for f in dataclasses.fields(rule)})
+    xs = [exact(v) for v in x.tolist()]
+    memories = [Memory() for _ in xs]
+    steps, path = [], []
+    for t, g in enumerate(gs, start=1):
+        elements = zip(xs, g.tolist(), memories, strict=True)
+        dx = [FORMULAS[name](h, t, v, exact(d), s) for v, d, s in elements]
+        xs = [v - d for v, d in zip(xs, dx, strict=True)]
+        steps.append(dx)
+        path.append(xs)
+    return np.array(steps, dtype=object), np.array(path, dtype=object)

@@ -1,0 +1,440 @@
+"""The engine: same bits however it runs, one call for the whole tree, and threads."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+import tracemalloc
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+from util import (
+    BOTH,
+    ELEMENTWISE,
+    EXACT_CHAINS,
+    assert_same_bits,
+    bits,
+    arrays_in,
+    example,
+    normal,
+    parametrize,
+    step,
+)
+
+from optimisers import (
+    AccumGrad,
+    Adam,
+    ClipNorm,
+    Descent,
+    Momentum,
+    OptimiserChain,
+    WeightDecay,
+    _engine,
+    get_num_threads,
+    set_num_threads,
+    setup,
+    update,
+    update_,
+)
+
+BLOCK, WORK_PER_THREAD = _engine.kernels.settings()
+SIZES = [(), (0,), 1, 8, BLOCK - 1, BLOCK + 1, 9 * BLOCK + 5, (3, BLOCK)]
+NORMS = [ClipNorm(1e-3, p) for p in (2, 1, 0, 0.5, 3, -1, np.inf, -np.inf)]
+RULES = [
+    *map(example, ELEMENTWISE),
+    *EXACT_CHAINS[::7],
+    *NORMS,
+    OptimiserChain(Adam(), ClipNorm(1e-2, 2), AccumGrad(2), ClipNorm(1e-3, 3), Momentum()),
+]
+
+
+@pytest.fixture(autouse=True)
+def _settings():
+    """Leave the settings of the kernels as they were."""
+    yield
+    for kernels in _engine.available.values():
+        kernels.set_block(BLOCK)
+        kernels.set_work_per_thread(WORK_PER_THREAD)
+        kernels.set_num_threads(0)
+
+
+def model_of_sizes(dtype, seed):
+    return {str(k): normal(size, dtype, seed) for k, size in enumerate(SIZES)}
+
+
+def trained(call=update_, rules=RULES, steps=3):
+    """Return state and model after some steps of many rules on many sizes, all by the kernels."""
+    model = {f"{k} {dtype}": model_of_sizes(dtype, k) for k, _ in enumerate(rules) for dtype in ("f4", "f8")}
+    state = {key: setup(rules[int(key.split()[0])], branch) for key, branch in model.items()}
+    for seed in range(1, steps + 1):
+        grad = {key: model_of_sizes(key[-2:], seed) for key in model}
+        with _engine.watching() as seen:
+            state, model = call(state, model, grad)
+        assert {backend for _, backend in seen} == {"kernels"}
+        assert len(seen) == len(model) * len(SIZES)
+    return {"state": state, "model": model}
+
+
+@pytest.fixture(scope="module")
+def expected():
+    """Return what a run with the first settings gives."""
+    return trained()
+
+
+# --- same bits -------------------------------------------------------------------------------
+
+
+@parametrize("block", [8, 24, BLOCK, 4096])
+def test_block_size_changes_no_bit(block, expected):
+    _engine.kernels.set_block(block)
+    assert_same_bits(trained(), expected)
+
+
+@BOTH
+@parametrize("threads", [1, 2, 5])
+def test_number_of_threads_changes_no_bit(threads, call, expected):
+    set_num_threads(threads)
+    _engine.kernels.set_work_per_thread(1)
+    assert_same_bits(trained(call), expected)
+
+
+@parametrize("threads", [1, 2, 5])
+def test_threads_on_a_long_norm(threads):
+    """More numbers than a partial sum holds: which thread adds what must not matter."""
+    g = normal(100_003, np.float32)
+    rule = OptimiserChain(Momentum(), *NORMS)
+    results = []
+    for n in (1, threads):
+        set_num_threads(n)
+        _engine.kernels.set_work_per_thread(1)
+        results.append(step(update_, setup(rule, g), g.copy(), g)[1])
+    assert_same_bits(*results)
+
+
+def test_block_must_fit_and_fill_vectors():
+    for wrong in (0, 7, 12, 4104):
+        with pytest.raises(ValueError, match="multiple of 8 numbers, at most 4096"):
+            _engine.kernels.set_block(wrong)
+
+
+@parametrize("name", _engine.available)
+def test_each_instruction_set_gives_the_same_bits(name, monkeypatch, expected):
+    monkeypatch.setattr(_engine, "kernels", _engine.available[name])
+    assert _engine.available[name].step_index == _engine.baseline.step_index
+    assert_same_bits(trained(), expected)
+
+
+# --- choosing kernels ------------------------------------------------------------------------
+
+
+def run(code, **environment):
+    """Run code in a new interpreter, as strict about warnings as this one."""
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-c", textwrap.dedent(code)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+SHORT_RUN = """
+    import hashlib, numpy as np, optimisers
+    from optimisers import _engine
+    x = np.linspace(-1, 1, 5001)
+    rule = optimisers.OptimiserChain(optimisers.ClipNorm(0.1), optimisers.Adam())
+    state = optimisers.setup(rule, x)
+    with _engine.watching() as seen:
+        for k in range(5):
+            optimisers.update_(state, x, x**k)
+    assert {backend for _, backend in seen} == {"kernels"}
+    print(_engine.isa, hashlib.sha256(x.tobytes()).hexdigest())
+"""
+
+
+def test_an_instruction_set_can_be_asked_for():
+    hashes = set()
+    for name in _engine.available:
+        done = run(SHORT_RUN, OPTIMISERS_ISA=name)
+        assert done.returncode == 0, done.stderr
+        isa, result = done.stdout.split()
+        assert isa == name
+        hashes.add(result)
+    assert len(hashes) == 1
+
+
+def test_the_widest_instruction_set_is_the_default():
+    assert run(SHORT_RUN, OPTIMISERS_ISA="").stdout.split()[0] == next(iter(_engine.available))
+
+
+def test_an_instruction_set_that_is_not_there():
+    done = run("import optimisers", OPTIMISERS_ISA="mmx")
+    assert done.returncode != 0
+    last = done.stderr.strip().splitlines()[-1]
+    assert "OPTIMISERS_ISA='mmx'" in last
+    assert all(name in last for name in _engine.available)
+
+
+# --- threads ---------------------------------------------------------------------------------
+
+
+def test_number_of_threads_follows_the_environment():
+    code = "import optimisers; print(optimisers.get_num_threads())"
+    assert run(code, OMP_NUM_THREADS="3").stdout.strip() == "3"
+
+
+def test_number_of_threads_follows_threadpoolctl():
+    threadpoolctl = pytest.importorskip("threadpoolctl")
+    before = get_num_threads()
+    with threadpoolctl.threadpool_limits(limits=1, user_api="openmp"):
+        assert get_num_threads() == 1
+    with threadpoolctl.threadpool_limits(limits=4, user_api="openmp"):
+        assert get_num_threads() == 4
+    assert get_num_threads() == before
+
+
+def test_set_num_threads():
+    before = get_num_threads()
+    set_num_threads(7)
+    assert get_num_threads() == 7
+    set_num_threads(0)
+    assert get_num_threads() == before
+    for wrong in (-1, 1.5):
+        with pytest.raises(ValueError, match=f"0 or more; got {wrong}"):
+            set_num_threads(wrong)
+    assert get_num_threads() == before
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
+def test_a_forked_process_can_update():
+    done = run(
+        """
+        import os, signal, numpy as np, optimisers
+        from optimisers import _engine
+        _engine.kernels.set_work_per_thread(1)
+        optimisers.set_num_threads(4)
+        x, g = np.ones(100_000), np.ones(100_000)
+        rule = optimisers.OptimiserChain(optimisers.ClipNorm(), optimisers.Adam())
+        state = optimisers.setup(rule, x)
+        optimisers.update_(state, x, g)          # starts OpenMP's threads
+        child = os.fork()
+        optimisers.update_(state, x, g)
+        if child == 0:
+            signal.alarm(20)
+            os._exit(int(len(set(x)) != 1))
+        _, status = os.waitpid(child, 0)
+        signal.alarm(20)
+        optimisers.update_(state, x, g)          # the parent goes on as before
+        print(os.waitstatus_to_exitcode(status), optimisers.get_num_threads(), len(set(x)))
+        """
+    )
+    assert done.stdout.split() == ["0", "4", "1"], done.stderr
+
+
+@parametrize("threads", [1, 3])
+def test_updates_from_several_python_threads(threads):
+    set_num_threads(threads)
+    _engine.kernels.set_work_per_thread(1)
+    rule = OptimiserChain(WeightDecay(0.1), ClipNorm(1.0), Adam())
+    models = [{"w": normal(5000, np.float32, k), "b": normal(7, np.float64, k)} for k in range(8)]
+    gradients = [{"w": normal(5000, np.float32, k), "b": normal(7, np.float64, k)} for k in range(20)]
+
+    def train(model):
+        state = setup(rule, model)
+        for grad in gradients:
+            update_(state, model, grad)
+        return model
+
+    alone = [train({k: x.copy() for k, x in model.items()}) for model in models]
+    workers = [threading.Thread(target=train, args=(model,)) for model in models]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    for model, other in zip(models, alone, strict=True):
+        assert_same_bits(model, other)
+
+
+# --- one call for the whole tree -------------------------------------------------------------
+
+
+def many(n, dtype=np.float32):
+    return {str(k): normal((3, 2), dtype, k) for k in range(n)}
+
+
+def test_one_batch_per_update(monkeypatch):
+    made = []
+
+    class Spy(_engine.kernels.Batch):
+        def __init__(self, *args, **kwargs):
+            made.append(self)
+
+    monkeypatch.setattr(_engine.kernels, "Batch", Spy)
+    rule = OptimiserChain(ClipNorm(), OptimiserChain(WeightDecay(), Adam()), ClipNorm(), AccumGrad(2))
+    model = {"single": many(20), "double": many(20, np.float64)}
+    for call in (update_, update):
+        made.clear()
+        call(setup(rule, model), model, model)
+        assert len(made) == 1
+        assert len(made[0].places()) == 40
+
+
+def calls_per_update(n):
+    """Return how many Python functions one update of n leaves enters."""
+    rule = OptimiserChain(WeightDecay(0.1), Adam())
+    model, grad = many(n), many(n)
+    state = setup(rule, model)
+    update_(state, model, grad)
+    calls = Counter()
+
+    def note(frame, event, arg):
+        if event == "call":
+            calls[frame.f_code.co_qualname] += 1
+
+    sys.setprofile(note)
+    try:
+        update_(state, model, grad)
+    finally:
+        sys.setprofile(None)
+    return calls
+
+
+def test_no_python_call_per_leaf():
+    assert calls_per_update(1000) == calls_per_update(10)
+
+
+class CountingAdam(Adam):
+    calls: list[int] = []
+
+    def coefs(self, t):
+        self.calls.append(t)
+        return super().coefs(t)
+
+
+@BOTH
+def test_leaves_with_the_same_rule_and_count_share_coefficients(call):
+    CountingAdam.calls.clear()
+    model = many(1000)
+    state = setup(CountingAdam(), model)
+    state, model, used = step(call, state, model, many(1000))
+    assert set(used.values()) == {"kernels"}
+    assert CountingAdam.calls == [1]
+    step(call, state, model, many(1000))
+    assert CountingAdam.calls == [1, 2]
+
+
+def test_coefficients_belong_to_count_and_dtype():
+    CountingAdam.calls.clear()
+    model = {"single": many(3), "double": many(3, np.float64)}
+    state = setup(CountingAdam(), model)
+    update_(state, model, model)
+    assert CountingAdam.calls == [1, 1]
+    update_(state, model, {"single": many(2)})
+    CountingAdam.calls.clear()
+    expected = {k: v for k, v in update(setup(Adam(), model), model, model)[1].items()}
+    assert expected.keys() == model.keys()
+    update_(state, model, model)
+    assert sorted(CountingAdam.calls) == [2, 2, 3]
+
+
+def test_counts_of_their_own_give_each_leaf_its_coefficients():
+    """Leaves of one rule that have taken different numbers of steps, side by side."""
+    model = {"old": np.ones(3), "new": np.ones(3)}
+    state = setup(Adam(), model)
+    for _ in range(3):
+        update_(state, model, {"old": np.ones(3)})
+    update_(state, model, {"old": np.ones(3), "new": np.full(3, 2.0)})
+    assert (int(state["old"].state.t), int(state["new"].state.t)) == (4, 1)
+    apart = {"old": np.ones(3)}, {"new": np.ones(3)}
+    states = [setup(Adam(), m) for m in apart]
+    for _ in range(4):
+        update_(states[0], apart[0], {"old": np.ones(3)})
+    update_(states[1], apart[1], {"new": np.full(3, 2.0)})
+    assert_same_bits(model, {**apart[0], **apart[1]})
+
+
+# --- memory ----------------------------------------------------------------------------------
+
+
+def peak_of(f):
+    f()
+    tracemalloc.start()
+    try:
+        f()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_update_in_place_allocates_nothing_of_the_models_size():
+    rule = OptimiserChain(ClipNorm(), WeightDecay(0.1), Adam(), AccumGrad(2))
+    for n in (1000, 1_000_000):
+        x, g = np.ones(n, np.float32), np.ones(n, np.float32)
+        state = setup(rule, x)
+        assert peak_of(lambda state=state, x=x, g=g: update_(state, x, g)) < 30_000
+
+
+def test_pure_update_allocates_parameter_and_state_once():
+    n = 1_000_000
+    x, g = np.ones(n, np.float32), np.ones(n, np.float32)
+    state = setup(Adam(), x)
+    size = 3 * x.nbytes
+    assert size <= peak_of(lambda: update(state, x, g)) < size + 30_000
+
+
+def test_memory_does_not_pile_up():
+    model = {"kernels": np.ones(1000), "arrays": np.ones(1000, np.float16)}
+    state = setup(OptimiserChain(ClipNorm(), Adam()), model)
+    grad = {"kernels": np.ones(1000), "arrays": np.ones(1000)}
+    for call in (update_, update):
+        call(state, model, grad)
+        tracemalloc.start()
+        try:
+            call(state, model, grad)
+            before = tracemalloc.get_traced_memory()[0]
+            for _ in range(50):
+                call(state, model, grad)
+            grown = tracemalloc.get_traced_memory()[0] - before
+        finally:
+            tracemalloc.stop()
+        assert grown < 20_000
+
+
+# --- what the watcher sees, which other tests rely on ----------------------------------------
+
+
+def test_watching_sees_each_leaf_and_backend():
+    model = {"k": np.ones(3), "a": np.ones(3, np.float16), "none": np.ones(3), "frozen": np.ones(3)}
+    state = setup(Descent(), model)
+    state["frozen"].frozen = True
+    grad = {"k": np.ones(3), "a": np.ones(3), "frozen": np.ones(3)}
+    with _engine.watching() as outer, _engine.watching() as inner:
+        update_(state, model, grad)
+    assert inner == outer == [(0, "kernels"), (1, "arrays")]
+    with _engine.watching() as seen:
+        update_(state, model, None)
+    assert seen == []
+
+
+@dataclass(frozen=True)
+class Loud(Adam):
+    """A rule whose coefficients cannot be had."""
+
+    def coefs(self, t):
+        raise RuntimeError("no coefficients today")
+
+
+@BOTH
+def test_coefficients_that_raise_leave_everything_as_it_was(call):
+    model = {"a": np.ones(3), "b": np.ones(3)}
+    state = {"a": setup(Adam(), model["a"]), "b": setup(Loud(), model["b"])}
+    before = [(p, bits(a)) for p, a in arrays_in([state, model])]
+    with pytest.raises(RuntimeError, match="no coefficients today"):
+        call(state, model, model)
+    assert [(p, bits(a)) for p, a in arrays_in([state, model])] == before

@@ -1,0 +1,294 @@
+"""Every rule of the registry, by every backend, against the array evaluation of the same step."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from util import (
+    BOTH,
+    ELEMENTWISE,
+    EVERY_ELEMENTWISE,
+    EXACT_CHAINS,
+    KERNEL_LAYOUTS,
+    LAYOUTS,
+    PUBLIC,
+    assert_near,
+    assert_same_bits,
+    assert_same_values,
+    by_arrays,
+    checked_steps,
+    example,
+    layouts_of,
+    normal,
+    parametrize,
+    special_pairs,
+    step,
+    variants,
+)
+
+from optimisers import ClipNorm, ElementwiseRule, MixedPrecision, OptimiserChain, _engine, setup, update_
+from optimisers import update as pure_update
+
+BLOCK = _engine.kernels.settings()[0]
+SIZES = [(), (0,), (3, 0, 2), (1,), (7,), BLOCK - 1, BLOCK, BLOCK + 1, (5, BLOCK + 3)]
+
+kernel_dtypes = pytest.mark.parametrize("dtype", ["float32", "float64"])
+array_dtypes = pytest.mark.parametrize(
+    "dtype", ["float16", "longdouble", "complex64", "complex128", "bfloat16"]
+)
+
+
+def as_dtype(name):
+    if name == "bfloat16":
+        return np.dtype(pytest.importorskip("ml_dtypes").bfloat16)
+    return np.dtype(name)
+
+
+def model_of_sizes(dtype, seed):
+    return {str(size): normal(size, dtype, seed) for size in SIZES}
+
+
+def keyed(backend, names):
+    return {f"[{name!r}]": backend for name in names}
+
+
+# --- the kernels -----------------------------------------------------------------------------
+
+
+@BOTH
+@kernel_dtypes
+@parametrize("rule", [*EVERY_ELEMENTWISE, *EXACT_CHAINS])
+def test_kernels_give_the_bits_of_the_arrays(rule, dtype, call):
+    model = model_of_sizes(dtype, 0)
+    gradients = [model_of_sizes(dtype, seed) for seed in range(1, 6)]
+    _, used = checked_steps(call, setup(rule, model), model, gradients, assert_same_bits)
+    assert used == keyed("kernels", model)
+
+
+@BOTH
+@kernel_dtypes
+@parametrize("rule", EVERY_ELEMENTWISE)
+def test_kernels_give_the_values_of_the_arrays_on_special_numbers(rule, dtype, call):
+    x, g = special_pairs(dtype)
+    gradients = [{"w": g}, {"w": np.roll(g, 5)}, {"w": g[::-1]}]
+    _, used = checked_steps(call, setup(rule, {"w": x}), {"w": x}, gradients, assert_same_values)
+    assert used == {"['w']": "kernels"}
+
+
+@BOTH
+@kernel_dtypes
+@parametrize("rule", [example(cls) for cls in ELEMENTWISE])
+def test_layouts_of_the_parameter(rule, dtype, call):
+    names = layouts_of(dtype)
+    model = {name: LAYOUTS[name](normal((6, 5), dtype, 1)) for name in names}
+    gradients = [{name: normal((6, 5), dtype, s) for name in names} for s in (2, 3)]
+    _, used = checked_steps(call, setup(rule, model), model, gradients[:1], assert_same_bits)
+    assert used == {
+        f"[{name!r}]": "kernels" if name in KERNEL_LAYOUTS else "arrays" for name in names
+    }
+    model = {name: LAYOUTS[name](normal((6, 5), dtype, 1)) for name in names}
+    state = setup(rule, model)
+    for grad in gradients:  # a second step finds what the first one stored
+        expected = {k: by_arrays(rule, state[k].state, x, grad[k])[1] for k, x in model.items()}
+        state, model, _ = step(call, state, model, grad)
+        assert_same_bits({k: x.astype(dtype) for k, x in model.items()}, expected)
+
+
+@BOTH
+@kernel_dtypes
+@parametrize("rule", [example(cls) for cls in ELEMENTWISE])
+@parametrize("order", ["C", "F"])
+def test_layouts_of_the_gradient(rule, dtype, call, order):
+    names = layouts_of(dtype)
+    model = {name: np.array(normal((6, 5), dtype, 1), order=order) for name in names}
+    gradients = [
+        {name: LAYOUTS[name](normal((6, 5), dtype, s)) for name in names} for s in (2, 3, 4)
+    ]
+    _, used = checked_steps(call, setup(rule, model), model, gradients, assert_same_bits)
+    assert used == keyed("kernels", names)
+
+
+# --- norms -----------------------------------------------------------------------------------
+
+ORDERS = [2, 1, 3, 0.5, 1.7, 0, -1, -2.5, np.inf, -np.inf]
+
+
+@kernel_dtypes
+@parametrize("p", ORDERS)
+@parametrize("shape", SIZES)
+def test_norms_agree(p, dtype, shape):
+    """Sums are in double: float32 is right but for its last place, double for some."""
+    g = normal(shape, dtype, 3)
+    g[g == 0] = 0.25
+    rule = ClipNorm(1e-3, p)
+    x = np.zeros_like(g)
+    _, by_kernels, used = step(pure_update, setup(rule, x), x, g)
+    assert used == {"(root)": "kernels"}
+    by_numpy = by_arrays(rule, (), x, g)[1]
+    size = np.abs(g.astype(np.longdouble)).ravel()
+    exact = np.linalg.norm(size, p) if size.size else 0
+    expected = (-g * min(1e-3 / exact, 1) if exact else -g).astype(dtype)
+    places = 1 if dtype == "float32" else 8
+    for a, b in [(by_kernels, by_numpy), (by_kernels, expected), (by_numpy, expected)]:
+        np.testing.assert_array_max_ulp(a, b, maxulp=places)
+
+
+@kernel_dtypes
+@parametrize("p", [2, 1, 3, 0.5, -1])
+@parametrize("exponent", [-1, -0.98, -0.6, 0.6, 0.98])
+def test_norms_of_representable_size_stay_so_on_the_way(p, dtype, exponent):
+    """The factor is right where squares of the numbers overflow or vanish."""
+    info = np.finfo(dtype)
+    unit = dtype_power_of_two(info, exponent)
+    g = np.array([3.0, -4.0, 12.0], dtype) * unit
+    sizes = [3.0, 4.0, 12.0]
+    norm = sum(s**p for s in sizes) ** (1 / p)  # of g / unit
+    rule = ClipNorm(float(unit), p)
+    expected = (g.astype(np.longdouble) / norm).astype(dtype)
+    for got in (
+        -step(pure_update, setup(rule, 0 * g), 0 * g, g)[1],
+        -by_arrays(rule, (), 0 * g, g)[1],
+    ):
+        np.testing.assert_allclose(got, expected, rtol=4 * info.eps, atol=info.smallest_subnormal)
+
+
+def dtype_power_of_two(info, exponent):
+    return info.dtype.type(2.0) ** int(exponent * (info.maxexp - 8))
+
+
+@kernel_dtypes
+@parametrize("p", ORDERS)
+def test_norms_that_let_nan_through(p, dtype):
+    rule = OptimiserChain(ClipNorm(0.5, p, throw=False), ClipNorm(1.0, np.inf, throw=False))
+    for bad in (np.nan, np.inf, -np.inf):
+        x = {"w": np.ones(5, dtype)}
+        g = {"w": np.array([1, bad, 0, -2, 3], dtype)}
+        _, used = checked_steps(pure_update, setup(rule, x), x, [g], assert_same_values)
+        assert used == {"['w']": "kernels"}
+
+
+@kernel_dtypes
+def test_norm_of_nothing(dtype):
+    for p in ORDERS:
+        x = np.zeros((0, 3), dtype)
+        _, new = pure_update(setup(ClipNorm(1.0, p), x), x, x)
+        assert new.shape == (0, 3)
+
+
+@kernel_dtypes
+def test_norm_in_a_chain_reads_the_state_as_it_will_be(dtype):
+    """What precedes a norm is evaluated without being stored, then once more for good."""
+    rule = OptimiserChain(*(example(cls) for cls in ELEMENTWISE[:4]), ClipNorm(1e-3, 2), example(PUBLIC[1]))
+    model = {"w": normal(3 * BLOCK, dtype)}
+    state = setup(rule, model)
+    for seed in range(4):
+        grad = {"w": normal(3 * BLOCK, dtype, seed + 1)}
+        inner, new = by_arrays(rule, state["w"].state, model["w"], grad["w"])
+        state, model, used = step(update_, state, model, grad)
+        assert used == {"['w']": "kernels"}
+        eps = np.finfo(dtype).eps
+        np.testing.assert_allclose(model["w"], new, rtol=8 * eps, atol=8 * eps)
+        assert_same_bits(state["w"].state[:4], inner[:4])  # ahead of the norm nothing differs
+
+
+# --- everything else -------------------------------------------------------------------------
+
+
+@BOTH
+@array_dtypes
+@parametrize("rule", [rule for cls in PUBLIC for rule in variants(cls)])
+def test_other_dtypes_equal_the_arrays_on_plain_copies(rule, dtype, call):
+    dtype = as_dtype(dtype)
+    names = layouts_of(dtype)
+    model = {name: LAYOUTS[name](normal((4, 3), dtype, 1)) for name in names}
+    if dtype.kind == "c" and is_real_only(rule):
+        with pytest.raises(TypeError, match="real parameters only"):
+            setup(rule, model)
+        return
+    gradients = [
+        {name: LAYOUTS[other](normal((4, 3), dtype, s)) for name, other in zip(names, names[s:] + names[:s], strict=True)}
+        for s in range(1, 5)
+    ]
+    # NumPy itself takes |z|, and sums, in another order where memory lies otherwise.
+    exact = dtype.kind != "c" and isinstance(rule, ElementwiseRule)
+    same = assert_same_bits if exact else assert_near
+    _, used = checked_steps(call, setup(rule, model), model, gradients, same)
+    assert used == keyed("arrays", names)
+
+
+def is_real_only(rule):
+    return isinstance(rule, ElementwiseRule) and rule.real_only
+
+
+@BOTH
+@parametrize("dtype", ["float16", "longdouble", "complex128"])
+@parametrize("rule", [example(cls) for cls in PUBLIC])
+def test_other_dtypes_in_no_and_one_element(rule, dtype, call):
+    if np.dtype(dtype).kind == "c" and is_real_only(rule):
+        return
+    model = {str(size): normal(size, dtype) for size in [(), (0,), (1,), (2, 0)]}
+    gradients = [{str(s): normal(s, dtype, k) for s in [(), (0,), (1,), (2, 0)]} for k in (1, 2, 3, 4)]
+    _, used = checked_steps(call, setup(rule, model), model, gradients, assert_same_bits)
+    assert used == keyed("arrays", model)
+
+
+@parametrize("dtype", ["float16", "longdouble"])
+@parametrize("rule", [example(cls) for cls in ELEMENTWISE])
+def test_other_dtypes_on_special_numbers_do_not_warn(rule, dtype):
+    x, g = special_pairs(dtype)
+    checked_steps(update_, setup(rule, {"w": x}), {"w": x}, [{"w": g}] * 2, assert_same_values)
+
+
+@BOTH
+@kernel_dtypes
+def test_mixed_precision_of_kernel_dtypes_runs_on_arrays(dtype, call):
+    for rule in (MixedPrecision("float64", example(PUBLIC[0])), MixedPrecision(OptimiserChain())):
+        model = model_of_sizes(dtype, 0)
+        gradients = [model_of_sizes(dtype, seed) for seed in (1, 2)]
+        _, used = checked_steps(call, setup(rule, model), model, gradients, assert_same_bits)
+        assert used == keyed("arrays", model)
+
+
+def test_state_is_like_the_parameter_in_native_byte_order():
+    for layout in LAYOUTS:
+        for cls in ELEMENTWISE:
+            rule = example(cls)
+            x = LAYOUTS[layout](normal((4, 3), np.float32))
+            state = rule.init(x)
+            for slot in state[: len(rule.slots)]:
+                assert (slot.shape, slot.dtype) == ((4, 3), np.dtype(np.float32))
+                assert slot.dtype.isnative
+                assert slot.flags.writeable
+            if rule.counts:
+                assert (state.t.shape, state.t.dtype, int(state.t)) == ((), np.int64, 0)
+
+
+def test_every_elementwise_rule_of_the_library_has_kernels():
+    for cls in ELEMENTWISE:
+        assert cls.__name__ in _engine.kernels.step_index
+        assert _engine.lower(example(cls)) is not None
+
+
+def test_a_subclass_with_a_formula_of_its_own_has_no_kernel():
+    for cls in ELEMENTWISE:
+
+        class Other(cls):
+            @staticmethod
+            def step(x, dx, state, coefs):
+                return cls.step(x, dx, state, coefs)
+
+        class Counted(cls):
+            def apply(self, state, x, dx, *higher):
+                return super().apply(state, x, dx, *higher)
+
+        rule = example(cls)
+        for sub in (Other, Counted):
+            twin = object.__new__(sub)
+            for name, value in vars(rule).items():
+                object.__setattr__(twin, name, value)
+            assert _engine.lower(twin) is None
+            model = {"w": normal((6,), np.float32)}
+            gradients = [{"w": normal((6,), np.float32, s)} for s in (1, 2)]
+            state = setup(twin, model)
+            _, used = checked_steps(update_, state, model, gradients, assert_same_bits)
+            assert used == {"['w']": "arrays"}
