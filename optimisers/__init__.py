@@ -34,6 +34,7 @@ from .compose import AccumGrad as AccumGrad
 from .compose import ClipNorm as ClipNorm
 from .compose import MixedPrecision as MixedPrecision
 from .compose import OptimiserChain as OptimiserChain
+from .destructure import destructure as destructure
 from .rules import *
 from .state import Leaf as Leaf
 from .state import adjust as adjust

@@ -173,8 +173,13 @@ def read_only(a: Array) -> Array:
     return a
 
 
-def evaluate(rule: Rule, state: Any, x: Array, gs: Sequence[Array | None]) -> tuple[Any, Array]:
-    """Return new state and parameter by the array library of `x`; write into nothing given."""
+def evaluate(
+    rule: Rule, state: Any, x: Array, gs: Sequence[Array | None]
+) -> tuple[Any, Array | None]:
+    """Return new state and parameter by the array library of `x`; write into nothing given.
+
+    The parameter is None where the rule makes no step.
+    """
     if isinstance(x, np.ndarray):
         x = _plain(x, x.dtype.newbyteorder("="))
     if type(rule).apply is not ElementwiseRule.apply:
@@ -182,7 +187,7 @@ def evaluate(rule: Rule, state: Any, x: Array, gs: Sequence[Array | None]) -> tu
     dx, *higher = map(read_only, gs)
     with np.errstate(all="ignore"):
         state, new = rule.move(state, read_only(x), dx, *higher)
-    if tuple(new.shape) != tuple(x.shape):
+    if new is not None and tuple(new.shape) != tuple(x.shape):
         raise ValueError(
             f"{type(rule).__name__}.apply returned a step that makes the parameter's shape "
             f"{tuple(new.shape)} out of {tuple(x.shape)}"

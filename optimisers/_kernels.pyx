@@ -19,6 +19,7 @@ e) A *barrier* (a norm) needs all of a leaf before its step can run. The steps a
 """
 
 cimport numpy as cnp
+from cpython.ref cimport Py_INCREF, Py_XDECREF, PyObject
 from cpython.tuple cimport PyTuple_Check, PyTuple_GET_ITEM, PyTuple_GET_SIZE
 from cython.parallel cimport prange
 from libc.math cimport INFINITY, fabs, fabsf, isfinite, pow
@@ -298,6 +299,11 @@ cdef struct Work:           # the memory of a batch, lent from one to the next
     Vector counts
     Vector spans            # of slots, then of all that is written
     Vector parameters       # spans of parameters
+    PyObject* rule          # the last rule met and its plan: the next batch often has the same
+    PyObject* plan
+
+cdef enum:
+    VECTORS = 7
 
 cdef Work* spare = NULL
 
@@ -314,14 +320,16 @@ cdef Work* borrow() except NULL:
 
 cdef void give_back(Work* work) noexcept:
     cdef Vector* vectors = <Vector*> work
-    cdef size_t k
-    for k in range(sizeof(Work) // sizeof(Vector)):
+    cdef int k
+    for k in range(VECTORS):
         vectors[k].length = 0
     work = <Work*> exchange(<void**> &spare, work)
     if work is not NULL:
         vectors = <Vector*> work
-        for k in range(sizeof(Work) // sizeof(Vector)):
+        for k in range(VECTORS):
             free(vectors[k].data)
+        Py_XDECREF(work.rule)
+        Py_XDECREF(work.plan)
         free(work)
 
 
@@ -341,7 +349,7 @@ cdef void* push(Vector* v, size_t size, Py_ssize_t more=1) except NULL:
 # --- settings --------------------------------------------------------------------------------
 
 cdef Py_ssize_t block = 1024            # numbers in a block
-cdef Py_ssize_t work_per_thread = 32768
+cdef Py_ssize_t work_per_thread = 200_000   # bytes read and written: see set_work_per_thread
 cdef int threads_wanted = 0             # 0: as OpenMP says
 cdef bint forked = False
 
@@ -359,14 +367,18 @@ def set_block(Py_ssize_t numbers):
     block = numbers
 
 
-def set_work_per_thread(Py_ssize_t numbers):
-    """Set how many numbers each thread must have to be worth its start."""
+def set_work_per_thread(Py_ssize_t bytes):
+    """Set how many bytes each thread must have to move, to be worth its start.
+
+    The default is where a second thread began to pay on the machines it was measured on, by
+    ``python asv_bench/threads.py``.
+    """
     global work_per_thread
-    work_per_thread = max(1, numbers)
+    work_per_thread = max(1, bytes)
 
 
 def settings():
-    """Return (numbers in a block, numbers that each thread must have)."""
+    """Return (numbers in a block, bytes that each thread must have to move)."""
     return block, work_per_thread
 
 
@@ -399,12 +411,16 @@ cdef inline object item(object a_tuple, Py_ssize_t k):
 # --- plans -----------------------------------------------------------------------------------
 
 cdef class Plan:
-    """A rule made ready for one batch."""
+    """A rule made ready for the kernels."""
 
     cdef readonly object rule
 
     def __cinit__(self, rule, *args):
         self.rule = rule
+
+    cdef int forget(self) except -1:
+        """Forget what holds for one batch only."""
+        return 0
 
     cdef bint stack(self, Batch batch, Segment* leaf, old, new) except -1:
         """Add stages that read the state `old` and write `new`; tell whether they can."""
@@ -424,7 +440,11 @@ cdef class StepPlan(Plan):
         self.step = step_table[index]
         self.counts = counts
         self.coefs = rule.coefs
+        self.forget()
+
+    cdef int forget(self) except -1:
         self.known[0] = self.known[1] = -1
+        return 0
 
     cdef bint stack(self, Batch batch, Segment* leaf, old, new) except -1:
         cdef int64_t t = 0
@@ -455,6 +475,12 @@ cdef class ChainPlan(Plan):
 
     def __init__(self, rule, tuple parts):
         self.parts = parts
+
+    cdef int forget(self) except -1:
+        cdef Plan part
+        for part in self.parts:
+            part.forget()
+        return 0
 
     cdef bint stack(self, Batch batch, Segment* leaf, old, new) except -1:
         cdef Plan part
@@ -499,6 +525,10 @@ cdef class AccumulatePlan(Plan):
     def __init__(self, rule, Plan hold, Plan release, int64_t n):
         self.hold, self.release, self.n = hold, release, n
 
+    cdef int forget(self) except -1:
+        self.hold.forget()
+        return self.release.forget()
+
     cdef bint stack(self, Batch batch, Segment* leaf, old, new) except -1:
         cdef int64_t held
         if PyTuple_GET_SIZE(old) != 2:
@@ -517,6 +547,9 @@ cdef class MixedPlan(Plan):
 
     def __init__(self, rule, Plan inner):
         self.inner = inner
+
+    cdef int forget(self) except -1:
+        return self.inner.forget()
 
 
 cdef Narrow narrow_kind(cnp.ndarray a):
@@ -604,10 +637,25 @@ cdef class Batch:
             rule = leaf.rule
             if rule is not last:
                 last = rule
-                plan = lower(rule)
+                plan = self.plan(rule, lower)
             if plan is None or not self.take(place, plan, leaf.state, x, g):
                 rest.append(place)
         return rest
+
+    cdef Plan plan(self, rule, lower):
+        cdef Plan plan
+        if self.work.rule == <PyObject*> rule:
+            plan = <Plan> <object> self.work.plan
+            plan.forget()
+            return plan
+        plan = lower(rule)
+        if plan is not None:
+            Py_XDECREF(self.work.rule)
+            Py_XDECREF(self.work.plan)
+            Py_INCREF(rule)
+            Py_INCREF(plan)
+            self.work.rule, self.work.plan = <PyObject*> rule, <PyObject*> plan
+        return plan
 
     cpdef bint take(self, Py_ssize_t place, Plan plan, state, x, g) except -1:
         """Take one leaf if the kernels can; tell whether."""
@@ -801,13 +849,13 @@ cdef class Batch:
 
     def run(self):
         """Update every leaf. Raises, if at all, before anything is written."""
-        cdef Py_ssize_t k, threads, tasks, blocks = 0, total = 0
+        cdef Py_ssize_t k, threads, blocks = 0, total = 0
         cdef Segment* leaf
         cdef Norm* norm
         cdef double value
         for k in range(self.work.segments.length):
             leaf = <Segment*> self.work.segments.data + k
-            total += leaf.n
+            total += self.traffic(leaf, leaf.first + leaf.stages)
             blocks += (leaf.n + block - 1) // block
             leaf.blocks = blocks
         for k in range(self.work.norms.length):
@@ -823,11 +871,18 @@ cdef class Batch:
             if threads < 2:
                 self.run_blocks(0, blocks)
             else:
-                tasks = min(blocks, 8 * threads)
-                for k in prange(tasks, num_threads=threads, schedule="dynamic", chunksize=1):
-                    self.run_blocks(k * blocks // tasks, (k + 1) * blocks // tasks)
+                # The same stretch for the same thread, so that it stays in that core's cache.
+                for k in prange(threads, num_threads=threads, schedule="static"):
+                    self.run_blocks(k * blocks // threads, (k + 1) * blocks // threads)
             for k in range(self.work.counts.length):
                 (<Count*> self.work.counts.data)[k].where[0] = (<Count*> self.work.counts.data)[k].value
+
+    cdef Py_ssize_t traffic(self, Segment* leaf, Py_ssize_t end) noexcept nogil:
+        """Return how many bytes the stages before `end` and the subtraction move."""
+        cdef Py_ssize_t arrays = 3, k
+        for k in range(leaf.first, end):
+            arrays += 2 * (<Stage*> self.work.stages.data)[k].slots
+        return arrays * leaf.n * (8 if leaf.is_double else 4)
 
     cdef int set_number(self, Segment* leaf, Py_ssize_t stage, double value) except -1:
         cdef void* cell = <double*> self.work.numbers.data + (<Stage*> self.work.stages.data)[stage].coefs
@@ -925,7 +980,8 @@ cdef class Batch:
         cdef Py_ssize_t length = max(STRETCH, (leaf.n + STRETCHES - 1) // STRETCHES)
         cdef Py_ssize_t stretches = (leaf.n + length - 1) // length
         cdef Py_ssize_t k
-        cdef Py_ssize_t threads = min(<Py_ssize_t> most_threads(), leaf.n // work_per_thread)
+        cdef Py_ssize_t work = self.traffic(leaf, stage)
+        cdef Py_ssize_t threads = min(<Py_ssize_t> most_threads(), work // work_per_thread)
         cdef double total = INFINITY if kind == SMALLEST else 0
         if leaf.n == 0:
             return 0
@@ -933,7 +989,7 @@ cdef class Batch:
             for k in range(stretches):
                 parts[k] = self.reduce_stretch(leaf, stage, kind, p, unit, k * length, length)
         else:
-            for k in prange(stretches, num_threads=threads, schedule="dynamic", chunksize=1):
+            for k in prange(stretches, num_threads=threads, schedule="static"):
                 parts[k] = self.reduce_stretch(leaf, stage, kind, p, unit, k * length, length)
         for k in range(stretches):
             total = joined(kind, total, parts[k])

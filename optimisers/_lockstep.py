@@ -71,7 +71,7 @@ def gather(
                     break
             else:
                 stack.pop()
-    except _Misfit:
+    except _MisfitError:
         for _ in places(mark, template, model, grad, misfit):  # raises the same with its path
             pass
         raise
@@ -90,7 +90,7 @@ def places(
         elif s != ():
             try:
                 below = list(_beside(mark, s, m, g, misfit))
-            except _Misfit as error:
+            except _MisfitError as error:
                 raise error.kind(f"at {path}: {error}") from None
             keys = _keys(children(s), children(m), s) or ()
             paths = [path.child(m, key) for key in keys]
@@ -102,7 +102,7 @@ def place(mark: type[M], template: Tree, model: Tree, k: int) -> str:
     return str(next(islice(places(mark, template, model), k, None))[0])
 
 
-class _Misfit(Exception):
+class _MisfitError(Exception):
     """Two trees do not fit each other; what is missing is where."""
 
     def __init__(self, kind: type[Exception], message: str) -> None:
@@ -124,10 +124,10 @@ def _beside(
     keys = _keys(below_s, below_m, s)
     if keys is None:
         text = misfit.format(expected=_keys_text(s), got=_keys_text(m))
-        raise _Misfit(ValueError, text)
+        raise _MisfitError(ValueError, text)
     try:
         below_g = _below_gradient(m, below_m, g)
-    except _Misfit:
+    except _MisfitError:
         if any(isinstance(x, mark) and not x.frozen for _, x in walk(s)):
             raise
         below_g = {}  # nobody looks at gradients below frozen marks
@@ -149,15 +149,18 @@ def _below_gradient(m: Tree, below_m: dict[Any, Any], g: Tree) -> dict[Any, Any]
     if g is None or (type(g) is tuple and not g):
         return {}
     expected = f"expected a gradient like the model's {_keys_text(m)}"
+    mend = "None means no gradient"
     if isinstance(m, list | tuple) and isinstance(g, list | tuple):
         if len(g) != len(m):
-            raise _Misfit(ValueError, f"{expected}, got {_keys_text(g)}; None means no gradient")
+            raise _MisfitError(
+                ValueError, f"{expected}, got {_keys_text(g)}; None means no gradient"
+            )
         return dict(zip(below_m, g, strict=True))
     if isinstance(m, list | tuple) or not isinstance(g, (dict, SimpleNamespace, type(m))):
-        raise _Misfit(TypeError, f"{expected}, got {_keys_text(g)}; None means no gradient")
+        raise _MisfitError(TypeError, f"{expected}, got {_keys_text(g)}; {mend}")
     below_g = children(g)
     if unknown := [key for key in below_g if key not in below_m]:
-        raise _Misfit(
+        raise _MisfitError(
             ValueError,
             f"{expected}, got {', '.join(map(repr, unknown[:9]))}, which the model does not have",
         )

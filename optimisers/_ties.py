@@ -139,7 +139,8 @@ def laid_out(values: np.ndarray, like: np.ndarray) -> np.ndarray:
     What is carried from it to any other view of the same elements as `like` is a view of it.
     """
     view = View.of(like)
-    return view.seen(np.array(view.unseen(values), order="C"))
+    new: np.ndarray = view.seen(np.array(view.unseen(values), order="C"))
+    return new
 
 
 def _transposed(a: Array, order: Sequence[int]) -> Array:

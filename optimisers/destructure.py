@@ -15,6 +15,7 @@ c) a *template* with a `_Slot` at each place of a parameter, and an *outline*: t
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -26,6 +27,7 @@ import numpy as np
 
 from ._engine import checked_gradient
 from ._lockstep import gather, place
+from ._lockstep import places as walk_places
 from ._ties import View, carry, owners, parameters
 from ._tree import (
     KeyPath,
@@ -99,6 +101,29 @@ class _Parameter(NamedTuple):
     shape: tuple[int, ...]
     dtype: Any
     """That of its library, in native byte order."""
+    is_complex: bool
+
+
+class _Run(NamedTuple):
+    """Consecutive parameters of one shape, or one parameter alone."""
+
+    stretch: slice
+    shape: tuple[int, ...] | None
+    """What to make of the stretch, if not a vector."""
+    several: bool
+    """Whether its rows are the parameters, rather than itself."""
+
+
+class _Node(NamedTuple):
+    """How to rebuild a node."""
+
+    entry: int
+    """Where it goes in the table."""
+    keys: tuple[Any, ...] | None
+    """Those of a plain dictionary, which is made by these alone."""
+    make: Callable[[Any], Any]
+    get: Callable[[list[Any]], Any]
+    """How to get its children from the table."""
 
 
 @register_leaf
@@ -136,7 +161,9 @@ class _Blank(np.ndarray):
 
 
 def _blank(shape: tuple[int, ...], dtype: Any) -> _Blank:
-    return np.broadcast_to(np.zeros((), dtype), shape).view(_Blank)
+    blank = _Blank(shape, dtype, np.zeros((), dtype), strides=(0,) * len(shape))
+    blank.flags.writeable = False
+    return blank
 
 
 class Restructure(Generic[Model]):
@@ -188,15 +215,14 @@ class Restructure(Generic[Model]):
     _slots: list[_Slot]
     """A slot for each entry of the table that shows a parameter, its own place first."""
     _table: list[Any]
-    _nodes: list[tuple[int, Callable[[Any], Any], Callable[[list[Any]], Any]]]
-    """Of each node where it goes in the table, how to make it, and how to get its children."""
+    _nodes: list[_Node]
     _template: Tree
     _outline: Any
     _dtype: Any
     _size: int
     _own_dtype: Any
     """The one dtype that all parameters have, else None."""
-    _runs: list[tuple[int, int, tuple[int, ...] | None]]
+    _runs: list[_Run]
 
     @classmethod
     def _of(cls, model: Model) -> Restructure[Model]:
@@ -213,14 +239,17 @@ class Restructure(Generic[Model]):
             xs = [places[j][1] for j in group]
             x = next(filter(_is_c_contiguous, xs), xs[0])
             start, stop = stop, stop + math.prod(x.shape)
-            re._parameters.append(_Parameter(start, stop, tuple(x.shape), _native(x.dtype)))
+            dtype = _native(x.dtype)
+            re._parameters.append(
+                _Parameter(start, stop, tuple(x.shape), dtype, _is_complex(dtype))
+            )
             own = _Slot(k)
             re._slots.append(own)
             slot_of[id(x)] = own
             for other in xs:
                 if id(other) not in slot_of:
-                    slot_of[id(other)] = slot = _Slot(k, View.of(x), View.of(other))
-                    others.append(slot)
+                    others.append(_Slot(k, View.of(x), View.of(other)))
+                    slot_of[id(other)] = others[-1]
         re._slots += others
         # An array may be made anew each time its place is visited; then its path tells.
         slot_at = {path: slot_of[id(x)] for path, x in places}
@@ -265,7 +294,9 @@ class Restructure(Generic[Model]):
             get = _getter(where)
             bare = rebuild(x, get(outline))
             entry = enter(None, bare)
-            self._nodes.append((entry, _maker(bare), get))
+            self._nodes.append(
+                _Node(entry, tuple(bare) if type(bare) is dict else None, _maker(bare), get)
+            )
             return entry
 
         def enter(kept: Any, bare: Any) -> int:
@@ -298,8 +329,11 @@ class Restructure(Generic[Model]):
         if len(self._slots) > count:
             for i, slot in enumerate(self._slots[count:], count):
                 table[i] = slot.seen(values[slot.k])
-        for entry, make, get in self._nodes:
-            table[entry] = make(get(table))
+        for entry, keys, make, get in self._nodes:
+            if keys is None:
+                table[entry] = make(get(table))
+            else:
+                table[entry] = dict(zip(keys, get(table), strict=False))
         return table[self._root]
 
     def _checked(self, v: Any) -> Array:
@@ -324,17 +358,24 @@ class Restructure(Generic[Model]):
                 _cast(v[p.start : p.stop].reshape(p.shape), p.dtype, copy) for p in self._parameters
             ]
         values: list[Array] = []
-        for start, stop, shape in self._runs:
-            if shape is None:
-                values.append(v[start:stop].reshape(()))
+        for stretch, shape, several in self._runs:
+            piece = v[stretch]
+            if shape is not None:
+                piece = piece.reshape(shape)
+            if several:
+                values.extend(piece)
             else:
-                values.extend(v[start:stop].reshape(shape))
-        if copy or v.dtype != self._own_dtype:
-            with np.errstate(all="ignore"):
-                values = [
-                    _cast(x, p.dtype, copy) for x, p in zip(values, self._parameters, strict=True)
-                ]
-        return values
+                values.append(piece)
+        if not copy and v.dtype == self._own_dtype:
+            return values
+        with np.errstate(all="ignore"):
+            reals = [x.real for x in values] if v.dtype.kind == "c" else values
+            return [
+                (x if p.is_complex else real).astype(_numpy_dtype(p.dtype))
+                if copy or x.dtype != p.dtype
+                else x
+                for x, real, p in zip(values, reals, self._parameters, strict=True)
+            ]
 
     # --- from the model to the vector ---
 
@@ -344,8 +385,9 @@ class Restructure(Generic[Model]):
         Parameters
         ----------
         model : tree
-            A model with the structure and shapes of the one that was destructured. Of tied
-            places that differ, the first that is not a mere view counts.
+            A model with the structure and shapes of the one that was destructured. Should its
+            places of a tied parameter hold different numbers, those count by which the vector is
+            laid out.
         out : ndarray, optional
             A writable vector to write into.
 
@@ -369,8 +411,8 @@ class Restructure(Generic[Model]):
         """
         pieces: list[Any] = [None] * len(self._parameters)
         for slot, x in self._places(model):
-            if pieces[slot.k] is None or slot.view is None:
-                pieces[slot.k] = slot.unseen(x)
+            if slot.view is None and pieces[slot.k] is None:
+                pieces[slot.k] = x
         return self._joined(pieces, out)
 
     def flatten_gradient(self, grad: Tree, out: Any = None) -> Any:
@@ -412,27 +454,29 @@ class Restructure(Generic[Model]):
                 if g is None:
                     continue
             g = slot.unseen(g)
-            before = pieces[slot.k]
-            pieces[slot.k] = g if before is None else before + g
+            pieces[slot.k] = g if pieces[slot.k] is None else _sum(pieces[slot.k], g)
         return self._joined(pieces, out)
 
     def _places(self, model: Tree) -> Iterable[tuple[_Slot, Array]]:
         """Return the slots beside what `model` has there, checked."""
         slots, xs, _ = gather(_Slot, self._template, model, None, _MISFIT)
+        fault: type[Exception]
         for i, (slot, x) in enumerate(zip(slots, xs, strict=True)):
-            shape = self._parameters[slot.k].shape if slot.view is None else slot.view.shape
-            if not isnumeric(x) or tuple(x.shape) != shape:
-                got = f"shape {tuple(x.shape)}" if isnumeric(x) else f"{x!r:.60}"
-                where = place(_Slot, self._template, model, i)
-                kind = ValueError if isnumeric(x) else TypeError
-                raise kind(f"at {where}: expected an array of shape {shape}, got {got}")
-            if x.dtype.kind == "c" if isinstance(x, np.ndarray) else False:
-                if not _is_complex(self._parameters[slot.k].dtype):
-                    where = place(_Slot, self._template, model, i)
-                    raise TypeError(
-                        f"at {where}: expected an array of real numbers, got dtype {x.dtype}; "
-                        "take the real part if that is what is meant"
-                    )
+            p = self._parameters[slot.k]
+            shape = p.shape if slot.view is None else slot.view.shape
+            if type(x) is np.ndarray and x.shape == shape and x.dtype == p.dtype:
+                continue
+            if not isnumeric(x):
+                fault, got = TypeError, f"{x!r:.60} ({type(x).__name__})"
+            elif tuple(x.shape) != shape:
+                fault, got = ValueError, f"shape {tuple(x.shape)}"
+            elif not p.is_complex and _is_complex(x.dtype):
+                fault, got = TypeError, f"complex numbers ({x.dtype})"
+            else:
+                continue
+            where = place(_Slot, self._template, model, i)
+            wanted = f"expected an array of shape {shape} and dtype {p.dtype}"
+            raise fault(f"at {where}: {wanted}, got {got}")
         return zip(slots, xs, strict=True)
 
     def _joined(self, pieces: list[Any], out: Any) -> Any:
@@ -442,7 +486,7 @@ class Restructure(Generic[Model]):
             return self._concatenated(pieces, foreign[0])
         fresh = out is None
         if fresh:
-            out = np.empty(self._size, self._dtype)
+            out = np.empty(self._size, _numpy_dtype(self._dtype))
         else:
             _check_out(out, self._size, self._dtype)
         parts: list[np.ndarray] = []
@@ -520,16 +564,18 @@ class Restructure(Generic[Model]):
 
     def _refuse_other_ties(self, model: Tree, places: list[tuple[_Slot, Array]]) -> None:
         """Raise if different parameters are one in `model`: they could not all be written."""
-
-        def path(i: int) -> Any:
-            return _LazyPath(self._template, model, i)
-
-        owner = owners([(path(i), x) for i, (_, x) in enumerate(places)])
+        try:
+            owner = owners([(KeyPath(), x) for _, x in places])
+        except ValueError:
+            paths = (path for path, _ in walk_places(_Slot, self._template, model))
+            owners([(path, x) for path, (_, x) in zip(paths, places, strict=True)])
+            raise
         for i, j in enumerate(owner):
             if places[i][0].k != places[j][0].k:
+                one, other = (place(_Slot, self._template, model, k) for k in (j, i))
                 raise ValueError(
-                    f"{path(j)} and {path(i)} are one parameter in this model, and were two in the "
-                    "one that was destructured; copy one of them"
+                    f"{one} and {other} are one parameter in this model, and were two in the one "
+                    "that was destructured; copy one of them"
                 )
 
     def __len__(self) -> int:
@@ -544,3 +590,174 @@ class Restructure(Generic[Model]):
             f"Restructure({name}, {self._size} number{'s' * (self._size != 1)} "
             f"in {n} array{'s' * (n != 1)}, {dtype})"
         )
+
+
+class _Kept(NamedTuple):
+    """What holds no parameter, so that the model that is rebuilt shares it."""
+
+    x: Any
+
+
+# --- making the nodes --------------------------------------------------------------------------
+
+
+def _maker(bare: Any) -> Callable[[Any], Any]:
+    """Return how to make a node like `bare` from its children; something that can be pickled."""
+    cls = type(bare)
+    if cls is list or cls is tuple:
+        return cls
+    if cls is SimpleNamespace:
+        return functools.partial(_make_namespace, tuple(vars(bare)))
+    return functools.partial(rebuild, bare)
+
+
+def _make_namespace(keys: tuple[str, ...], values: Iterable[Any]) -> SimpleNamespace:
+    return SimpleNamespace(**dict(zip(keys, values, strict=True)))
+
+
+def _getter(where: list[int]) -> Callable[[list[Any]], Any]:
+    """Return how to get these entries of the table, as a sequence."""
+    if where == list(range(where[0], where[0] + len(where))):
+        return itemgetter(slice(where[0], where[0] + len(where)))
+    return itemgetter(*where)
+
+
+def _runs(found: Sequence[_Parameter]) -> list[_Run]:
+    runs: list[_Run] = []
+    for shape, same in itertools.groupby(found, key=lambda p: p.shape):
+        run = list(same)
+        if len(run) > 1 and shape:  # rows of a vector would be scalars, not 0-d arrays
+            runs.append(_Run(slice(run[0].start, run[-1].stop), (len(run), *shape), True))
+        else:
+            reshape = None if len(shape) == 1 else shape
+            runs.extend(_Run(slice(p.start, p.stop), reshape, False) for p in run)
+    return runs
+
+
+# --- arrays and dtypes -------------------------------------------------------------------------
+
+
+def _is_foreign(x: Any) -> bool:
+    """Tell whether `x` is an array of numbers, but not NumPy's."""
+    return not isinstance(x, np.ndarray) and isnumeric(x)
+
+
+def _is_torch(x: Any) -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(x, torch.Tensor)
+
+
+def _is_c_contiguous(x: Array) -> bool:
+    if isinstance(x, np.ndarray):
+        return x.flags.c_contiguous
+    return bool(x.is_contiguous()) if _is_torch(x) else True
+
+
+def _name(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+@functools.lru_cache(maxsize=256)
+def _is_complex(dtype: Any) -> bool:
+    return _name(dtype).startswith("complex")
+
+
+def _native(dtype: Any) -> Any:
+    return dtype.newbyteorder("=") if isinstance(dtype, np.dtype) else dtype
+
+
+def _numpy_dtype(dtype: Any) -> np.dtype:
+    return np.dtype(dtype if isinstance(dtype, np.dtype) else _name(dtype))
+
+
+def _dtype_for(like: Array, dtype: Any) -> Any:
+    """Return `dtype` as the library of `like` has it."""
+    if _is_torch(like):
+        return getattr(sys.modules["torch"], _name(dtype))
+    dtype = _numpy_dtype(dtype)
+    jax = sys.modules.get("jax")
+    if jax is not None and isinstance(like, jax.Array):  # without jax_enable_x64, float64 is not
+        return jax.dtypes.canonicalize_dtype(dtype)
+    return dtype
+
+
+def _promoted(dtypes: Sequence[Any]) -> Any:
+    """Return the dtype of a vector that holds numbers of all these dtypes."""
+    distinct = list(dict.fromkeys(dtypes))
+    if len(distinct) < 2:
+        return distinct[0] if distinct else np.dtype(np.float64)
+    if not any(isinstance(dtype, np.dtype) for dtype in distinct):
+        return functools.reduce(sys.modules["torch"].promote_types, distinct)
+    # NumPy promotes no two extension dtypes, such as bfloat16, and none of them with float16.
+    plain = [_numpy_dtype(dtype) for dtype in distinct]
+    return np.result_type(*(_wide(dtype) if dtype.kind == "V" else dtype for dtype in plain))
+
+
+def _wide(dtype: np.dtype) -> np.dtype:
+    return np.dtype(np.complex64 if _is_complex(dtype) else np.float32)
+
+
+def _gradient_dtype(dtype: Any, flat: Any) -> np.dtype:
+    """Return the dtype in which gradients for a parameter go into the vector."""
+    wanted = _numpy_dtype(flat)
+    if _is_complex(wanted) and not _is_complex(dtype):
+        return np.zeros((), wanted).real.dtype
+    return wanted
+
+
+def _cast(x: Array, dtype: Any, copy: bool) -> Array:
+    """Return `x` in another dtype, by its real part if that is real; itself if it is right."""
+    wanted = _dtype_for(x, dtype)
+    if _is_complex(x.dtype) and not _is_complex(wanted):
+        x = x.real if isinstance(x, np.ndarray) else namespace(x).real(x)
+    if isinstance(x, np.ndarray):
+        return x.astype(wanted, order="C") if copy or x.dtype != wanted else x
+    if x.dtype != wanted:
+        return x.to(wanted) if _is_torch(x) else x.astype(wanted)
+    if copy and _is_torch(x):
+        return x.clone()
+    return x.copy() if copy and maywrite(x) else x
+
+
+def _numpy(x: Any) -> np.ndarray:
+    return np.asarray(x.detach() if _is_torch(x) else x)
+
+
+def _gradient(g: Any, blank: np.ndarray, where: Callable[[], str], traced: bool) -> Any:
+    """Return a gradient, checked; where `traced`, one of another library stays there."""
+    if not (traced and _is_foreign(g)):
+        return checked_gradient(g, blank, where)
+    if tuple(g.shape) != blank.shape or (_is_complex(g.dtype) and not _is_complex(blank.dtype)):
+        raise (ValueError if tuple(g.shape) != blank.shape else TypeError)(
+            f"gradient at {where()}: expected an array of shape {blank.shape} and dtype "
+            f"{blank.dtype}, got shape {tuple(g.shape)} and dtype {g.dtype}"
+        )
+    return g
+
+
+def _sum(a: Array, b: Array) -> Array:
+    with np.errstate(all="ignore"):
+        return a + b
+
+
+def _check_out(out: Any, size: int, dtype: Any) -> None:
+    wanted = f"out: expected a writable vector of length {size} and dtype {dtype}"
+    if not isinstance(out, np.ndarray):
+        raise TypeError(f"{wanted}, got {type(out).__name__}")
+    if out.shape != (size,):
+        raise ValueError(f"{wanted}, got shape {out.shape}")
+    if not isnumeric(out) or (_is_complex(dtype) and not _is_complex(out.dtype)):
+        raise TypeError(f"{wanted}, got dtype {out.dtype}")
+    if not maywrite(out):
+        raise ValueError(f"{wanted}, got one that is read-only or broadcast")
+
+
+def _write(x: Array, values: Array) -> None:
+    if isinstance(x, np.ndarray):
+        np.copyto(x, _numpy(values), casting="unsafe")
+    elif _is_torch(x):
+        torch = sys.modules["torch"]
+        with torch.no_grad():
+            x.copy_(torch.as_tensor(values))
+    else:
+        x[...] = namespace(x).asarray(values)

@@ -8,12 +8,9 @@ trees (`_replace`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import islice
-from types import SimpleNamespace
 from typing import Any, TypeVar
-
 
 from . import _engine
 from ._lockstep import gather, place
@@ -21,7 +18,6 @@ from ._rule import Rule
 from ._ties import carry, parameters, same_elements
 from ._tree import (
     KeyPath,
-    children,
     fmap,
     fold,
     isnumeric,

@@ -68,12 +68,12 @@ def averages(h, g, s):
     b1, b2 = h.beta
     s.m = b1 * s.get("m") + (1 - b1) * g
     s.v = b2 * s.get("v") + (1 - b2) * abs2(g)
-    return b1, b2, s.m, s.v
+    return b1, b2
 
 
 def adam(h, t, x, g, s):
-    b1, b2, m, v = averages(h, g, s)
-    return h.eta * (m / (1 - b1**t)) / (sqrt(v / (1 - b2**t)) + h.epsilon)
+    b1, b2 = averages(h, g, s)
+    return h.eta * (s.m / (1 - b1**t)) / (sqrt(s.v / (1 - b2**t)) + h.epsilon)
 
 
 def adamw(h, t, x, g, s):
@@ -89,8 +89,8 @@ def radam(h, t, x, g, s):
     if r > 4:
         rectifier = sqrt((r - 4) * (r - 2) * r_inf / ((r_inf - 4) * (r_inf - 2) * r))
         return adam(h, t, x, g, s) * rectifier
-    b1, b2, m, v = averages(h, g, s)
-    return h.eta * m / (1 - b1**t)
+    b1, b2 = averages(h, g, s)
+    return h.eta * s.m / (1 - b1**t)
 
 
 def adamax(h, t, x, g, s):
@@ -101,9 +101,9 @@ def adamax(h, t, x, g, s):
 
 
 def nadam(h, t, x, g, s):
-    b1, b2, m, v = averages(h, g, s)
-    ahead = b1 * m / (1 - b1 ** (t + 1)) + (1 - b1) * g / (1 - b1**t)
-    return h.eta * ahead / (sqrt(b2 * v / (1 - b2**t)) + h.epsilon)
+    b1, b2 = averages(h, g, s)
+    ahead = b1 * s.m / (1 - b1 ** (t + 1)) + (1 - b1) * g / (1 - b1**t)
+    return h.eta * ahead / (sqrt(b2 * s.v / (1 - b2**t)) + h.epsilon)
 
 
 def oadam(h, t, x, g, s):
@@ -114,9 +114,9 @@ def oadam(h, t, x, g, s):
 def amsgrad(h, t, x, g, s):
     for slot in "m", "v", "vhat":
         s.get(slot, h.epsilon)
-    b1, b2, m, v = averages(h, g, s)
-    s.vhat = max(s.vhat, v)
-    return h.eta * m / (sqrt(s.vhat) + h.epsilon)
+    averages(h, g, s)
+    s.vhat = max(s.vhat, s.v)
+    return h.eta * s.m / (sqrt(s.vhat) + h.epsilon)
 
 
 def adabelief(h, t, x, g, s):
@@ -198,10 +198,10 @@ def exact(value: Any) -> Any:
 
 def trajectory(
     name: str, rule: Any, x: np.ndarray, gs: Sequence[np.ndarray]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return the steps, and the parameter after each, as the formula `name` has them.
+) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+    """Return the steps, the parameter after each, and what is remembered at the end.
 
-    Arrays of objects with 50 digits: a row for each step.
+    As the formula `name` has them: arrays of objects with 50 digits, a row for each step.
     """
     h = SimpleNamespace(**{f.name: exact(getattr(rule, f.name)) for f in dataclasses.fields(rule)})
     xs = [exact(v) for v in x.tolist()]
@@ -213,4 +213,5 @@ def trajectory(
         xs = [v - d for v, d in zip(xs, dx, strict=True)]
         steps.append(dx)
         path.append(xs)
-    return np.array(steps, dtype=object), np.array(path, dtype=object)
+    slots = {k: np.array([vars(s)[k] for s in memories], object) for k in vars(memories[0])}
+    return np.array(steps, object), np.array(path, object), slots

@@ -43,6 +43,7 @@ ELEMENTWISE: list[Any] = [c for c in _rule._registry if c.__module__ == rules.__
 REQUIRED: dict[str, Any] = {
     "n": 3,
     "factor": 0.4,
+    "dtype": np.float32,
     "rule": Momentum(),
     "rules": (WeightDecay(0.1), Adam()),
 }

@@ -1,0 +1,1 @@
+"""The asv suite. Rules come from the registry, models from `models`, peers from `peers`."""

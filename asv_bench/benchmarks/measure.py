@@ -1,0 +1,143 @@
+"""How it is timed: contenders in turn in one process, other things in processes of their own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from statistics import median
+from timeit import Timer
+from typing import Any
+
+import numpy as np
+
+import optimisers as opt
+
+from .models import normal
+from .peers import Step
+
+REST = 0.003
+"""Seconds of sleep before each run: threads of the contender before stop spinning."""
+
+
+def alternate(
+    steps: Mapping[str, Step | None], runs: int = 15, least: float = 0.002
+) -> dict[str, float]:
+    """Return for each contender the median time of one call, in seconds.
+
+    The contenders take turns, run by run, so that a machine that slows down does so for all. A
+    run follows one call that is not timed, and repeats a quick step until it lasts `least`
+    seconds. None, for a contender that is not installed, is left out.
+    """
+    timers = {name: Timer(step) for name, step in steps.items() if step is not None}
+    calls = {name: _calls(timer, least) for name, timer in timers.items()}
+    times: dict[str, list[float]] = {name: [] for name in timers}
+    for _ in range(runs):
+        for name, timer in timers.items():
+            time.sleep(REST)
+            timer.timeit(1)
+            times[name].append(timer.timeit(calls[name]) / calls[name])
+    return {name: median(measured) for name, measured in times.items()}
+
+
+def _calls(timer: Timer, least: float) -> int:
+    """Warm up; return how many calls last at least so many seconds."""
+    timer.timeit(2)
+    calls = 1
+    while (seconds := timer.timeit(calls)) < least:
+        calls = max(2 * calls, min(int(1.1 * calls * least / seconds), 100 * calls))
+    return calls
+
+
+# --- the limit that memory sets ----------------------------------------------------------------
+
+
+class Limit:
+    """The bandwidth of ``x += a g`` on all threads, over as much memory as a contender uses.
+
+    Caches may hold a part of the arrays, and more of small ones, so a limit is worth something
+    only for the same number of bytes. What counts is the faster of PyTorch and our own `Descent`.
+
+    Parameters
+    ----------
+    nbytes : int
+        How much memory a contender works on: parameters, gradients and states.
+    """
+
+    def __init__(self, nbytes: int) -> None:
+        self.size = max(nbytes // 8, 1)
+        x, g = normal(self.size), normal(self.size)
+        self.steps: dict[str, Step | None] = {
+            "x += a g (Descent)": _update(opt.Descent(1e-6), x, g),
+            "x += a g (PyTorch)": None,
+        }
+        try:
+            import torch
+        except ImportError:
+            return
+        torch.set_num_threads(opt.get_num_threads())
+        xt, gt = torch.from_numpy(x), torch.from_numpy(g)
+        self.steps["x += a g (PyTorch)"] = lambda: xt.add_(gt, alpha=1e-6)
+
+    def bandwidth(self, times: Mapping[str, float]) -> float:
+        """Return bytes per second: reads x and g, writes x."""
+        return 12 * self.size / min(times[name] for name in self.steps if name in times)
+
+
+def _update(rule: opt.Rule, x: Any, g: Any) -> Step:
+    state = opt.setup(rule, x)
+    return lambda: opt.update_(state, x, g)
+
+
+# --- in processes of their own ---------------------------------------------------------------
+
+
+def _in_process(code: str, *args: object) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, args)], check=True, capture_output=True, text=True
+    )
+    return done.stdout
+
+
+_IMPORT = """
+import sys, time
+import numpy
+begin = time.perf_counter()
+import optimisers
+print(time.perf_counter() - begin, *{"jax", "numba", "scipy", "torch"} & {*sys.modules})
+"""
+
+
+def import_time(runs: int = 15) -> tuple[float, set[str]]:
+    """Return the seconds that ``import optimisers`` takes beyond NumPy, and what big it imports."""
+    answers = [_in_process(_IMPORT).split() for _ in range(runs)]
+    return median(float(seconds) for seconds, *_ in answers), {m for _, *big in answers for m in big}
+
+
+_GROWTH = """
+import sys
+import numpy as np, optimisers as opt
+def peak():
+    return next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("VmHWM"))
+x, g = (np.ones(int(sys.argv[1]), np.float32) for _ in range(2))
+state = opt.setup(opt.Adam(), x)
+before = peak()
+for _ in range(3):
+    opt.update_(state, x, g)
+print(1024 * (peak() - before))
+"""
+
+
+def memory_growth(size: int) -> int | None:
+    """Return by how many bytes `update_` of Adam raises the peak memory; None if not on Linux."""
+    if not Path("/proc/self/status").exists():
+        return None
+    return int(_in_process(_GROWTH, size))
+
+
+def copy_bandwidth(size: int) -> Callable[[], None]:
+    """Return a step that copies an array with one thread, as NumPy does; 8 bytes per number."""
+    x, g = np.empty(size, np.float32), normal(size)
+    return lambda: np.copyto(x, g)
