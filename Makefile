@@ -8,7 +8,7 @@ args ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test coverage docs-test examples lint format types oracles build clean distclean
+.PHONY: help demo test coverage docs-test examples bench lint format types oracles build clean distclean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -28,6 +28,9 @@ docs-test: $(VENV)/test ## run the examples in the docstrings and in README.md
 examples: $(VENV)/demo ## run every example on a small size
 	@mkdir -p build
 	@$(BIN)/python -W error examples/digits.py --epochs 2 --out build/digits.png
+
+bench: $(VENV)/bench $(VENV)/oracles ## time everything beside NumPy, PyTorch, optax: docs/benchmarks.md
+	@$(BIN)/python asv_bench/side_by_side.py $(args)
 
 lint: $(VENV)/dev ## check style: ruff, cython-lint
 	@$(BIN)/ruff check
@@ -75,6 +78,6 @@ $(VENV)/built: $(VENV)/made pyproject.toml setup.py optimisers/_kernels.pyx opti
 	@touch $@
 
 # The extra that `make demo`, `make test`, ... names, read from what was just installed.
-$(VENV)/demo $(VENV)/test $(VENV)/dev $(VENV)/oracles: $(VENV)/%: $(VENV)/built pyproject.toml
+$(VENV)/demo $(VENV)/test $(VENV)/bench $(VENV)/dev $(VENV)/oracles: $(VENV)/%: $(VENV)/built pyproject.toml
 	@test $@ -nt pyproject.toml || { echo "installing optimisers[$*]" && $(PIP) "optimisers[$*]"; }
 	@touch $@

@@ -1,9 +1,9 @@
-"""This library beside NumPy, PyTorch and optax, in turn, in one process.
+"""Time optimisers beside NumPy, PyTorch and optax, in turn, in one process.
 
     python asv_bench/side_by_side.py
 
-prints the tables of docs/benchmarks.md, and writes them there with a picture. Whether a goal is
-met is computed from what was measured. A peer that is not installed leaves a dash.
+prints the page docs/benchmarks.md, and writes it there, with a picture. Whether a goal is met is
+computed from what was measured. A peer that is not installed leaves a dash.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ import contextlib
 import os
 import platform
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-import optimisers as opt
-from benchmarks.measure import Limit, alternate, copy_bandwidth, import_time, memory_growth
+from benchmarks.measure import Limit, alternate, import_time, memory_growth
 from benchmarks.models import RULES, gradient_of, many_arrays, mlp, normal, resnet18
 from benchmarks.peers import TWINS, Step, numpy_adam, optax_step, torch_step, torch_twins
+from report import Goal, Section, counted, duration, megabytes, page, per_second, percent, times
+
+import optimisers as opt
 from optimisers import _engine
 from optimisers._info import installed
 
@@ -36,128 +36,36 @@ NUMPY = "NumPy, in place"
 FUSED = "PyTorch, fused"
 DEFAULT = "PyTorch, default"
 OPTAX = "optax, jitted, donated"
+FRESH = "optax, jitted, not donated"
+
+PEERS = (NUMPY, FUSED, DEFAULT, OPTAX)
+IN_BRACKETS = "In brackets: how many times our time that is."
 
 Tree = Any
+Steps = dict[str, Step | None]
 Times = Mapping[str, float]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How large and how often."""
+    """How much is measured."""
 
     runs: int = 15
     least: float = 0.002
     large: int = 10_000_000
     medium: int = 100_000
-    sizes: tuple[int, ...] = tuple(k * 10**e for e in range(1, 7) for k in (1, 3)) + (10_000_000,)
+    sizes: tuple[int, ...] = (*(k * 10**e for e in range(1, 7) for k in (1, 3)), 10_000_000)
     arrays: int = 1_000
     hidden: int = 128
     width: int = 64
-    imports: int = 15
+
+    def alternate(self, steps: Steps) -> dict[str, float]:
+        return alternate(steps, self.runs, self.least)
 
 
-FULL = Plan()
-QUICK = Plan(2, 0, 20_000, 3_000, (10, 1_000, 3_000, 20_000), 20, 8, 2, 2)
+QUICK = Plan(2, 0, 20_000, 3_000, (10, 1_000, 3_000, 20_000), 20, 8, 2)
 
-
-# --- goals -----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Goal:
-    """What must be, what would be better, and what is.
-
-    Parameters
-    ----------
-    work, measure : str
-        What is done, and what of it is measured.
-    got : float or None
-        None where a peer is missing.
-    must, aim : float or None
-        The limits.
-    show : callable
-        Writes such a number down.
-    less : bool
-        Whether smaller is better.
-    """
-
-    work: str
-    measure: str
-    got: float | None
-    must: float | None
-    aim: float | None
-    show: Callable[[float], str]
-    less: bool = False
-
-    def meets(self, limit: float | None) -> bool | None:
-        """Tell whether the limit is kept; None if nobody knows."""
-        if limit is None or self.got is None:
-            return None
-        return self.got <= limit if self.less else self.got >= limit
-
-    def cells(self) -> list[str]:
-        got = "–" if self.got is None else self.show(self.got)
-        return [self.work, self.measure, got, self._judged(self.must), self._judged(self.aim)]
-
-    def _judged(self, limit: float | None) -> str:
-        if limit is None:
-            return ""
-        return f"{'≤' if self.less else '≥'} {self.show(limit)} {MARKS[self.meets(limit)]}"
-
-
-MARKS = {True: "✓", False: "✗", None: "–"}
-
-
-def times_as(seconds: float) -> str:
-    for unit, name in ((1, "s"), (1e-3, "ms"), (1e-6, "µs")):
-        if seconds >= unit:
-            break
-    return f"{seconds / unit:.3g} {name}" if seconds < 1000 * unit else f"{seconds / unit:.0f} {name}"
-
-
-def factor(ratio: float) -> str:
-    return f"{ratio:.2f}×" if ratio < 9.95 else f"{ratio:.0f}×"
-
-
-def share(part: float) -> str:
-    return f"{100 * part:.0f} %"
-
-
-def megabytes(n: float) -> str:
-    return f"{n / 1e6:.1f} MB"
-
-
-def rate(n: float) -> str:
-    return f"{n / 1e9:.1f} GB/s"
-
-
-def ratio(times: Times, peer: str, ours: str = OURS) -> float | None:
-    """Return how many times faster than a peer we are."""
-    return times[peer] / times[ours] if peer in times else None
-
-
-# --- sections --------------------------------------------------------------------------------
-
-
-@dataclass
-class Section:
-    """A part of the report: a table, and the goals that are read from it."""
-
-    title: str
-    text: str
-    head: Sequence[str]
-    rows: list[list[str]] = field(default_factory=list)
-    goals: list[Goal] = field(default_factory=list)
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
-
-
-def counted(n: int) -> str:
-    """Return a large number as one reads it."""
-    return f"{n / 1_000_000:g} M" if n >= 1_000_000 else f"{n:,}"
+# --- contenders and ratios -------------------------------------------------------------------
 
 
 def if_installed(make: Callable[..., Step], *args: Any, **options: Any) -> Step | None:
@@ -170,8 +78,8 @@ def update_of(rule: opt.Rule, model: Tree, grad: Tree) -> Step:
     return partial(opt.update_, opt.setup(rule, model), model, grad)
 
 
-def contenders(model: Tree) -> dict[str, Step | None]:
-    """Return Adam for a model by everyone."""
+def contenders(model: Tree) -> Steps:
+    """Return Adam for a model, by everyone."""
     grad = gradient_of(model)
     xs, gs = opt.trainables(model), opt.trainables(grad)
     return {
@@ -183,219 +91,201 @@ def contenders(model: Tree) -> dict[str, Step | None]:
     }
 
 
-def beside(times: Times, peer: str, ours: str = OURS) -> str:
-    """Return a peer's time, and how many times ours it is."""
-    if peer not in times:
-        return "–"
-    return f"{times_as(times[peer])} ({factor(times[peer] / times[ours])})"
+def faster_than(peer: str, took: Times, ours: str = OURS) -> float | None:
+    """Return how many times our time a peer takes."""
+    return took[peer] / took[ours] if peer in took else None
 
 
-class Adam:
-    """The table of Adam over one array of each size and over models, and what the picture shows."""
+def beside(peer: str, took: Times, ours: str = OURS) -> str:
+    """Return a peer's time as text, and how many times ours it is."""
+    ratio = faster_than(peer, took, ours)
+    return "–" if ratio is None else f"{duration(took[peer])} ({times(ratio)})"
 
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
-        peers = [NUMPY, FUSED, DEFAULT, OPTAX]
-        self.section = Section(
-            "Adam, float32, in place",
-            "One step. In brackets: how many times our time that is.",
-            ["work", OURS, *peers],
-        )
-        self.measure = partial(alternate, runs=plan.runs, least=plan.least)
-        self.sweep: dict[int, Times] = {}
-        self.bandwidth = 0.0
 
-    def run(self) -> Section:
-        for size in self.plan.sizes:
-            self.one_array(size)
-        self.many()
-        self.model(f"MLP, hidden layer of {self.plan.hidden}", mlp(hidden=self.plan.hidden), None)
-        self.model("ResNet-18 shapes", resnet18(self.plan.width), 1.0)
-        return self.section
+def faster_goal(
+    work: str, peer: str, took: Times, must: float | None, aim: float | None, ours: str = OURS
+) -> Goal:
+    return Goal(work, f"times as fast as {peer}", faster_than(peer, took, ours), must, aim)
 
-    def row(self, work: str, times: Times, ours: str = OURS) -> None:
-        peers = (NUMPY, FUSED, DEFAULT, OPTAX)
-        cells = [work, times_as(times[ours]), *(beside(times, peer, ours) for peer in peers)]
-        self.section.rows.append(cells)
 
-    def goal(
-        self, work: str, times: Times, peer: str, must: float, aim: float | None, ours: str = OURS
-    ) -> None:
-        got = ratio(times, peer, ours)
-        self.section.goals.append(
-            Goal(work, f"times as fast as {peer}", got, must, aim, factor)
-        )
+def limit_goal(work: str, share: float, must: float | None = None) -> Goal:
+    return Goal(work, "of the memory limit", share, must, 0.95, percent)
 
-    def one_array(self, size: int) -> None:
-        work = f"one array of {counted(size)}"
-        steps = contenders(normal(size))
-        limit = Limit(16 * size) if size == self.plan.large else None
-        if limit is not None:
-            steps |= limit.steps | {"copy": copy_bandwidth(2 * size)}
-        times = self.sweep[size] = self.measure(steps)
+
+# --- sections --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What Adam took over one array of each size, and the memory limit at the largest."""
+
+    took: dict[int, Times]
+    limit: Limit
+    bandwidth: float
+
+
+def sweep(plan: Plan) -> Sweep:
+    """Measure Adam over one array of each size; at the largest, beside the limit of memory."""
+    took = {size: plan.alternate(contenders(normal(size))) for size in plan.sizes[:-1]}
+    limit = Limit(16 * plan.large)
+    took[plan.large] = plan.alternate(contenders(normal(plan.large)) | limit.steps | limit.copy)
+    return Sweep(took, limit, limit.bandwidth(took[plan.large]))
+
+
+def adam(plan: Plan, arrays: Sweep) -> Section:
+    """Put Adam over single arrays and over models beside its peers."""
+    section = Section("Adam, float32, in place", f"One step. {IN_BRACKETS}", ["work", OURS, *PEERS])
+
+    def row(work: str, took: Times, ours: str = OURS) -> None:
+        peers = (beside(peer, took, ours) for peer in PEERS)
+        section.rows.append([work, duration(took[ours]), *peers])
+
+    limits: dict[int, tuple[float, float | None]] = {
+        10: (10, 30),
+        1_000: (10, 20),
+        plan.medium: (1.3, 2),
+        plan.large: (1.0, None),
+    }
+    for size, (must, aim) in limits.items():
+        work, took = f"one array of {counted(size)}", arrays.took[size]
+        row(work, took)
+        section.goals.append(faster_goal(work, FUSED, took, must, aim))
         if size == 10:
-            self.goal(work, times, FUSED, 10, 30)
-            took = Goal(work, "time", times[OURS], None, 2e-6, times_as, less=True)
-            self.section.goals.append(took)
-        elif size == 1_000:
-            self.goal(work, times, FUSED, 10, 20)
-        elif size == self.plan.medium:
-            self.goal(work, times, FUSED, 1.3, 2)
-        elif limit is not None:
-            self.goal(work, times, FUSED, 1.0, None)
-            self.bandwidth = limit.bandwidth(times)
-            got = 28 * size / times[OURS] / self.bandwidth
-            self.section.goals.append(
-                Goal(work, "of the memory limit", got, None, 0.95, share)
-            )
-            pairs = [(name, 12 * limit.size) for name in limit.steps] + [("copy", 16 * size)]
-            self.rates = {name: n / times[name] for name, n in pairs if name in times}
-        else:
-            return
-        self.row(work, times)
+            section.goals.append(Goal(work, "time", took[OURS], None, 2e-6, duration, less=True))
+    section.goals.append(limit_goal(work, 28 * size / took[OURS] / arrays.bandwidth))
 
-    def many(self) -> None:
-        model = many_arrays(self.plan.arrays)
-        work = f"{self.plan.arrays:,} arrays of 64"
-        steps = contenders(model)
-        grad = gradient_of(model)
-        flat, rebuild = opt.destructure(model)
-        flat_grad = rebuild.flatten_gradient(grad)
-        step = steps["flat"] = update_of(opt.Adam(), flat, flat_grad)
+    many, work = many_arrays(plan.arrays), f"{plan.arrays:,} arrays of 64"
+    as_dict, as_vector = f"{work}, a dict", f"{work}, one flat vector"
+    grad = gradient_of(many)
+    flat, rebuild = opt.destructure(many)
+    flat_grad = rebuild.flatten_gradient(grad)
+    update_flat = update_of(opt.Adam(), flat, flat_grad)
 
-        def gathered() -> None:
-            rebuild.flatten_gradient(grad, out=flat_grad)
-            step()
+    def gather_and_update() -> None:
+        rebuild.flatten_gradient(grad, out=flat_grad)
+        update_flat()
 
-        steps["gathered"] = gathered
-        times = self.measure(steps)
-        self.row(f"{work}, a dict", times)
-        self.goal(f"{work}, a dict", times, FUSED, 6, 10)
-        self.goal(f"{work}, a dict", times, OPTAX, 30, 50)
-        self.row(f"{work}, flat: `update_` of the vector", times, "flat")
-        self.goal(f"{work}, flat", times, FUSED, 60, 100, "flat")
-        self.row(f"{work}, flat: `flatten_gradient`, then `update_`", times, "gathered")
+    took = plan.alternate(contenders(many) | {"flat": update_flat, "gathered": gather_and_update})
+    row(as_dict, took)
+    row(as_vector, took, "flat")
+    row(f"{as_vector}, `flatten_gradient` included", took, "gathered")
+    section.goals += [
+        faster_goal(as_dict, FUSED, took, 6, 10),
+        faster_goal(as_dict, OPTAX, took, 30, 50),
+        faster_goal(as_vector, FUSED, took, 60, 100, "flat"),
+    ]
 
-    def model(self, work: str, model: Tree, must: float | None) -> None:
-        times = self.measure(contenders(model))
-        self.row(work, times)
-        if must is not None:
-            self.goal(work, times, FUSED, must, None)
+    row(f"MLP 784-{plan.hidden}-10, 4 arrays", plan.alternate(contenders(mlp(hidden=plan.hidden))))
+    resnet, work = resnet18(plan.width), f"ResNet-18 shapes, width {plan.width}, 62 arrays"
+    size = sum(x.size for x in opt.trainables(resnet))
+    limit = Limit(16 * size)
+    took = plan.alternate(contenders(resnet) | limit.steps)
+    row(work, took)
+    share = 28 * size / took[OURS] / limit.bandwidth(took)
+    section.goals += [faster_goal(work, FUSED, took, 1.0, None), limit_goal(work, share)]
+    return section
 
 
-def limit_section(adam: Adam) -> Section:
-    size = adam.plan.large
+def memory_limit(plan: Plan, arrays: Sweep) -> Section:
+    took, limit = arrays.took[plan.large], arrays.limit
+    ours = per_second(28 * plan.large / took[OURS])
     return Section(
         "The memory limit",
-        f"Bandwidths over as much memory as Adam uses for {counted(size)} parameters, measured in "
-        "turn with it. The limit is the faster `x += a g`.",
+        f"Over as much memory as Adam uses for {counted(plan.large)} parameters, in turn with it: "
+        "caches hold more of less. The limit is the faster `x += a g`.",
         ["what", "bandwidth"],
         [
-            *([name, rate(got)] for name, got in adam.rates.items()),
-            [f"`update_` of Adam, {counted(size)}", rate(28 * size / adam.sweep[size][OURS])],
+            *([name, per_second(rate)] for name, rate in limit.rates(took).items()),
+            [f"`update_` of Adam over one array of {counted(plan.large)}", ours],
         ],
     )
 
 
 def chains(plan: Plan) -> Section:
     x, g = normal(plan.large), normal(plan.large)
-    decay = opt.WeightDecay(5e-4)
-    with_norm = opt.OptimiserChain(opt.ClipNorm(1.0), decay, opt.Adam())
-    with_clip = opt.OptimiserChain(opt.ClipGrad(1.0), decay, opt.Adam())
-    torch_adam = partial(torch_step, "Adam", [x], [g], fused=True, weight_decay=5e-4)
-    torch_chain = "PyTorch, `clip_grad_norm_` + fused"
+    decay, plain = opt.WeightDecay(5e-4), opt.Adam()
+    by_norm = "`ClipNorm → WeightDecay → Adam`"
+    by_value = "`ClipGrad → WeightDecay → Adam`"
+    by_torch = "PyTorch, `clip_grad_norm_`, then fused"
 
     def optax_chain(optax: Any) -> Any:
         return optax.chain(
             optax.clip_by_global_norm(1.0), optax.add_decayed_weights(5e-4), optax.adam(1e-3)
         )
 
-    times = alternate(
+    took = plan.alternate(
         {
-            torch_chain: if_installed(torch_adam, clip_norm=1.0),
+            by_torch: if_installed(
+                torch_step, "Adam", [x], [g], clip_norm=1.0, fused=True, weight_decay=5e-4
+            ),
             OPTAX: if_installed(optax_step, [x], [g], optax_chain),
-            "norm": update_of(with_norm, x.copy(), g),
-            "clip": update_of(with_clip, x.copy(), g),
-            "Adam": update_of(opt.Adam(), x.copy(), g),
-        },
-        plan.runs,
-        plan.least,
+            by_norm: update_of(opt.OptimiserChain(opt.ClipNorm(1.0), decay, plain), x.copy(), g),
+            by_value: update_of(opt.OptimiserChain(opt.ClipGrad(1.0), decay, plain), x.copy(), g),
+            "`Adam`": update_of(plain, x.copy(), g),
+        }
     )
-    names = {
-        "norm": "`ClipNorm → WeightDecay → Adam`",
-        "clip": "`ClipGrad → WeightDecay → Adam`",
-        "Adam": "`Adam`",
-    }
-    rows = [[work, times_as(times[name]), "", ""] for name, work in names.items()]
-    rows[0][2:] = beside(times, torch_chain, "norm"), beside(times, OPTAX, "norm")
-    excess = times["clip"] / times["Adam"] - 1
+    more = took[by_value] / took["`Adam`"] - 1
+    peers = (beside(peer, took, by_norm) for peer in (by_torch, OPTAX))
     return Section(
         f"Chains, one array of {counted(plan.large)}",
-        "In brackets: how many times our time that is.",
-        ["chain", OURS, torch_chain, OPTAX],
-        rows,
+        IN_BRACKETS,
+        ["chain", OURS, by_torch, OPTAX],
         [
-            Goal(
-                names["norm"],
-                "times as fast as PyTorch",
-                ratio(times, torch_chain, "norm"),
-                1.3,
-                1.6,
-                factor,
-            ),
-            Goal(names["clip"], "more than plain Adam takes", excess, 0.1, 0.05, share, less=True),
+            [by_norm, duration(took[by_norm]), *peers],
+            *([rule, duration(took[rule]), "", ""] for rule in (by_value, "`Adam`")),
+        ],
+        [
+            faster_goal(by_norm, by_torch, took, 1.3, 1.6, by_norm),
+            Goal(by_value, "beyond plain Adam", more, 0.1, 0.05, percent, less=True),
         ],
     )
 
 
 def rules(plan: Plan) -> Section:
-    """Measure every elementwise rule beside each mode of its PyTorch twin, and beside the limit."""
+    """Put every elementwise rule beside its twin in PyTorch, in all modes, and the limit."""
     section = Section(
         f"Every elementwise rule, one array of {counted(plan.large)}",
-        "PyTorch in the fastest of its modes; in brackets: how many times our time that is. The "
-        "limit is that of the bytes the rule itself reads and writes.",
-        ["rule", OURS, "PyTorch", "twin and mode", "bandwidth", "of the memory limit"],
+        f"PyTorch in its fastest mode. {IN_BRACKETS} The limit is that of the bytes which the rule "
+        "itself reads and writes.",
+        ["rule", OURS, "PyTorch", "its class and mode", "bandwidth", "of the memory limit"],
     )
     for name, rule in RULES.items():
         if not isinstance(rule, opt.ElementwiseRule):
             continue
         x, g = normal(plan.large), normal(plan.large)
-        limit = Limit(4 * (2 + len(rule.slots)) * plan.large)
-        try:
+        arrays = 2 + len(rule.slots)
+        limit = Limit(4 * arrays * plan.large)
+        twins: Mapping[str, Step] = {}
+        with contextlib.suppress(ImportError):
             twins = torch_twins(name, [x], [g])
-        except ImportError:
-            twins = {}
-        steps: dict[str, Step | None] = {**twins, OURS: update_of(rule, x, g), **limit.steps}
-        times = alternate(steps, plan.runs, plan.least)
-        best = min(twins, key=times.__getitem__, default="")
-        moved = 4 * (3 + 2 * len(rule.slots)) * plan.large / times[OURS]
-        part = moved / limit.bandwidth(times)
+        took = plan.alternate({**twins, OURS: update_of(rule, x, g), **limit.steps})
+        mode = min(twins, key=took.__getitem__, default="")
+        rate = 4 * (2 * arrays - 1) * plan.large / took[OURS]  # only the gradient is not written
+        share = rate / limit.bandwidth(took)
         section.rows.append(
             [
                 f"`{name}`",
-                times_as(times[OURS]),
-                beside(times, best),
-                f"`{TWINS[name][0]}`, {best}" if best else "–",
-                rate(moved),
-                share(part),
+                duration(took[OURS]),
+                beside(mode, took),
+                f"`{TWINS[name][0]}`, {mode}" if mode else "–",
+                per_second(rate),
+                percent(share),
             ]
         )
         if name in TWINS:
-            twin = f"times as fast as PyTorch's {TWINS[name][0]}"
-            section.goals.append(
-                Goal(f"`{name}`", twin, ratio(times, best), 1.0, None, factor)
-            )
-        section.goals.append(Goal(f"`{name}`", "of the memory limit", part, None, 0.95, share))
+            measure = f"times as fast as PyTorch's {TWINS[name][0]}"
+            section.goals.append(Goal(f"`{name}`", measure, faster_than(mode, took), 1.0, None))
+        section.goals.append(limit_goal(f"`{name}`", share))
     return section
 
 
 def precision(plan: Plan) -> Section:
     section = Section(
         f"`MixedPrecision(Adam())`, one array of {counted(plan.large)}",
-        "Parameters and gradients of two bytes, a master copy and momenta of four.",
+        "Parameters and gradients of two bytes; a master copy and momenta of four.",
         ["parameters", OURS, "bandwidth", "of the memory limit"],
     )
-    dtypes = ["float16"]
+    rule, dtypes = opt.MixedPrecision(opt.Adam()), ["float16"]
     with contextlib.suppress(ImportError):
         import ml_dtypes  # noqa: F401 (makes the dtype known to NumPy)
 
@@ -403,13 +293,11 @@ def precision(plan: Plan) -> Section:
     for dtype in dtypes:
         x, g = normal(plan.large, dtype=dtype), normal(plan.large, dtype=dtype)
         limit = Limit(16 * plan.large)
-        step = update_of(opt.MixedPrecision(opt.Adam()), x, g)
-        times = alternate({OURS: step, **limit.steps}, plan.runs, plan.least)
-        moved = 28 * plan.large / times[OURS]
-        part = moved / limit.bandwidth(times)
-        section.rows.append([dtype, times_as(times[OURS]), rate(moved), share(part)])
-        work = f"`MixedPrecision(Adam())`, {dtype}"
-        section.goals.append(Goal(work, "of the memory limit", part, None, 0.95, share))
+        took = plan.alternate({OURS: update_of(rule, x, g), **limit.steps})
+        rate = 28 * plan.large / took[OURS]  # g, x: 2 each; the rest is read and written
+        share = rate / limit.bandwidth(took)
+        section.rows.append([dtype, duration(took[OURS]), per_second(rate), percent(share)])
+        section.goals.append(limit_goal(f"`MixedPrecision(Adam())`, {dtype}", share))
     return section
 
 
@@ -421,112 +309,106 @@ def pure(plan: Plan) -> Section:
     def step() -> None:
         held[:] = opt.update(*held, g)
 
-    fresh = "optax, jitted, not donated"
-    times = alternate(
+    took = plan.alternate(
         {
-            "update": step,
-            "update_": update_of(opt.Adam(), x, g),
-            fresh: if_installed(optax_step, [x], [g], donate=False),
+            "`update`": step,
+            "`update_`": update_of(opt.Adam(), x, g),
+            FRESH: if_installed(optax_step, [x], [g], donate=False),
             OPTAX: if_installed(optax_step, [x], [g]),
-        },
-        plan.runs,
-        plan.least,
+        }
     )
-    work = f"pure `update`, {counted(plan.large)}"
-    slower = times["update"] / times["update_"]
+    names = ["`update`", "`update_`", FRESH, OPTAX]
+    work = f"`update`, one array of {counted(plan.large)}"
+    ratio = took["`update`"] / took["`update_`"]
     return Section(
         f"The pure `update` of Adam, one array of {counted(plan.large)}",
         "",
-        ["`update`", "`update_`", fresh, OPTAX],
-        [[times_as(times[name]) if name in times else "–" for name in ("update", "update_", fresh, OPTAX)]],
+        names,
+        [[duration(took[name]) if name in took else "–" for name in names]],
         [
-            Goal(work, "times the time of `update_`", slower, 4, 2, factor, less=True),
-            Goal(work, f"times as fast as {fresh}", ratio(times, fresh, "update"), 1.0, None, factor),
+            Goal(work, "times the time of `update_`", ratio, 4, 2, less=True),
+            faster_goal(work, FRESH, took, 1.0, None, "`update`"),
         ],
     )
 
 
 def threads(plan: Plan) -> Section:
-    count = opt.get_num_threads()
+    every = opt.get_num_threads()
+    against = f"{every} threads against one"
     section = Section(
-        f"{count} threads against one, Adam",
+        f"Adam, {against}",
         "",
-        ["work", "1 thread", f"{count} threads", "gain", "of the memory limit"],
+        ["work", "1 thread", f"{every} threads", "gain", "of the memory limit"],
     )
-    for size, floor in ((plan.medium, None), (plan.large, 0.85)):
+    for size in (plan.medium, plan.large):
         x, g = normal(size), normal(size)
+        update = update_of(opt.Adam(), x, g)
+
+        def on(count: int, update: Step = update) -> None:
+            opt.set_num_threads(count)
+            update()
+
         limit = Limit(16 * size)
-        step = update_of(opt.Adam(), x, g)
-
-        def on(n: int, step: Step = step) -> None:
-            opt.set_num_threads(n)
-            step()
-
-        steps: dict[str, Step | None] = {"one": partial(on, 1), "all": partial(on, count)}
-        times = alternate(steps | limit.steps, plan.runs, plan.least)
+        took = plan.alternate({"one": partial(on, 1), "all": partial(on, every), **limit.steps})
         opt.set_num_threads(0)
-        gain = times["one"] / times["all"]
-        part = 28 * size / times["all"] / limit.bandwidth(times)
+        gain = took["one"] / took["all"]
+        share = 28 * size / took["all"] / limit.bandwidth(took)
         work = f"one array of {counted(size)}"
         section.rows.append(
-            [work, times_as(times["one"]), times_as(times["all"]), factor(gain), share(part)]
+            [work, duration(took["one"]), duration(took["all"]), times(gain), percent(share)]
         )
-        if floor is None:
-            goal = Goal(work, f"{count} threads against one", gain, 1.2, 1.5, factor)
-        else:  # one thread may be near the limit, so that more of them have nothing to gain
-            at_limit = gain < 1.3 and part >= floor
-            must = None if at_limit else 1.3
-            goal = Goal(work, f"{count} threads against one", gain, must, 1.5, factor)
-            if at_limit:
-                reached = "of the memory limit (or 1.3× one thread)"
-                section.goals.append(Goal(work, reached, part, floor, None, share))
-        section.goals.append(goal)
+        must: float | None = 1.2
+        if size == plan.large:  # there either will do: a gain, or the limit
+            must = 1.3 if share < 0.85 else None
+            section.goals.append(
+                limit_goal(f"{work}, {every} threads", share, 0.85 if gain < 1.3 else None)
+            )
+        section.goals.append(Goal(work, against, gain, must, 1.5))
     return section
 
 
 def footprint(plan: Plan) -> Section:
-    seconds, big = import_time(plan.imports)
+    seconds, big = import_time(plan.runs)
     flat, rebuild = opt.destructure(many_arrays(plan.arrays))
-    rebuilt = alternate({OURS: partial(rebuild, flat)}, plan.runs, plan.least)[OURS]
+    rebuilt = plan.alternate({OURS: partial(rebuild, flat)})[OURS]
     growth = memory_growth(plan.large)
-    work = f"`re(flat)`, {plan.arrays:,} arrays"
-    memory = f"peak memory during `update_`, {counted(plan.large)}"
+    imports = "`import optimisers`"
+    views = f"`re(flat)`, {plan.arrays:,} arrays"
+    memory = f"`update_`, one array of {counted(plan.large)}"
     return Section(
         "The rest",
         "",
         ["what", "measured"],
         [
-            ["`import optimisers`, beyond NumPy", times_as(seconds)],
-            ["of JAX, Numba, PyTorch, SciPy it imports", ", ".join(sorted(big)) or "none"],
-            [work, times_as(rebuilt)],
-            [f"{memory}: growth", "–" if growth is None else megabytes(growth)],
+            [f"{imports}, beyond NumPy", duration(seconds)],
+            ["which of JAX, Numba, PyTorch, SciPy it imports", ", ".join(sorted(big)) or "none"],
+            [views, duration(rebuilt)],
+            [f"{memory}, growth of peak memory", "–" if growth is None else megabytes(growth)],
         ],
         [
-            Goal("`import optimisers`", "beyond NumPy", seconds, 0.15, 0.05, times_as, less=True),
+            Goal(imports, "time beyond NumPy", seconds, 0.15, 0.05, duration, less=True),
             Goal(
-                "`import optimisers`",
-                "imports of JAX, Numba, PyTorch, SciPy",
-                len(big),
-                0,
-                None,
-                str,
-                less=True,
+                imports, "imports of JAX, Numba, PyTorch, SciPy", len(big), 0, None, str, less=True
             ),
-            Goal(work, "time", rebuilt, 1e-3, 0.5e-3, times_as, less=True),
-            Goal(memory, "growth", growth, 0.1 * 4 * plan.large, 1e6, megabytes, less=True),
+            Goal(views, "time", rebuilt, 1e-3, 0.5e-3, duration, less=True),
+            # a tenth of one of its arrays: less cannot grow with the model
+            Goal(
+                memory, "growth of peak memory", growth, 0.4 * plan.large, 1e6, megabytes, less=True
+            ),
         ],
     )
 
 
-# --- the report ------------------------------------------------------------------------------
+# --- the machine -----------------------------------------------------------------------------
 
 
 def machine() -> list[list[str]]:
     """Return what the figures hold for."""
+    setup = ast.parse((ROOT / "setup.py").read_text(encoding="utf-8")).body
     flags = next(
-        ast.literal_eval(node.value)
-        for node in ast.parse((ROOT / "setup.py").read_text(encoding="utf-8")).body
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "EXACT"
+        ast.literal_eval(line.value)
+        for line in setup
+        if isinstance(line, ast.Assign) and ast.unparse(line.targets[0]) == "EXACT"
     )
     names = ("numpy", "torch", "jax", "jaxlib", "optax")
     versions = [f"{name} {version}" for name in names if (version := installed(name))]
@@ -540,7 +422,6 @@ def machine() -> list[list[str]]:
 
 
 def processor() -> str:
-    """Return the model of the processor."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
@@ -548,71 +429,49 @@ def processor() -> str:
     return platform.processor() or "unknown"
 
 
-def report(plan: Plan, sections: Sequence[Section], picture: str | None) -> str:
-    goals = [goal for section in sections for goal in section.goals]
-    parts = [
-        "# How fast it is\n",
-        "`make bench` measured and wrote this page. All contenders take turns in one process, run "
-        f"by run; times are medians of {plan.runs} runs after warm-up, each long enough to "
-        "time well. Whether a goal is met is computed.\n",
-        table(["", ""], machine()),
-        f"![Time of a step of Adam against the number of parameters]({picture})\n" * bool(picture),
-        f"## Goals\n\n{summary(goals)}\n",
-        table(["work", "measured", "got", "must", "aim"], (goal.cells() for goal in goals)),
-    ]
-    for section in sections:
-        text = f"\n\n{section.text}" if section.text else ""
-        parts.append(f"## {section.title}{text}\n\n{table(section.head, section.rows)}")
-    return "\n".join(part for part in parts if part)
+# --- all of it -------------------------------------------------------------------------------
 
 
-def summary(goals: Sequence[Goal]) -> str:
-    """Say how many goals are met and which musts are not."""
-    lines = []
-    for name, verdicts in (
-        ("must", [(goal, goal.meets(goal.must)) for goal in goals]),
-        ("aim", [(goal, goal.meets(goal.aim)) for goal in goals]),
-    ):
-        known = [met for _, met in verdicts if met is not None]
-        lines.append(f"Of {len(known)} figures with a *{name}*, {sum(known)} meet it.")
-        missed = [f"{goal.work} ({goal.measure})" for goal, met in verdicts if met is False]
-        if name == "must" and missed:
-            lines.append(f"Missed: {'; '.join(missed)}.")
-    return " ".join(lines)
+def say(what: str) -> None:
+    print(f"measuring {what}", file=sys.stderr, flush=True)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument(
-        "--quick", action="store_true", help="tiny sizes and few runs: figures mean nothing"
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument(
-        "--out", type=Path, default=ROOT / "docs", help="folder for benchmarks.md and .png"
+        "--quick", action="store_true", help="tiny and few: only to try the program"
     )
-    parser.add_argument("--no-write", action="store_true", help="print only")
+    parser.add_argument("--no-write", action="store_true", help="print only, draw nothing")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs", metavar="FOLDER")
     options = parser.parse_args()
-    plan = QUICK if options.quick else FULL
+    plan = QUICK if options.quick else Plan()
 
-    def say(what: str) -> None:
-        print(f"measuring: {what}", file=sys.stderr, flush=True)
-
+    if hasattr(os, "getloadavg") and (load := os.getloadavg()[0]) > 0.5:
+        say(f"on a busy machine (load {load:.1f}): the figures will not be worth much")
     say("Adam")
-    adam = Adam(plan)
-    sections = [adam.run(), limit_section(adam)]
+    arrays = sweep(plan)
+    sections = [adam(plan, arrays), memory_limit(plan, arrays)]
     for section in (chains, rules, precision, pure, threads, footprint):
         say(section.__name__)
         sections.append(section(plan))
-    picture = None
-    if not options.no_write:
-        from picture import draw
 
-        options.out.mkdir(parents=True, exist_ok=True)
-        picture = "benchmarks.png"
-        draw(adam.sweep, adam.bandwidth, options.out / picture)
-    text = report(plan, sections, picture)
+    intro = (
+        "`make bench` measures all this and writes this page. The contenders take turns in one "
+        f"process, run by run; times are medians of {plan.runs} runs after warm-up. Whether a goal "
+        "is met is computed."
+    )
+    if options.no_write:
+        print(page(intro, machine(), sections, None))
+        return
+    from picture import draw
+
+    options.out.mkdir(parents=True, exist_ok=True)
+    draw(arrays.took, arrays.bandwidth, options.out / "benchmarks.png", OURS)
+    text = page(intro, machine(), sections, "benchmarks.png")
+    (options.out / "benchmarks.md").write_text(text, encoding="utf-8")
     print(text)
-    if not options.no_write:
-        (options.out / "benchmarks.md").write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@
 array([0.9, 2.1])
 """
 
-from typing import TYPE_CHECKING as _TYPE_CHECKING
+import typing as _typing
 
 from . import words as words
 from ._engine import get_num_threads as get_num_threads
@@ -35,6 +35,7 @@ from .compose import ClipNorm as ClipNorm
 from .compose import MixedPrecision as MixedPrecision
 from .compose import OptimiserChain as OptimiserChain
 from .destructure import destructure as destructure
+from .minimise import minimize as minimize
 from .rules import *
 from .state import Leaf as Leaf
 from .state import adjust as adjust
@@ -45,11 +46,18 @@ from .state import thaw_ as thaw_
 from .state import update as update
 from .state import update_ as update_
 
-if _TYPE_CHECKING:
+if _typing.TYPE_CHECKING:
+    from . import optax as optax
+    from . import scipy as scipy
+
     __version__: str
 else:
 
     def __getattr__(name):
+        if name in ("optax", "scipy"):  # modules for those who have that library
+            from importlib import import_module
+
+            return import_module(f"{__name__}.{name}")
         if name != "__version__":
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         from importlib import metadata  # late: it would be a quarter of the whole import

@@ -17,16 +17,18 @@ import numbers
 import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from types import FunctionType
 from typing import Any
 
 import numpy as np
 
 from . import _kernels as baseline
-from . import rules
-from ._rule import ElementwiseRule, Rule, as_like
+from . import _torch, rules, words
+from ._jax import Number, attributes, holds_traced, is_jax, is_tracer, with_attributes
+from ._rule import ElementwiseRule, Rule, as_like, read_only
 from ._tree import isnumeric, maywrite
 from .compose import AccumGrad, ClipNorm, MixedPrecision, OptimiserChain
-from .words import namespace
+from .words import is_complex, namespace
 
 Array = Any
 
@@ -81,34 +83,78 @@ def get_num_threads() -> int:
 # --- making a rule ready for the kernels -----------------------------------------------------
 
 _steps = {getattr(rules, name).step: index for name, index in kernels.step_index.items()}
-_step_of: dict[type, int | None] = {}
+Found = Callable[[Any, bool], tuple[int, int] | None]
+_step_of: dict[type, int | Found | None] = {}
+_addresses: dict[tuple[type, int, bool], int] = {}
 
 
-def lower(rule: Rule) -> Any:
+def lower(rule: Any) -> Any:
     """Return the plan by which the kernels run `rule`, or None if they cannot."""
     cls: Any = type(rule)
+    if any(map(holds_traced, attributes(rule).values())):
+        return None
     if cls not in _step_of:
         _step_of[cls] = _find_step(cls)
-    if (step := _step_of[cls]) is not None:
+    if isinstance(step := _step_of[cls], int):
         return kernels.StepPlan(rule, step, cls.counts)
-    if isinstance(rule, OptimiserChain):
+    if step is not None:
+        return kernels.LatePlan(rule, len(cls.slots), cls.counts, step)
+    if _behaves_as(OptimiserChain, cls):
         parts = tuple(map(lower, rule.rules))
         return None if None in parts else kernels.ChainPlan(rule, parts)
-    if isinstance(rule, ClipNorm):
+    if _behaves_as(ClipNorm, cls):
         return kernels.NormPlan(rule, _steps[rules._Scale.step], rule.p)
-    if isinstance(rule, AccumGrad):
+    if _behaves_as(AccumGrad, cls):
         hold, release = lower(rules._Hold()), lower(rules._Release(rule.n))
         return kernels.AccumulatePlan(rule, hold, release, rule.n)
-    if isinstance(rule, MixedPrecision):
+    if _behaves_as(MixedPrecision, cls):
         inner = lower(rule.rule)
         return None if inner is None else kernels.MixedPlan(rule, inner)
     return None
 
 
-def _find_step(cls: Any) -> int | None:
-    """Return where the step of an elementwise rule stands in the kernels' table."""
-    elementwise = issubclass(cls, ElementwiseRule) and cls.apply is ElementwiseRule.apply
-    return _steps.get(cls.step) if elementwise and cls.move is Rule.move else None
+def _behaves_as(known: type[Rule], cls: type[Rule]) -> bool:
+    """Tell whether `cls` is `known`, or a subclass that leaves to it what a step does."""
+    return issubclass(cls, known) and cls.apply is known.apply and cls.move is known.move
+
+
+def _find_step(cls: Any) -> int | Found | None:
+    """Return where a step stands in the kernels' table, or for a user's what finds it late.
+
+    None for what has to stay array code.
+    """
+    if not issubclass(cls, ElementwiseRule) or cls.apply is not ElementwiseRule.apply:
+        return None
+    if cls.move is not Rule.move or not isinstance(cls.step, FunctionType):
+        return None
+    if cls.step in _steps:
+        return int(_steps[cls.step])
+    too_much = len(cls.slots) > kernels.max_slots or hasattr(cls.step, "__wrapped__")
+    return None if too_much else _compiled
+
+
+def _compiled(rule: Any, is_double: bool) -> tuple[int, int] | None:
+    """Return the address of a user's step as machine code and the number of its coefs, or None.
+
+    Raises
+    ------
+    StepError
+        If the step is not in the language of steps, whether or not it can be compiled.
+    """
+    from . import _language, _numba
+
+    cls = type(rule)
+    coefs = len(rule.coefs(1) if cls.counts else rule.coefs())
+    key = cls, coefs, is_double
+    if key not in _addresses:
+        _language.check(cls, coefs, {name: getattr(words, name) for name in _language.WORDS})
+        dtype = "float64" if is_double else "float32"
+        address = _numba.block_step(cls.__name__, cls.step, len(cls.slots), coefs, dtype)
+        if address is None:
+            _step_of[cls] = None
+            return None
+        _addresses[key] = address
+    return _addresses[key], coefs
 
 
 # --- the array path --------------------------------------------------------------------------
@@ -127,8 +173,12 @@ def checked_gradient(g: Any, x: Array, where: Callable[[], str]) -> Array | None
     wanted = f"expected an array of shape {tuple(x.shape)} and dtype {x.dtype}"
     if not hasattr(g, "dtype") and (not isinstance(g, numbers.Number) or x.shape != ()):
         raise TypeError(f"gradient at {where()}: {wanted}, got {g!r:.60} ({type(g).__name__})")
+    if _torch.is_tensor(x):
+        return _torch.gradient(g, x, where)
+    if is_jax(x) or is_tracer(g):
+        return _jax_gradient(g, x, wanted, where)
     if isinstance(x, np.ndarray):
-        a = _as_numpy(g)
+        a = _torch.as_numpy(g, where) if _torch.is_tensor(g) else _as_numpy(g)
         if a.dtype.kind not in "biufc" and not isnumeric(a):
             raise TypeError(f"gradient at {where()}: {wanted}, got dtype {a.dtype}")
         if a.dtype.kind == "c" and x.dtype.kind != "c":
@@ -144,6 +194,23 @@ def checked_gradient(g: Any, x: Array, where: Callable[[], str]) -> Array | None
     if isinstance(x, np.ndarray):
         return _plain(a, x.dtype.newbyteorder("="))
     return as_like(x, a)
+
+
+def _jax_gradient(g: Any, x: Array, wanted: str, where: Callable[[], str]) -> Array:
+    """Return `g` as an array of JAX like `x`, which may be NumPy's if `g` is traced."""
+    xp = namespace(g if is_jax(g) else x)
+    a = g if hasattr(g, "dtype") else np.asarray(g)
+    if tuple(a.shape) != tuple(x.shape):
+        raise ValueError(f"gradient at {where()}: {wanted}, got shape {tuple(a.shape)}")
+    kind = str(a.dtype).removeprefix("torch.")
+    if kind.startswith("complex") and not is_complex(x):
+        raise TypeError(
+            f"gradient at {where()}: {wanted}, got complex numbers ({a.dtype}); "
+            "take the real part if that is what is meant"
+        )
+    if not kind.startswith(("bool", "int", "uint", "float", "bfloat", "complex")):
+        raise TypeError(f"gradient at {where()}: {wanted}, got dtype {a.dtype}")
+    return as_like(x, a) if is_jax(a) else xp.asarray(_as_numpy(a).astype(x.dtype))
 
 
 def _is_symbolic_zero(g: Any) -> bool:
@@ -165,14 +232,6 @@ def _plain(a: np.ndarray, dtype: np.dtype) -> np.ndarray:
         return np.require(a, dtype, "A").view(np.ndarray)
 
 
-def read_only(a: Array) -> Array:
-    """Return a view that a user's rule cannot write into."""
-    if isinstance(a, np.ndarray):
-        a = a.view()
-        a.flags.writeable = False
-    return a
-
-
 def evaluate(
     rule: Rule, state: Any, x: Array, gs: Sequence[Array | None]
 ) -> tuple[Any, Array | None]:
@@ -180,19 +239,52 @@ def evaluate(
 
     The parameter is None where the rule makes no step.
     """
+    given = x
     if isinstance(x, np.ndarray):
         x = _plain(x, x.dtype.newbyteorder("="))
+    elif _torch.is_tensor(x):
+        x = x.detach()
     if type(rule).apply is not ElementwiseRule.apply:
-        state = fresh(state)
+        state, rule = fresh(state), opened(rule)
     dx, *higher = map(read_only, gs)
-    with np.errstate(all="ignore"):
+    with np.errstate(all="ignore"), _torch.unrecorded(x):
         state, new = rule.move(state, read_only(x), dx, *higher)
-    if new is not None and tuple(new.shape) != tuple(x.shape):
-        raise ValueError(
-            f"{type(rule).__name__}.apply returned a step that makes the parameter's shape "
-            f"{tuple(new.shape)} out of {tuple(x.shape)}"
-        )
-    return state, new
+    if new is not None:
+        if tuple(new.shape) != tuple(x.shape):
+            raise ValueError(
+                f"{type(rule).__name__}.apply returned a step that makes the parameter's shape "
+                f"{tuple(new.shape)} out of {tuple(x.shape)}"
+            )
+        if isinstance(given, np.ndarray):
+            new = np.asarray(new, given.dtype)  # its byte order too
+    return _apart(state, [given, *gs]), new
+
+
+def opened(value: Any) -> Any:
+    """Return a rule with ordinary numbers, as a user's `apply` expects them.
+
+    Rules with a `step` keep the two parts of theirs: they compute with both (see `_jax`).
+    """
+    if type(value) is tuple or type(value) is list:
+        new = [opened(v) for v in value]
+        return value if all(a is b for a, b in zip(new, value, strict=True)) else type(value)(new)
+    if type(value) is Number:
+        return value.value()
+    if isinstance(value, Rule) and type(value).apply is not ElementwiseRule.apply:
+        return with_attributes(value, opened)
+    return value
+
+
+def _apart(state: Any, given: list[Array]) -> Any:
+    """Return a state that shares no memory with arrays that were `given` to the rule."""
+    if isinstance(state, np.ndarray):
+        shared = any(isinstance(a, np.ndarray) and np.may_share_memory(state, a) for a in given)
+        return fresh(state) if shared else state
+    if type(state) is tuple:
+        return tuple(_apart(part, given) for part in state)
+    if isinstance(state, tuple) and hasattr(state, "_make"):
+        return type(state)._make(_apart(part, given) for part in state)
+    return state
 
 
 def fresh(state: Any) -> Any:
@@ -203,8 +295,10 @@ def fresh(state: Any) -> Any:
         return tuple(map(fresh, state))
     if isinstance(state, tuple) and hasattr(state, "_make"):
         return type(state)._make(map(fresh, state))
-    if isnumeric(state):
-        return state.clone() if hasattr(state, "clone") else state
+    if _torch.is_tensor(state):
+        return _torch.fresh(state)
+    if is_jax(state):
+        return state
     return copy.deepcopy(state)
 
 
@@ -214,7 +308,15 @@ def _blank(state: Any) -> Any:
         return np.empty_like(state)
     if type(state) is tuple:
         return tuple(map(_blank, state))
-    return type(state)._make(map(_blank, state))
+    return type(state)._make(map(_blank, state)) if hasattr(state, "_make") else state
+
+
+def write(x: Array, new: Array) -> None:
+    """Write into a parameter."""
+    if _torch.is_tensor(x):
+        _torch.write(x, new)
+    else:
+        x[...] = new
 
 
 # --- all leaves ------------------------------------------------------------------------------
@@ -260,17 +362,31 @@ def advance(
     """
     batch = kernels.Batch(None if in_place else _blank)
     rest = batch.gather(leaves, xs, gs, lower)
+    tensors = _torch.places(xs, rest) if rest else []
+    if tensors:
+        *sights, unseen = _torch.sights(leaves, xs, gs, tensors)
+        unseen += batch.gather(*sights, lower)
+        rest = sorted({*rest}.difference(tensors).union(unseen))
     new_x, new_state = batch.new_x, batch.new_state
     stored: list[tuple[Array, Array]] = []
     for k in rest:
         leaf, x = leaves[k], xs[k]
+        if not isnumeric(x):
+            raise TypeError(
+                f"at {where(k)}: the state tree has a parameter, the model {x!r:.40} "
+                f"({type(x).__name__}); call setup anew for this model"
+            )
         g = checked_gradient(gs[k], x, partial(where, k))
         if g is None:
             continue
-        plan = lower(leaf.rule)
+        plan = None if is_jax(x) or is_jax(g) else lower(leaf.rule)
         if plan is not None and isinstance(x, np.ndarray):
             ordered = np.ascontiguousarray if x.flags.c_contiguous else np.asfortranarray
-            if batch.take(k, plan, leaf.state, x, ordered(g).reshape(x.shape)):
+            if batch.take(k, plan, leaf.state, np.asarray(x), ordered(g).reshape(x.shape)):
+                continue
+        elif plan is not None and _torch.is_tensor(x):
+            sight = _torch.arrays(leaf.state, x, g)
+            if sight is not None and batch.take(k, plan, *sight):
                 continue
         others = [checked_gradient(h[k], x, partial(where, k)) for h in higher]
         try:
@@ -282,7 +398,7 @@ def advance(
             raise
         if new is None:
             continue
-        if in_place and maywrite(x):
+        if in_place and maywrite(x) and not is_tracer(new):
             stored.append((x, new))
         else:
             new_x[k] = new
@@ -296,8 +412,25 @@ def advance(
     except FloatingPointError as error:
         raise FloatingPointError(f"at {where(batch.failed)}: {error}") from error
     for x, new in stored:
-        x[...] = new
+        write(x, new)
+    if tensors:
+        _give_tensors(batch, tensors, leaves, xs, in_place)
     for seen in _watchers:
         seen.extend((k, "kernels") for k in batch.places())
         seen.extend((k, "arrays") for k in rest if k in new_state and k not in batch.places())
     return new_x, new_state
+
+
+def _give_tensors(
+    batch: Any, places: list[int], leaves: list[Any], xs: list[Array], in_place: bool
+) -> None:
+    """Make tensors of what belongs in the place of tensors; tell autograd which were written."""
+    by_kernels = {*batch.places()}.intersection(places)
+    if in_place:
+        _torch.note_written([xs[k] for k in by_kernels])
+    else:
+        for k in by_kernels:
+            batch.new_state[k] = _torch.state_like(leaves[k].state, batch.new_state[k], xs[k])
+    for k in places:
+        if k in batch.new_x:
+            batch.new_x[k] = _torch.like(xs[k], batch.new_x[k])

@@ -6,6 +6,7 @@ from typing import Any
 from ._rule import Rule
 
 step_index: dict[str, int]
+max_slots: int
 
 class Plan:
     @property
@@ -13,6 +14,15 @@ class Plan:
 
 class StepPlan(Plan):
     def __init__(self, rule: Rule, index: int, counts: bool) -> None: ...
+
+class LatePlan(StepPlan):
+    def __init__(
+        self,
+        rule: Rule,
+        slots: int,
+        counts: bool,
+        find: Callable[[Any, bool], tuple[int, int] | None],
+    ) -> None: ...
 
 class ChainPlan(Plan):
     def __init__(self, rule: Rule, parts: tuple[Plan, ...]) -> None: ...

@@ -186,6 +186,7 @@ cdef enum:
     MAX_STEPS = 256
 
 cdef StepInfo step_table[MAX_STEPS]
+max_slots = MAX_SLOTS
 step_index = {}
 """Where the step of each class of rules.py stands in the table, by the name of the class."""
 
@@ -222,8 +223,9 @@ cdef struct Segment:        # one leaf
     const char* x           # what the rule updates: the parameter, or a master copy of it
     const char* g
     char* out               # where x - dx goes; x itself for an update in place
-    uint16_t* rounded       # where a master copy is rounded to, else NULL
-    Narrow narrow           # what g and `rounded` then are
+    Narrow narrow           # whether x is a master copy; then g and the next two are this narrow
+    const uint16_t* unrounded   # the parameter before ...
+    uint16_t* rounded       # ... and where it goes
     Py_ssize_t n
     Py_ssize_t place        # which of the caller's places it is
     Py_ssize_t first        # of its stages
@@ -462,10 +464,41 @@ cdef class StepPlan(Plan):
             batch.store_count(item(new, self.step.slots), t)
         if self.known[kind] < 0 or self.known_t[kind] != t:
             numbers = self.coefs(t) if self.counts else self.coefs()
+            if len(numbers) != self.step.coefs:
+                return False
             self.known[kind] = batch.add_numbers(numbers, kind)
             self.known_t[kind] = t
         stage.coefs = self.known[kind]
         return True
+
+
+cdef class LatePlan(StepPlan):
+    """An elementwise rule whose step is compiled when it first meets a dtype.
+
+    `find(rule, is_double)` returns the address of its step (see `Step`) and how many coefs that
+    takes, or None.
+    """
+
+    cdef object find
+
+    def __init__(self, rule, int slots, bint counts, find):
+        self.step.slots = slots
+        self.step.run[0] = self.step.run[1] = NULL
+        self.counts = counts
+        self.coefs = rule.coefs
+        self.find = find
+        self.forget()
+
+    cdef bint stack(self, Batch batch, Segment* leaf, old, new) except -1:
+        cdef uintptr_t address
+        if self.step.run[leaf.is_double] is NULL:
+            found = None if self.find is None else self.find(self.rule, leaf.is_double)
+            if found is None:
+                self.find = None
+                return False
+            address, self.step.coefs = found
+            self.step.run[leaf.is_double] = <Step> <void*> address
+        return StepPlan.stack(self, batch, leaf, old, new)
 
 
 cdef class ChainPlan(Plan):
@@ -595,6 +628,7 @@ cdef class Batch:
     cdef Work* work
     cdef Py_ssize_t hint
     cdef list norm_rules
+    cdef cnp.ndarray like       # the parameter that is being taken
     cdef list kept              # the objects that own the memory in use
     cdef readonly dict new_x
     """Place: array that takes the parameter's place, where it was not written in place."""
@@ -689,6 +723,7 @@ cdef class Batch:
         if kind != cnp.NPY_FLOAT and kind != cnp.NPY_DOUBLE:
             return False
 
+        self.like = xa
         leaf.n = cnp.PyArray_SIZE(xa)
         leaf.is_double = kind == cnp.NPY_DOUBLE
         leaf.place = place
@@ -709,6 +744,7 @@ cdef class Batch:
             self.new_state[place] = made
         elif leaf.narrow:
             self.add_span(&self.work.spans, new, place)
+        leaf.unrounded = <uint16_t*> cnp.PyArray_BYTES(xa)
         if self.blank is not None or not cnp.PyArray_ISWRITEABLE(xa):
             xa = PyArray_NewLikeArray(xa, cnp.NPY_KEEPORDER, NULL, 0)
             self.new_x[place] = xa
@@ -716,7 +752,7 @@ cdef class Batch:
             self.add_span(&self.work.parameters, xa, place)
         leaf.g, leaf.x = cnp.PyArray_BYTES(ga), cnp.PyArray_BYTES(old)
         leaf.out = cnp.PyArray_BYTES(new if leaf.narrow else xa)
-        leaf.rounded = <uint16_t*> cnp.PyArray_BYTES(xa) if leaf.narrow else NULL
+        leaf.rounded = <uint16_t*> cnp.PyArray_BYTES(xa)
         (<Segment*> push(&self.work.segments, sizeof(Segment)))[0] = leaf
         self.kept += x, g, state
         return True
@@ -733,7 +769,7 @@ cdef class Batch:
             if not cnp.PyArray_CheckExact(item(old, k)):
                 return NULL
             a, b = <cnp.ndarray> item(old, k), <cnp.ndarray> item(new, k)
-            if not ready(a, kind, leaf.c_order) or cnp.PyArray_SIZE(a) != leaf.n:
+            if not ready(a, kind, leaf.c_order) or not same_shape(a, self.like):
                 return NULL
             if a is b:
                 if not cnp.PyArray_ISWRITEABLE(a):
@@ -852,6 +888,7 @@ cdef class Batch:
         cdef Py_ssize_t k, threads, blocks = 0, total = 0
         cdef Segment* leaf
         cdef Norm* norm
+        cdef Count* count
         cdef double value
         for k in range(self.work.segments.length):
             leaf = <Segment*> self.work.segments.data + k
@@ -875,7 +912,8 @@ cdef class Batch:
                 for k in prange(threads, num_threads=threads, schedule="static"):
                     self.run_blocks(k * blocks // threads, (k + 1) * blocks // threads)
             for k in range(self.work.counts.length):
-                (<Count*> self.work.counts.data)[k].where[0] = (<Count*> self.work.counts.data)[k].value
+                count = <Count*> self.work.counts.data + k
+                count.where[0] = count.value
 
     cdef Py_ssize_t traffic(self, Segment* leaf, Py_ssize_t end) noexcept nogil:
         """Return how many bytes the stages before `end` and the subtraction move."""
@@ -885,7 +923,8 @@ cdef class Batch:
         return arrays * leaf.n * (8 if leaf.is_double else 4)
 
     cdef int set_number(self, Segment* leaf, Py_ssize_t stage, double value) except -1:
-        cdef void* cell = <double*> self.work.numbers.data + (<Stage*> self.work.stages.data)[stage].coefs
+        cdef Py_ssize_t at = (<Stage*> self.work.stages.data)[stage].coefs
+        cdef void* cell = <double*> self.work.numbers.data + at
         if leaf.is_double:
             (<double*> cell)[0] = value
         else:
@@ -918,7 +957,10 @@ cdef class Batch:
                     subtract[double](leaf.x, leaf.out, dx, start, n, leaf.swallowed)
                 else:
                     subtract[float](leaf.x, leaf.out, dx, start, n, leaf.swallowed)
-                if leaf.narrow and not leaf.swallowed:
+                if leaf.narrow and leaf.swallowed:
+                    if leaf.rounded != leaf.unrounded:
+                        memcpy(leaf.rounded + start, leaf.unrounded + start, n * sizeof(uint16_t))
+                elif leaf.narrow:
                     narrow(leaf.narrow, <float*> leaf.out + start, leaf.rounded + start, n)
                 first += 1
             low += 1
@@ -936,6 +978,7 @@ cdef class Batch:
         cdef const char* g = leaf.g + offset
         cdef char* dx = scratch
         cdef void* slots[MAX_SLOTS]
+        cdef double* coefs
         cdef Stage* stage
         cdef Py_ssize_t k
         cdef int j
@@ -948,7 +991,8 @@ cdef class Batch:
                 slots[j] = scratch + (3 + j) * room if dry else stage.new[j] + offset
                 if slots[j] != stage.old[j] + offset:
                     memcpy(slots[j], stage.old[j] + offset, n * size)
-            stage.run(leaf.x + offset, g, dx, slots, <double*> self.work.numbers.data + stage.coefs, n)
+            coefs = <double*> self.work.numbers.data + stage.coefs
+            stage.run(leaf.x + offset, g, dx, slots, coefs, n)
             g = dx
             dx = scratch + room if dx == scratch else scratch
         return g

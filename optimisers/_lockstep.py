@@ -15,7 +15,7 @@ from itertools import islice
 from types import SimpleNamespace
 from typing import Any, Protocol, TypeVar
 
-from ._tree import KeyPath, children, walk
+from ._tree import KeyPath, children, is_node, walk
 
 Array = Any
 Tree = Any
@@ -66,7 +66,7 @@ def gather(
                     marks.append(s)
                     xs.append(m)
                     gs.append(g)
-                elif s != ():
+                elif s.__class__ is not tuple or s:
                     stack.append(_beside(mark, s, m, g, misfit))
                     break
             else:
@@ -87,7 +87,7 @@ def places(
         path, s, m, g = stack.pop()
         if isinstance(s, mark):
             yield path, s
-        elif s != ():
+        elif s.__class__ is not tuple or s:
             try:
                 below = list(_beside(mark, s, m, g, misfit))
             except _MisfitError as error:
@@ -120,6 +120,12 @@ def _beside(
             return zip(s.values(), map(m.__getitem__, s), map(g.get, s), strict=True)
         if kind is list and len(s) == len(m) == len(g):
             return zip(s, m, g, strict=True)
+    if not is_node(s):
+        raise _MisfitError(
+            TypeError,
+            f"expected a state tree, as setup returns it, got {s!r:.60} ({type(s).__name__}); "
+            "is this the model?",
+        )
     below_s, below_m = children(s), children(m)
     keys = _keys(below_s, below_m, s)
     if keys is None:

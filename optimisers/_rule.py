@@ -16,7 +16,8 @@ from typing import Annotated, Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 
-from .words import is_complex, namespace
+from ._jax import Maybe, Number, attributes, chosen, double, holds_traced, is_jax, is_tracer, lifted, with_attributes
+from .words import is_complex, maximum, namespace, where
 
 # --- limits of fields ------------------------------------------------------------------------
 
@@ -52,15 +53,22 @@ def _limits(cls: type) -> dict[str, list[Limit]]:
     return found
 
 
+_PLAIN = (bool, int, float, np.ndarray, np.generic)
+
+
 def is_traced(value: Any) -> bool:
-    """Tell whether `value` stands for a number that JAX will know only later."""
-    jax = sys.modules.get("jax")
-    return jax is not None and isinstance(value, jax.core.Tracer)
+    """Tell whether JAX or HIPS autograd stands behind `value`, and records what is done to it."""
+    if isinstance(value, _PLAIN):
+        return False
+    if type(value) is Number:
+        return value.is_traced
+    tracer = sys.modules.get("autograd.tracer")
+    return is_tracer(value) or (tracer is not None and isinstance(value, tracer.Box))
 
 
 def _checked_number(where: str, limit: Limit, value: Any) -> Any:
     """Return `value` as a Python number, or as it is where it is traced."""
-    if is_traced(value):
+    if is_traced(value) or (type(value) is Number and not value.is_scalar):
         return value
     try:
         if isinstance(value, str | bytes) or getattr(value, "ndim", 0) != 0:
@@ -112,6 +120,10 @@ class Rule(ABC):
 
     fixed: ClassVar[tuple[str, ...]] = ()
     """Fields that shape the state and so cannot be adjusted once there is one."""
+
+    static: ClassVar[tuple[str, ...]] = ()
+    """Fields of numbers on whose values the code of the rule depends, so that JAX compiles anew for
+    others; these need to be named here, other numbers may be traced."""
 
     _shown_as: ClassVar[str]
     """The name of the class in messages and in its state."""
@@ -165,6 +177,10 @@ class Rule(ABC):
     def move(self, state: Any, x: Any, dx: Any, *higher: Any) -> tuple[Any, Any]:
         """Return the new state, and the new parameter: ``x - dx``, or None for no step."""
         state, dx = self.apply(state, x, dx, *higher)
+        if hasattr(dx, "dtype") and is_complex(dx) and not is_complex(x):
+            raise TypeError(f"{type(self).__name__} made a complex step of a real parameter")
+        if isinstance(dx, Maybe):
+            return state, chosen(dx.made, as_like(x, x - dx.step), x)
         return state, None if dx is None else as_like(x, x - dx)
 
     def fields(self) -> Iterator[tuple[str, Any]]:
@@ -269,66 +285,101 @@ class ElementwiseRule(Rule):
 
     def apply(self, state: Any, x: Any, dx: Any, *higher: Any) -> tuple[Any, Any]:
         """Evaluate the step with the array library of `x`; writes into nothing."""
-        rule = self._at_precision_of(x)
-        slots = tuple(state[: len(self.slots)])
-        if self.counts:
-            t = state.t + 1
-            coefs = rule.coefs(t if is_traced(t) else int(t))
-        else:
-            coefs = rule.coefs()
-        given = dx
-        dx, new = self.step(x, given, slots, cast_like(x, coefs))
-        made = [
-            _copy(old) if value is old else as_like(old, _copy(given) if value is given else value)
-            for old, value in zip(slots, new, strict=True)
-        ]
+        slots = tuple(map(read_only, state[: len(self.slots)]))
+        for name, slot in zip(self.slots, slots, strict=True):
+            if slot.shape != x.shape:
+                raise ValueError(
+                    f"{type(self).__name__} keeps {name} of shape {tuple(slot.shape)} for a "
+                    f"parameter of shape {tuple(x.shape)}; call setup anew with this model"
+                )
+        t = state.t + 1 if self.counts else None
+        held = {*map(id, (x, dx, *slots))}
+        dx, new = self.step(x, dx, slots, self._coefs_for(x, t))
+        made = []
+        for old, value in zip(slots, new, strict=True):
+            made.append(as_like(old, _copy(value) if id(value) in held else value))
+            held.add(id(value))
         if self.counts:
             made.append(as_like(state.t, t))
         return (self.State(*made) if made else ()), as_like(x, dx)
 
+    def _coefs_for(self, x: Any, t: Any) -> tuple[Any, ...]:
+        """Return the numbers that the step needs at count `t`, computed in double, cast once."""
+        if is_tracer(t) or any(map(holds_traced, attributes(self).values())):
+            with double():
+                rule = with_attributes(self, lifted)._at_precision_of(x)
+                return cast_like(x, rule.coefs() if t is None else rule.coefs(t))
+        rule = self._at_precision_of(x)
+        if t is not None:
+            t = t if is_traced(t) else int(t)
+        return cast_like(x, rule.coefs() if t is None else rule.coefs(t))
+
     def _at_precision_of(self, x: Any) -> Self:
         """Return this rule with an `epsilon` that float16 does not round to zero."""
         epsilon = getattr(self, "epsilon", None)
-        if epsilon is None or is_traced(epsilon) or not 0 < epsilon < 1e-7:
+        if epsilon is None:
             return self
         if getattr(x.dtype, "name", str(x.dtype)).removeprefix("torch.") != "float16":
             return self
+        if is_traced(epsilon):
+            epsilon = where(epsilon > 0, maximum(epsilon, 1e-7), epsilon)
+        elif 0 < epsilon < 1e-7:
+            epsilon = 1e-7
+        else:
+            return self
         rule = copy.copy(self)
-        object.__setattr__(rule, "epsilon", 1e-7)
+        object.__setattr__(rule, "epsilon", epsilon)
         return rule
 
 
 def _copy(x: Any) -> Any:
-    """Return a copy: no state shares memory with the last one or with a gradient."""
     return x.copy() if isinstance(x, np.ndarray) else namespace(x).asarray(x, copy=True)
+
+
+def read_only(x: Any) -> Any:
+    """Return `x`, or a view of it where NumPy would let a rule write into it."""
+    if isinstance(x, np.ndarray):
+        x = x.view()
+        x.flags.writeable = False
+    return x
 
 
 def full_like(x: Any, value: float) -> Any:
     """Return an array of the shape, dtype and device of `x`, in native byte order."""
     if isinstance(x, np.ndarray):
-        return np.full_like(x, value, dtype=x.dtype.newbyteorder("="), subok=False)
+        if not is_tracer(value):
+            return np.full_like(x, value, dtype=x.dtype.newbyteorder("="), subok=False)
+        return namespace(value).full_like(x, value)
     return namespace(x).full_like(x, value)
 
 
 def count_like(x: Any) -> Any:
     """Return a 0-d count of zero, made by the library of `x`."""
-    if isinstance(x, np.ndarray):
-        return np.zeros((), np.int64)
     xp = namespace(x)
-    return xp.asarray(0) if xp.__name__.startswith("jax") else xp.asarray(0, dtype=xp.int64)
+    if xp is np or xp.__name__ == "autograd.numpy":
+        return np.zeros((), np.int64)
+    return xp.zeros((), int) if xp.__name__.startswith("jax") else xp.asarray(0, dtype=xp.int64)
 
 
 def cast_like(x: Any, numbers: Iterable[Any]) -> tuple[Any, ...]:
     """Cast numbers once to the real dtype of `x`."""
     if isinstance(x, np.ndarray):
         real = x.real.dtype if x.dtype.kind == "c" else x.dtype
-        return tuple(real.type(n) for n in numbers)
-    return tuple(n.astype(x.real.dtype) if is_traced(n) else float(n) for n in numbers)
+        return tuple(n.astype(real) if is_traced(n) else real.type(n) for n in numbers)
+    if not any(map(is_traced, numbers := tuple(numbers))):
+        return tuple(map(float, numbers))
+    real = x.real.dtype if is_complex(x) else x.dtype
+    return tuple(n.astype(real) if is_traced(n) else float(n) for n in numbers)
 
 
 def as_like(old: Any, value: Any) -> Any:
     """Return `value` as an array of the dtype of `old` (0-d arithmetic makes scalars in NumPy)."""
-    if isinstance(old, np.ndarray):
+    if isinstance(old, np.ndarray) and not is_traced(value):
         native = old.dtype.newbyteorder("=")
         return np.array(value, dtype=native, copy=True if value is old else None)
-    return value if value.dtype == old.dtype else namespace(value).astype(value, old.dtype)
+    if value.dtype == old.dtype:
+        return value
+    if is_jax(value):  # which warns of a dtype that it is not set to
+        return value.astype(sys.modules["jax"].dtypes.canonicalize_dtype(old.dtype))
+    cast = getattr(value, "astype", None)
+    return cast(old.dtype) if cast else namespace(value).astype(value, old.dtype)

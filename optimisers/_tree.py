@@ -360,12 +360,23 @@ def _registration(cls: type) -> _Registration | None:
     return next((_registered[base] for base in cls.__mro__ if base in _registered), None)
 
 
+class Namespace(SimpleNamespace):
+    """The node of a state tree that belongs to an object.
+
+    A class of its own since JAX and optree are told that it is a node, which is not for us to say
+    of `SimpleNamespace`.
+    """
+
+    def __repr__(self) -> str:
+        return super().__repr__().replace(type(self).__name__, "namespace", 1)
+
+
 def _container_kind(cls: type) -> _Kind:
     if issubclass(cls, dict):
         return _Kind(dict, _rebuild_dict, by_item=True, is_object=False)
     if issubclass(cls, list):
         return _Kind(_enumerated, _rebuild_list, is_object=False)
-    if cls is SimpleNamespace:
+    if cls is SimpleNamespace or cls is Namespace:
         return _Kind(lambda node: dict(vars(node)), _rebuild_namespace, is_object=False)
     if issubclass(cls, SimpleNamespace):
         return _Kind(_attributes, _rebuild_object(_attributes, SimpleNamespace.__new__))
@@ -457,7 +468,7 @@ def _rebuild_tuple(node: tuple[Any, ...], values: Sequence[Any]) -> tuple[Any, .
 
 
 def _rebuild_namespace(node: SimpleNamespace, values: Sequence[Any]) -> SimpleNamespace:
-    return SimpleNamespace(**dict(zip(vars(node), values, strict=True)))
+    return type(node)(**dict(zip(vars(node), values, strict=True)))
 
 
 def _rebuild_object(
@@ -817,7 +828,7 @@ def mirror(node: Any, values: Sequence[Any]) -> Any:
         return rebuild(node, values)
     names = list(kind.children(node))
     if all(isinstance(name, str) for name in names):
-        return SimpleNamespace(**dict(zip(names, values, strict=True)))
+        return Namespace(**dict(zip(names, values, strict=True)))
     return tuple(values)
 
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 
+from ._jax import Maybe, chosen, is_tracer
 from ._rule import Count, NonNegative, Order, Rule, as_like, count_like, full_like, is_traced
 from .rules import _Hold, _Release, _Scale
 from .words import absolute, is_complex, namespace
@@ -70,11 +71,17 @@ class OptimiserChain(Rule):
         self, state: tuple[Any, ...], x: Array, dx: Array, *higher: Array
     ) -> tuple[tuple[Any, ...], Array]:
         new = list(state)
+        made: Any = None
         for k, rule in enumerate(self.rules):
             new[k], dx = rule.apply(state[k], x, dx, *higher)
+            if made is not None:
+                new[k] = chosen(made, new[k], state[k])
+            if isinstance(dx, Maybe):
+                made = dx.made if made is None else made & dx.made
+                dx = dx.step
             if dx is None:
                 break
-        return tuple(new), dx
+        return tuple(new), dx if made is None or dx is None else Maybe(step=dx, made=made)
 
     def fields(self) -> Iterator[tuple[str, Any]]:
         for rule in self.rules:
@@ -87,6 +94,8 @@ class OptimiserChain(Rule):
 @dataclass(frozen=True)
 class ClipNorm(Rule):
     """The gradient of each array scaled down to a norm: put it ahead of another rule.
+
+    ::
 
         dx = g min(omega / ‖g‖_p, 1)
 
@@ -129,6 +138,8 @@ class ClipNorm(Rule):
     p: Order = 2.0
     throw: bool = True
 
+    static = ("p",)
+
     def apply(self, state: tuple[()], x: Array, dx: Array, *higher: Array) -> tuple[Any, Array]:
         factor = self.factor(norm(dx, self.p))
         _, dx = _Scale(factor).apply((), x, dx)
@@ -136,7 +147,7 @@ class ClipNorm(Rule):
 
     def factor(self, norm: Any) -> Any:
         """Return what a gradient of this norm is multiplied with."""
-        if is_traced(norm):
+        if is_traced(norm) or is_traced(self.omega):
             return namespace(norm).where(norm <= self.omega, 1.0, self.omega / norm)
         if self.throw and not math.isfinite(norm):
             raise FloatingPointError(
@@ -185,6 +196,8 @@ class AccumGradState(NamedTuple):
 class AccumGrad(Rule):
     """The mean of n gradients, once in n steps: put it ahead of another rule.
 
+    ::
+
         sum = sum + g                     for n - 1 steps, which the parameter does not follow
         dx  = (sum + g) / n; sum = 0      on the n-th
 
@@ -196,8 +209,8 @@ class AccumGrad(Rule):
     Notes
     -----
     Keeps ``sum`` and ``count``, the number of gradients in it, from 0 to n - 1. Rules after it
-    count only the steps that are made. The count is read on the host, so it cannot be traced by
-    JAX: keep `update` with this rule out of `jax.jit`.
+    count only the steps that are made. While JAX traces, the rules after it are evaluated every
+    time, and what they give is used once in n.
 
     Examples
     --------
@@ -225,16 +238,23 @@ class AccumGrad(Rule):
     def apply(
         self, state: AccumGradState, x: Array, dx: Array, *higher: Array
     ) -> tuple[AccumGradState, Array | None]:
-        if is_traced(state.count):
-            raise TypeError(
-                "AccumGrad decides on the host whether there is a step, and so cannot be traced by "
-                "JAX; take the update out of jax.jit"
-            )
+        if is_tracer(state.count):
+            return self._traced(state, x, dx)
         if int(state.count) + 1 < self.n:
             (total,), _ = _Hold().apply((state.sum,), x, dx)
             return AccumGradState(total, as_like(state.count, state.count + 1)), None
         (total,), mean = _Release(self.n).apply((state.sum,), x, dx)
         return AccumGradState(total, as_like(state.count, state.count * 0)), mean
+
+    def _traced(
+        self, state: AccumGradState, x: Array, dx: Array
+    ) -> tuple[AccumGradState, Maybe]:
+        made = state.count + 1 >= self.n
+        (total,), _ = _Hold().apply((state.sum,), x, dx)
+        (zero,), mean = _Release(self.n).apply((state.sum,), x, dx)
+        counted = AccumGradState(total, as_like(state.count, state.count + 1))
+        emptied = AccumGradState(zero, as_like(state.count, state.count * 0))
+        return chosen(made, emptied, counted), Maybe(step=mean, made=made)
 
 
 class MixedPrecisionState(NamedTuple):
@@ -315,7 +335,7 @@ class MixedPrecision(Rule):
         self, state: MixedPrecisionState, x: Array, dx: Array, *higher: Array
     ) -> tuple[MixedPrecisionState, Array]:
         inner, master = self.rule.move(
-            state.state, state.master, *(self._lift(g) for g in (dx, *higher))
+            state.state, state.master, *(g if g is None else self._lift(g) for g in (dx, *higher))
         )
         if master is None:
             return MixedPrecisionState(state.master, inner), None
@@ -351,4 +371,4 @@ def _floating(dtype: Any) -> np.dtype[Any]:
         holds_half = False
     if not holds_half:
         raise TypeError(f"MixedPrecision: dtype must be a real floating dtype; got {dtype!r}")
-    return found
+    return found.newbyteorder("=")

@@ -76,6 +76,10 @@ def destructure(model: Model) -> tuple[Any, Restructure[Model]]:
     A parameter at several places is in the vector once. If those places are different views of
     it, it is laid out as its first C-contiguous place shows it, or else as its first place does.
 
+    JAX sorts the keys of the dictionaries that it hands to a traced function, and makes a tracer
+    for each place of a tied parameter. An `re` made outside knows order and ties: in there,
+    ``re.flatten(model)`` is what ``destructure(model)[0]`` is outside.
+
     Examples
     --------
     >>> import numpy as np
@@ -318,11 +322,12 @@ class Restructure(Generic[Model]):
     def __call__(self, x: Any, v: Any, /, *, copy: bool = False) -> Any: ...
     def __call__(self, *args: Any, copy: bool = False) -> Any:
         """Rebuild the model around a vector."""
-        if len(args) == 2:
-            x, v = args
+        *x, v = args or (None,)
+        if len(args) not in (1, 2):
+            raise TypeError(f"expected re(v) or re(x, v), got {len(args)} arguments")
+        if x:
             model: Any = self(v, copy=copy)
-            return model(x)
-        (v,) = args
+            return model(*x)
         table = self._table.copy()
         count = len(self._parameters)
         table[:count] = values = self._split(self._checked(v), copy)
@@ -366,7 +371,7 @@ class Restructure(Generic[Model]):
                 values.extend(piece)
             else:
                 values.append(piece)
-        if not copy and v.dtype == self._own_dtype:
+        if not copy and self._own_dtype is not None and v.dtype == self._own_dtype:
             return values
         with np.errstate(all="ignore"):
             reals = [x.real for x in values] if v.dtype.kind == "c" else values

@@ -23,6 +23,8 @@ Stepped = tuple[Array, Arrays]
 class Descent(ElementwiseRule):
     """Gradient descent.
 
+    ::
+
         dx = eta g
 
     Parameters
@@ -63,6 +65,8 @@ class Descent(ElementwiseRule):
 @dataclass(frozen=True)
 class Momentum(ElementwiseRule):
     """Gradient descent with momentum.
+
+    ::
 
         v  = rho v + eta g
         dx = v
@@ -113,6 +117,8 @@ class Momentum(ElementwiseRule):
 @dataclass(frozen=True)
 class Nesterov(ElementwiseRule):
     """Gradient descent with Nesterov's momentum.
+
+    ::
 
         dx = -rho² v + (1 + rho) eta g      with the old v
         v  = rho v - eta g
@@ -166,10 +172,12 @@ class Nesterov(ElementwiseRule):
 class RMSProp(ElementwiseRule):
     """Steps scaled by a running root mean square of the gradient, or by its standard deviation.
 
+    ::
+
         q  = rho q + (1 - rho) |g|²
         dx = eta g / (sqrt(q) + epsilon)
 
-    and if centred
+    and if centred::
 
         l  = rho l + (1 - rho) g
         dx = eta g / (sqrt(max(q - |l|², 0)) + epsilon)
@@ -275,6 +283,8 @@ class _CentredRMSProp(RMSProp):
 class Rprop(ElementwiseRule):
     """Resilient backpropagation: only the signs of the gradient count.
 
+    ::
+
         s   = g_old g
         eta = min(eta ell[1], gamma[1]) where s > 0, max(eta ell[0], gamma[0]) where s < 0
         g   = 0 where s < 0
@@ -340,6 +350,8 @@ class Rprop(ElementwiseRule):
 class AdaGrad(ElementwiseRule):
     """Steps scaled by the root of all squared gradients so far.
 
+    ::
+
         acc = acc + |g|²
         dx  = eta g / (sqrt(acc) + epsilon)
 
@@ -392,6 +404,8 @@ class AdaGrad(ElementwiseRule):
 @dataclass(frozen=True)
 class AdaDelta(ElementwiseRule):
     """Steps in the ratio of the root mean squares of past steps and gradients; no learning rate.
+
+    ::
 
         acc   = rho acc + (1 - rho) |g|²
         dx    = g sqrt(delta + epsilon) / sqrt(acc + epsilon)
@@ -448,6 +462,8 @@ class AdaDelta(ElementwiseRule):
 class Adam(ElementwiseRule):
     """Steps along a mean of the gradient, scaled by its root mean square.
 
+    ::
+
         m  = b1 m + (1 - b1) g
         v  = b2 v + (1 - b2) |g|²
         dx = eta (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + epsilon)
@@ -457,7 +473,7 @@ class Adam(ElementwiseRule):
     eta : float
         Learning rate, in units of x: about the length of a step.
     beta : tuple of two floats
-        Decay rates ``b1`` and ``b2`` of the averages of g and |g|², in [0, 1).
+        Decay rates ``b1`` and ``b2`` of the averages of g and ``|g|²``, in [0, 1).
     epsilon : float
         Added to what divides, in units of g. In float16 at least 1e-7 if positive.
 
@@ -504,6 +520,8 @@ class Adam(ElementwiseRule):
 class AdamW(ElementwiseRule):
     """Adam with weight decay that does not pass through its averages.
 
+    ::
+
         dx = eta (d + lambda_ x)      if coupled, with the dx of Adam(eta=1) as d
         dx = eta d + lambda_ x        if not
 
@@ -512,7 +530,7 @@ class AdamW(ElementwiseRule):
     eta : float
         Learning rate, in units of x: about the length of a step.
     beta : tuple of two floats
-        Decay rates ``b1`` and ``b2`` of the averages of g and |g|², in [0, 1).
+        Decay rates ``b1`` and ``b2`` of the averages of g and ``|g|²``, in [0, 1).
     lambda_ : float
         Weight decay: per step, x shrinks by the share ``eta lambda_`` if coupled, else `lambda_`.
     epsilon : float
@@ -566,6 +584,8 @@ class AdamW(ElementwiseRule):
 class RAdam(ElementwiseRule):
     """Rectified Adam: plain momentum until the variance of the step size is finite.
 
+    ::
+
         r_inf = 2 / (1 - b2) - 1
         r     = r_inf - 2 t b2^t / (1 - b2^t)
         dx    = Adam's times sqrt((r-4) (r-2) r_inf / ((r_inf-4) (r_inf-2) r))    if r > 4
@@ -576,7 +596,7 @@ class RAdam(ElementwiseRule):
     eta : float
         Learning rate, in units of x once ``r > 4``, before that of x per unit of g.
     beta : tuple of two floats
-        Decay rates ``b1`` and ``b2`` of the averages of g and |g|², in [0, 1).
+        Decay rates ``b1`` and ``b2`` of the averages of g and ``|g|²``, in [0, 1).
     epsilon : float
         Added to what divides, in units of g. In float16 at least 1e-7 if positive.
 
@@ -631,6 +651,8 @@ class RAdam(ElementwiseRule):
 @dataclass(frozen=True)
 class AdaMax(ElementwiseRule):
     """Adam with the largest gradient, slowly forgotten, in place of the root mean square.
+
+    ::
 
         m  = b1 m + (1 - b1) g
         u  = max(b2 u, |g|)
@@ -687,6 +709,8 @@ class AdaMax(ElementwiseRule):
 class NAdam(ElementwiseRule):
     """Adam with Nesterov's momentum.
 
+    ::
+
         m  = b1 m + (1 - b1) g
         v  = b2 v + (1 - b2) |g|²
         dx = eta (b1 m / (1 - b1^(t+1)) + (1 - b1) g / (1 - b1^t))
@@ -697,7 +721,7 @@ class NAdam(ElementwiseRule):
     eta : float
         Learning rate, in units of x: about the length of a step.
     beta : tuple of two floats
-        Decay rates ``b1`` and ``b2`` of the averages of g and |g|², in [0, 1).
+        Decay rates ``b1`` and ``b2`` of the averages of g and ``|g|²``, in [0, 1).
     epsilon : float
         Added to what divides, in units of g. In float16 at least 1e-7 if positive.
 
@@ -747,6 +771,8 @@ class NAdam(ElementwiseRule):
 class OAdam(ElementwiseRule):
     """Optimistic Adam, for games such as adversarial training.
 
+    ::
+
         term' = Adam's dx
         dx    = 2 term' - term        with the old term
 
@@ -755,7 +781,7 @@ class OAdam(ElementwiseRule):
     eta : float
         Learning rate, in units of x: about the length of a step.
     beta : tuple of two floats
-        Decay rates ``b1`` and ``b2`` of the averages of g and |g|², in [0, 1).
+        Decay rates ``b1`` and ``b2`` of the averages of g and ``|g|²``, in [0, 1).
     epsilon : float
         Added to what divides, in units of g. In float16 at least 1e-7 if positive.
 
@@ -803,6 +829,8 @@ class OAdam(ElementwiseRule):
 class AMSGrad(ElementwiseRule):
     """Adam with a scale that never falls.
 
+    ::
+
         m    = b1 m + (1 - b1) g
         v    = b2 v + (1 - b2) |g|²
         vhat = max(vhat, v)
@@ -813,7 +841,7 @@ class AMSGrad(ElementwiseRule):
     eta : float
         Learning rate, in units of x.
     beta : tuple of two floats
-        Decay rates ``b1`` and ``b2`` of the averages of g and |g|², in [0, 1).
+        Decay rates ``b1`` and ``b2`` of the averages of g and ``|g|²``, in [0, 1).
     epsilon : float
         Where all state starts, and added to what divides. In float16 at least 1e-7 if positive.
 
@@ -864,6 +892,8 @@ class AMSGrad(ElementwiseRule):
 class AdaBelief(ElementwiseRule):
     """Adam scaled by how far the gradient strays from its mean.
 
+    ::
+
         m  = b1 m + (1 - b1) g
         s  = b2 s + (1 - b2) |g - m|² + epsilon       with the new m
         dx = eta (m / (1 - b1^t)) / (sqrt(s / (1 - b2^t)) + epsilon)
@@ -873,7 +903,7 @@ class AdaBelief(ElementwiseRule):
     eta : float
         Learning rate, in units of x: about the length of a step.
     beta : tuple of two floats
-        Decay rates ``b1`` and ``b2`` of the averages of g and |g - m|², in [0, 1).
+        Decay rates ``b1`` and ``b2`` of the averages of g and ``|g - m|²``, in [0, 1).
     epsilon : float
         Added to ``s`` and to what divides. In float16 at least 1e-7 if positive.
 
@@ -923,6 +953,8 @@ class AdaBelief(ElementwiseRule):
 @dataclass(frozen=True)
 class Lion(ElementwiseRule):
     """Evolved sign momentum: every element moves by eta.
+
+    ::
 
         dx = eta sign(b1 m + (1 - b1) g)      with the old m
         m  = b2 m + (1 - b2) g
@@ -978,6 +1010,8 @@ class Lion(ElementwiseRule):
 class WeightDecay(ElementwiseRule):
     """Decay of the parameters, an L2 penalty: put it ahead of another rule.
 
+    ::
+
         dx = g + lambda_ x
 
     Parameters
@@ -1019,6 +1053,8 @@ class WeightDecay(ElementwiseRule):
 class SignDecay(ElementwiseRule):
     """Decay of the parameters at a constant pace, an L1 penalty: put it ahead of another rule.
 
+    ::
+
         dx = g + lambda_ sign(x)
 
     Parameters
@@ -1059,6 +1095,8 @@ class SignDecay(ElementwiseRule):
 @dataclass(frozen=True)
 class ClipGrad(ElementwiseRule):
     """Every element of the gradient held within limits: put it ahead of another rule.
+
+    ::
 
         dx = clamp(g, -delta, delta)
 

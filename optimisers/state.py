@@ -8,14 +8,17 @@ trees (`_replace`).
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
-from . import _engine
-from ._lockstep import gather, place
+import numpy as np
+
+from . import _engine, _pytree
+from ._lockstep import gather, place, places
 from ._rule import Rule
-from ._ties import carry, parameters, same_elements
+from ._ties import carry, laid_out, parameters, same_elements
 from ._tree import (
     KeyPath,
     fmap,
@@ -23,6 +26,7 @@ from ._tree import (
     isnumeric,
     maywrite,
     mirror,
+    rebuild,
     register_leaf,
     trainable_keys,
     walk,
@@ -56,19 +60,42 @@ class Leaf:
     Leaf(Momentum(eta=0.01, rho=0.9), MomentumState(v=array([0., 0.])))
     """
 
-    __slots__ = ("__weakref__", "frozen", "rule", "state")
+    __slots__ = ("__weakref__", "frozen", "rule", "state", "tie")
 
     rule: Rule
     state: Any
     frozen: bool
+    tie: _pytree.Tie | None
+    """What it has in common with the leaves that JAX makes of it, one for each of its places."""
 
     def __init__(self, rule: Rule, state: Any, frozen: bool = False) -> None:
+        _pytree.announce(Leaf)
         self.rule = rule
         self.state = state
         self.frozen = frozen
+        self.tie = None
+
+    def renewed(self, rule: Rule, state: Any) -> Leaf:
+        """Return another leaf for the same places."""
+        new = Leaf(rule, state, self.frozen)
+        new.tie = self.tie
+        return new
+
+    def __reduce__(self) -> Any:
+        return _unpickled, (self.rule, self.state, self.frozen, self.tie)
 
     def __repr__(self) -> str:
         return f"Leaf({self.rule!r}, {self.state!r}{', frozen=True' * self.frozen})"
+
+
+def _unpickled(rule: Rule, state: Any, frozen: bool, tie: _pytree.Tie | None) -> Leaf:
+    leaf = Leaf(rule, state, frozen)
+    leaf.tie = tie
+    _pytree.note_crossing(tie)
+    return leaf
+
+
+_pytree.announce(Leaf)
 
 
 # --- setup -----------------------------------------------------------------------------------
@@ -111,11 +138,15 @@ def setup(rule: Rule, model: Tree) -> Tree:
     made: list[Leaf] = []
     for k, owner in enumerate(owners):
         made.append(_new_leaf(rule, *arrays[k]) if owner == k else made[owner])
-    leaf_of = {id(x): leaf for (_, x), leaf in zip(arrays, made, strict=True)}
+    for owner, times in Counter(owners).items():
+        if times > 1:
+            places = (str(arrays[k][0]) for k, first in enumerate(owners) if first == owner)
+            made[owner].tie = _pytree.Tie(tuple(places))
+    leaves = iter(made)  # in the order in which `fold` comes by
 
     return fold(
         model,
-        lambda path, x: leaf_of[id(x)] if isnumeric(x) else (),
+        lambda path, x: next(leaves) if isnumeric(x) else (),
         lambda path, x, results: mirror(x, results),
         keys=trainable_keys,
         skipped=lambda child: (),
@@ -206,7 +237,9 @@ def update_(state: Tree, model: Model, grad: Tree, *higher: Tree) -> tuple[Tree,
 def _step(
     state: Tree, model: Model, grad: Tree, higher: Sequence[Tree], in_place: bool
 ) -> tuple[Tree, Model]:
-    leaves, xs, gs = gather(Leaf, state, model, grad)
+    _pytree.announce(Leaf)
+    held, xs, gs = gather(Leaf, state, model, grad)
+    leaves = _reunited(held) if _pytree.have_ties_crossed() else held
     higher = higher and [gather(Leaf, state, model, h)[2] for h in higher]
 
     def where(k: int) -> str:
@@ -220,28 +253,56 @@ def _step(
     if in_place:
         for k, new in new_state.items():
             leaves[k].state = new
+        for leaf, other in zip(leaves, held, strict=True) if leaves is not held else ():
+            other.state = leaf.state
         if not new_x:
             return state, model
     else:
-        state = _renewed(state, leaves, new_state)
+        state = _renewed(state, held, leaves, new_state)
         for k, x in enumerate(xs):
             if k not in new_x:
                 new_x[k] = _engine.fresh(x)
-    replaced = {id(xs[k]): new for k, new in new_x.items()}
-    return state, fmap(lambda x: replaced.get(id(x), x), model)
+    return state, _replaced(state, model, xs, new_x)
 
 
-def _renewed(state: Tree, leaves: list[Leaf], new_state: dict[int, Any]) -> Tree:
+def _replaced(state: Tree, model: Model, xs: list[Array], new_x: dict[int, Array]) -> Model:
+    """Return a model with new arrays, by place."""
+    by_id = {id(xs[k]): new for k, new in new_x.items()}
+    new_model = fmap(lambda x: by_id.pop(id(x), x), model)  # which asks once for each array
+    if by_id:  # there is a node that makes its children anew at each visit: go by the paths
+        paths = enumerate(path for path, _ in places(Leaf, state, model))
+        by_path = {path: new_x[k] for k, path in paths if k in new_x}
+        new_model = fold(
+            model,
+            lambda path, x: by_path.get(path, x),
+            lambda path, x, results: rebuild(x, results),
+        )
+    return new_model
+
+
+def _renewed(
+    state: Tree, held: list[Leaf], leaves: list[Leaf], new_state: dict[int, Any]
+) -> Tree:
     """Return a state tree of new leaves, tied as before."""
     made: dict[int, Leaf] = {}
     for k, leaf in enumerate(leaves):
         if k in new_state or id(leaf) not in made:
             new = new_state[k] if k in new_state else _engine.fresh(leaf.state)
-            made[id(leaf)] = Leaf(leaf.rule, new, leaf.frozen)
+            made[id(leaf)] = leaf.renewed(leaf.rule, new)
+    for leaf, other in zip(leaves, held, strict=True) if leaves is not held else ():
+        made[id(other)] = made[id(leaf)]
     return fmap(lambda leaf: made.get(id(leaf), leaf), state)
 
 
 # --- ties ------------------------------------------------------------------------------------
+
+
+def _reunited(leaves: list[Leaf]) -> list[Leaf]:
+    """Return for each leaf the first that it is tied to, where JAX has made several of one."""
+    first: dict[int, Leaf] = {}
+    return [
+        leaf if leaf.tie is None else first.setdefault(id(leaf.tie), leaf) for leaf in leaves
+    ]
 
 
 class _Tied:
@@ -275,6 +336,8 @@ class _Tied:
             new = first.get(j)
             if new is None and not in_place:
                 new = _engine.fresh(x)
+            if isinstance(new, np.ndarray) and any(self.xs[k] is not x for k in group):
+                new = laid_out(new, x)  # so that each view of x has its like
             for k in group:
                 other = self.xs[k]
                 if other is x or same_elements(x, other):
@@ -283,7 +346,7 @@ class _Tied:
                 elif not moved:
                     continue
                 elif in_place and maywrite(other):
-                    other[...] = x if new is None else new
+                    _engine.write(other, x if new is None else new)
                 else:
                     new_x[k] = _engine.fresh(x if new is None else new)
         return new_x, {self.groups[j][0]: state for j, state in states.items()}
@@ -303,7 +366,8 @@ class _Tied:
             g = _engine.checked_gradient(gs[k], self.xs[k], partial(self.where, k))
             if g is not None:
                 g = self._seen_from(first, k, g)
-                total = g if total is None else total + g
+                with np.errstate(over="ignore", invalid="ignore"):
+                    total = g if total is None else total + g
         return total
 
     def _seen_from(self, first: int, k: int, g: Array) -> Array:
@@ -325,6 +389,7 @@ class _Tied:
 
 def _leaves(state: Tree) -> list[Leaf]:
     """Return the leaves of a state tree, each once."""
+    _pytree.announce(Leaf)
     found: dict[int, Leaf] = {}
     for path, x in walk(state):
         if isinstance(x, Leaf):
@@ -388,7 +453,7 @@ def adjust(state: Tree, eta: float | None = None, /, **fields: Any) -> Tree:
     leaves = _leaves(state)
     rules = _adjusted(leaves, eta, fields)
     made = {
-        id(leaf): Leaf(rules[id(leaf)], _engine.fresh(leaf.state), leaf.frozen) for leaf in leaves
+        id(leaf): leaf.renewed(rules[id(leaf)], _engine.fresh(leaf.state)) for leaf in leaves
     }
     return fmap(lambda x: made.get(id(x), x), state)
 

@@ -50,6 +50,14 @@ def namespace(x: Any) -> Any:
     return array_api_compat.array_namespace(x)
 
 
+def _common(*values: Any) -> Any:
+    """Return the module whose functions take all `values`; one may stand beside NumPy's arrays."""
+    for value in values:
+        if hasattr(value, "dtype") and not isinstance(value, _NUMPY):
+            return namespace(value)
+    return np
+
+
 def is_complex(x: Any) -> bool:
     """Tell whether `x` holds complex numbers."""
     if isinstance(x, _NUMPY):
@@ -99,13 +107,13 @@ def maximum(x: Any, y: Any) -> Any:
     compares, the numbers are second moments, real numbers in complex dress.
     """
     x, y = _real(x), _real(y)
-    return namespace(x).maximum(x, _beside(x, y))
+    return _common(x, y).maximum(x, _beside(x, y))
 
 
 def minimum(x: Any, y: Any) -> Any:
     """Smaller of two numbers, nan if either is; complex numbers as in `maximum`."""
     x, y = _real(x), _real(y)
-    return namespace(x).minimum(x, _beside(x, y))
+    return _common(x, y).minimum(x, _beside(x, y))
 
 
 def clip(x: Any, low: Any, high: Any) -> Any:
@@ -117,7 +125,7 @@ def where(condition: Any, x: Any, y: Any) -> Any:
     """Return `x` where `condition` holds, else `y`."""
     if isinstance(condition, np.bool) or not hasattr(condition, "dtype"):
         return x if condition else y
-    return namespace(condition).where(condition, x, y)
+    return _common(condition, x, y).where(condition, x, y)
 
 
 def zeros_like(x: Any) -> Any:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from util import PUBLIC, example, layouts_of, normal, parametrize, snapshot
+from util import PUBLIC, example, parametrize, snapshot
 
 from optimisers import (
     AccumGrad,
@@ -43,7 +43,10 @@ class Layer:
 
 def model():
     return {
-        "layers": [Layer(np.ones((2, 3), np.float32), np.ones(2)), Layer(np.ones((2, 2)), np.ones(2))],
+        "layers": [
+            Layer(np.ones((2, 3), np.float32), np.ones(2)),
+            Layer(np.ones((2, 2)), np.ones(2)),
+        ],
         "point": Point(np.ones(2, np.float16), np.array(1.0)),
         "name": "net",
     }
@@ -67,29 +70,78 @@ def says(error, *texts, grad, higher=(), of=None):
 
 
 def test_a_key_that_the_model_does_not_have():
-    says(ValueError, "at (root)", "'lairs'", "'layers', 'point', 'name'", "dict", grad={"lairs": None})
-    says(ValueError, "layers", "[0]", "'wait'", "Layer with 'weight', 'bias', 'name'", grad={"layers": [{"wait": 1}, None]})
+    says(
+        ValueError,
+        "at (root)",
+        "'lairs'",
+        "'layers', 'point', 'name'",
+        "dict",
+        grad={"lairs": None},
+    )
+    says(
+        ValueError,
+        "layers",
+        "[0]",
+        "'wait'",
+        "Layer with 'weight', 'bias', 'name'",
+        grad={"layers": [{"wait": 1}, None]},
+    )
     says(ValueError, "'z'", "Layer with", grad={"layers": [SimpleNamespace(z=1), None]})
 
 
 def test_a_wrong_length():
-    says(ValueError, "at ['layers']", "list of 2", "list of 1", "None means no gradient", grad={"layers": [None]})
-    says(ValueError, "at ['layers']", "list of 2", "tuple of 3", grad={"layers": (None, None, None)})
+    says(
+        ValueError,
+        "at ['layers']",
+        "list of 2",
+        "list of 1",
+        "None means no gradient",
+        grad={"layers": [None]},
+    )
+    says(
+        ValueError, "at ['layers']", "list of 2", "tuple of 3", grad={"layers": (None, None, None)}
+    )
     says(ValueError, "at ['point']", "Point with 'x', 'y'", "tuple of 1", grad={"point": (1.0,)})
 
 
 def test_a_node_of_another_kind():
     says(TypeError, "at (root)", "dict with 'layers', 'point', 'name'", "list of 3", grad=[1, 2, 3])
-    says(TypeError, "at ['layers']", "list of 2", "dict with 0, 1", grad={"layers": {0: None, 1: None}})
+    says(
+        TypeError,
+        "at ['layers']",
+        "list of 2",
+        "dict with 0, 1",
+        grad={"layers": {0: None, 1: None}},
+    )
     says(TypeError, "at ['layers']", "list of 2", "ndarray", grad={"layers": np.ones(2)})
-    says(TypeError, "at ['layers'][1]", "Layer with", "list of 2", grad={"layers": [None, [np.ones(2), None]]})
+    says(
+        TypeError,
+        "at ['layers'][1]",
+        "Layer with",
+        "list of 2",
+        grad={"layers": [None, [np.ones(2), None]]},
+    )
     says(TypeError, "at ['layers'][1]", "Layer with", "float (1.5)", grad={"layers": [None, 1.5]})
     says(TypeError, "at (root)", "'layers'", "str ('gradient')", grad="gradient")
 
 
 def test_a_node_where_the_model_has_an_array():
-    says(TypeError, "['layers'][0].weight", "shape (2, 3)", "float32", "list", grad={"layers": [{"weight": [1, 2]}, None]})
-    says(TypeError, "['point'].x", "shape (2,)", "float16", "dict", grad={"point": Point({"a": 1}, None)})
+    says(
+        TypeError,
+        "['layers'][0].weight",
+        "shape (2, 3)",
+        "float32",
+        "list",
+        grad={"layers": [{"weight": [1, 2]}, None]},
+    )
+    says(
+        TypeError,
+        "['point'].x",
+        "shape (2,)",
+        "float16",
+        "dict",
+        grad={"point": Point({"a": 1}, None)},
+    )
 
 
 def test_many_unknown_keys_are_not_all_listed():
@@ -144,7 +196,7 @@ def test_a_gradient_that_is_no_number(dtype):
     says(TypeError, *expected, "dtype <U1", grad={"w": np.array(["a", "b"])}, of=of)
     says(TypeError, *expected, "dtype object", grad={"w": np.array([None, 1])}, of=of)
     says(TypeError, *expected, "datetime64", grad={"w": np.zeros(2, "M8[s]")}, of=of)
-    says(TypeError, *expected, "void", grad={"w": np.zeros(2, "V8")}, of=of)
+    says(TypeError, *expected, "V8", grad={"w": np.zeros(2, "V8")}, of=of)
 
 
 def test_higher_derivatives_are_checked_like_gradients():
@@ -178,13 +230,24 @@ def test_a_message_about_a_huge_value_is_short():
 def test_a_model_that_has_changed_since_setup():
     state = setup(Adam(), {"a": np.ones(2), "b": [np.ones(1)]})
     for other, text in [
-        ({"a": np.ones(2)}, "at (root): the state tree has dict with 'a', 'b', the model has dict with 'a'"),
-        ({"a": np.ones(2), "b": [np.ones(1)] * 2}, "at ['b']: the state tree has list of 1, the model has list of 2"),
-        ({"a": np.ones(2), "b": np.ones(1)}, "at ['b']: the state tree has list of 1, the model has ndarray"),
+        (
+            {"a": np.ones(2)},
+            "at (root): the state tree has dict with 'a', 'b', the model has dict with 'a'",
+        ),
+        (
+            {"a": np.ones(2), "b": [np.ones(1)] * 2},
+            "at ['b']: the state tree has list of 1, the model has list of 2",
+        ),
+        (
+            {"a": np.ones(2), "b": np.ones(1)},
+            "at ['b']: the state tree has list of 1, the model has ndarray",
+        ),
         ({"a": np.ones(2), "c": [np.ones(1)]}, "'c'"),
     ]:
         for call in (update, update_):
-            with pytest.raises(ValueError, match=f"{re.escape(text)}.*call setup anew|call setup anew"):
+            with pytest.raises(
+                ValueError, match=f"{re.escape(text)}.*call setup anew|call setup anew"
+            ):
                 call(state, other, {"a": np.ones(2)})
 
 
@@ -236,9 +299,7 @@ def test_setup_wants_a_rule_first():
             setup(wrong, {"w": np.ones(2)})
 
 
-REAL_ONLY = [
-    c for c in PUBLIC if issubclass(c, ElementwiseRule) and c.real_only
-]
+REAL_ONLY = [c for c in PUBLIC if issubclass(c, ElementwiseRule) and c.real_only]
 
 
 def test_which_rules_compare_numbers():
@@ -247,9 +308,15 @@ def test_which_rules_compare_numbers():
 
 @parametrize("cls", REAL_ONLY)
 def test_rules_for_real_numbers_refuse_complex_parameters(cls):
-    for rule in (example(cls), OptimiserChain(Momentum(), example(cls)), MixedPrecision(example(cls))):
+    for rule in (
+        example(cls),
+        OptimiserChain(Momentum(), example(cls)),
+        MixedPrecision(example(cls)),
+    ):
         for dtype in ("complex64", "complex128"):
-            with pytest.raises(TypeError, match=rf"at \['b'\]\[0\]: {cls.__name__} .*real.*complex"):
+            with pytest.raises(
+                TypeError, match=rf"at \['b'\]\[0\]: {cls.__name__} .*real.*complex"
+            ):
                 setup(rule, {"a": np.ones(2), "b": [np.ones(2, dtype)]})
 
 
@@ -354,14 +421,16 @@ def test_pairs_must_be_pairs():
 
 def test_counts_must_be_whole():
     for wrong in (0, -1, 2.5, np.inf):
-        with pytest.raises(ValueError, match="AccumGrad: n must be a whole number, at least 1; got"):
+        with pytest.raises(
+            ValueError, match="AccumGrad: n must be a whole number, at least 1; got"
+        ):
             AccumGrad(wrong)
     with pytest.raises(TypeError, match="AccumGrad: n must be"):
         AccumGrad("3")
 
 
 def test_chains_take_rules():
-    with pytest.raises(TypeError, match="OptimiserChain takes rules.*0.1"):
+    with pytest.raises(TypeError, match=r"OptimiserChain takes rules.*0.1"):
         OptimiserChain(Adam(), 0.1)
     with pytest.raises(TypeError, match="OptimiserChain takes rules"):
         OptimiserChain([Adam(), Descent()])
@@ -442,9 +511,3 @@ def test_whatever_a_rule_raises_says_where(call):
     assert "Broken()" in note
     assert "['a'][1]" in note
     assert "nothing was updated" in note
-
-
-def test_layouts_are_never_an_error():
-    """Nothing of the above is about how memory lies."""
-    for name in layouts_of(np.float32):
-        assert normal((2, 3), np.float32).shape == (2, 3), name

@@ -27,13 +27,13 @@ PACKAGE = ROOT / "optimisers"
 
 # A module imports from floors below its own, nothing else.
 FLOORS = [
-    {"words", "_tree", "_kernels", "_kernels_avx2", "_kernels_avx512"},
+    {"words", "_language", "_numba", "_tree", "_jax", "_kernels", "_kernels_avx2", "_kernels_avx512"},
     {"_rule", "_ties"},
-    {"rules"},
+    {"rules", "_pytree"},
     {"compose"},
     {"_engine"},
     {"state", "destructure"},
-    {"_info"},
+    {"_info", "minimise", "optax", "scipy"},
     {"__init__"},
     {"__main__"},
 ]

@@ -1,4 +1,4 @@
-"""The code in README.md runs, from the first block to the last."""
+"""The code in README.md and in docs/ runs, from the first block of a file to the last."""
 
 from __future__ import annotations
 
@@ -7,14 +7,24 @@ from pathlib import Path
 
 import pytest
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+FILES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
+BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+IMPORT = re.compile(r"^(?:import|from) (\w+)", re.MULTILINE)
 
 
-def test_the_code_in_the_readme_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    text = README.read_text(encoding="utf-8")
-    blocks = list(re.finditer(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL))
-    assert len(blocks) > 5
-    names = {"__name__": "readme"}
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_the_code_in_a_document_runs(
+    path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    text = path.read_text(encoding="utf-8")
+    blocks = list(BLOCK.finditer(text))
+    assert len(blocks) > 5 or path.name != "README.md"
+    for block in blocks:
+        for library in IMPORT.findall(block[1]):
+            pytest.importorskip(library)
+    monkeypatch.chdir(tmp_path)  # what the code writes, it writes there
+    names = {"__name__": path.stem}
     for block in blocks:
         above = text.count("\n", 0, block.start(1))  # so that a traceback names the line there
-        exec(compile("\n" * above + block[1], README, "exec", dont_inherit=True), names)
+        exec(compile("\n" * above + block[1], path, "exec", dont_inherit=True), names)

@@ -619,19 +619,47 @@ def test_a_users_elementwise_rule(call, dtype):
     assert kept.last[0] == 3, "the state shares memory with the gradient"
 
 
-def test_a_slot_that_a_step_hands_on_is_copied():
-    class Hold(ElementwiseRule):
-        slots = ("a", "b")
+class Hoarder(ElementwiseRule):
+    slots = ("x", "g", "g2", "twice", "more")
+
+    @staticmethod
+    def step(x, dx, state, coefs):
+        _, g, *_ = state
+        twice = dx + dx
+        return dx, (x, dx, g, twice, twice)
+
+
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+def test_slots_share_memory_with_nothing(library):
+    xp = pytest.importorskip(library)
+    x, g = xp.ones(2), 2 * xp.ones(2)
+    rule = Hoarder()
+    old = rule.init(x)
+    new, _ = rule.apply(old, x, g)
+    after, _ = rule.apply(new, x, g)
+    for array in x, g, *old, *new:
+        array[:] = 7
+    assert [slot.tolist() for slot in after] == [[1, 1], [2, 2], [2, 2], [4, 4], [4, 4]]
+    after.twice[:] = 9
+    assert after.more.tolist() == [4, 4]
+
+
+def test_a_step_that_writes_into_its_slots_is_refused():
+    class Impure(ElementwiseRule):
+        slots = ("v",)
 
         @staticmethod
         def step(x, dx, state, coefs):
-            _, b = state
-            return dx, (b, b)
+            (v,) = state
+            v += dx
+            return v, (v,)
 
     x = np.ones(2)
-    old = Hold().init(x)
-    new, _ = Hold().apply(old, x, x)
-    assert not np.shares_memory(new.b, old.b)
+    state = Impure().init(x)
+    with pytest.raises(ValueError, match="read-only"):
+        Impure().apply(state, x, x)
+    assert state.v.tolist() == [0, 0]
+    assert state.v.flags.writeable
 
 
 def test_annotations_that_cannot_be_read_limit_nothing():

@@ -5,12 +5,12 @@ from __future__ import annotations
 import copy
 import pickle
 import re
-import time
+import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from optimisers import (
@@ -52,6 +52,9 @@ def refused(*arrays):
 # --- random views ----------------------------------------------------------------------------
 
 
+OPERATIONS = ["transpose", "flip", "reshape", "ravel", "longer", "squeeze"]
+
+
 @st.composite
 def bases(draw, dtype=np.float64):
     shape = draw(st.lists(st.integers(1, 5), min_size=0, max_size=4))
@@ -61,7 +64,9 @@ def bases(draw, dtype=np.float64):
 def same_view(draw, x):
     """Return a view of exactly the elements of `x`."""
     for _ in range(draw(st.integers(0, 4))):
-        match draw(st.sampled_from(["transpose", "flip", "reshape", "longer", "squeeze"])):
+        match draw(st.sampled_from(OPERATIONS)):
+            case "ravel" if np.shares_memory(x, x.reshape(-1)):
+                x = x.reshape(-1)
             case "transpose":
                 x = x.transpose(draw(st.permutations(range(x.ndim))))
             case "flip" if x.ndim:
@@ -103,10 +108,13 @@ def part_of(draw, x):
 @st.composite
 def views_of_one(draw, least=2, most=3):
     """Return several views of exactly the same elements, which are part of a larger array."""
-    x = part_of(draw, draw(bases()))
+    x = draw(bases())
+    if draw(st.booleans()):
+        x = part_of(draw, x)
     return [same_view(draw, x) for _ in range(draw(st.integers(least, most)))]
 
 
+@settings(deadline=None)
 @given(views_of_one(2, 2))
 def test_carry_goes_by_the_addresses(views):
     source, target = views
@@ -117,6 +125,7 @@ def test_carry_goes_by_the_addresses(views):
     np.testing.assert_array_equal(carry(values, View.of(source), View.of(target)), expected)
 
 
+@settings(deadline=None)
 @given(views_of_one(2, 2))
 def test_carried_from_an_array_laid_out_alike_is_a_view(views):
     source, target = views
@@ -130,12 +139,14 @@ def test_carried_from_an_array_laid_out_alike_is_a_view(views):
     assert (other == 7).all()
 
 
+@settings(deadline=None)
 @given(views_of_one())
 def test_views_of_the_same_elements_are_one(views):
     assert all(same_elements(a, b) for a in views for b in views)
     assert tied(*views) == [0] * len(views)
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_owners_by_sets_of_addresses(data):
     """Compare with the definition: which addresses each array has."""
@@ -304,16 +315,24 @@ def test_parts_far_apart():
     ],
     ids=["separate", "rows", "columns", "tied"],
 )
-def test_time_is_not_quadratic(arrays):
-    def seconds(n):
+def test_work_grows_with_the_number_of_arrays(arrays):
+    def calls(n):
         places = [(KeyPath(k), x) for k, x in enumerate(arrays(n))]
-        start = time.perf_counter()
-        owners(places)
-        return time.perf_counter() - start
+        count = 0
 
-    # Quadratic time would be 256 times as long.
-    few, many = (min(seconds(n) for _ in range(3)) for n in (250, 4000))
-    assert many < 90 * few
+        def tick(frame, event, arg):
+            nonlocal count
+            count += event.endswith("call")
+
+        before = sys.getprofile()
+        sys.setprofile(tick)
+        try:
+            owners(places)
+        finally:
+            sys.setprofile(before)
+        return count
+
+    assert calls(2000) < 11 * calls(200)
 
 
 def test_torch_views():
@@ -373,6 +392,7 @@ def as_one(views, grads):
 
 
 @BOTH
+@settings(max_examples=200, deadline=None)
 @given(views_of_one(2, 4), st.data())
 def test_ties_equal_one_parameter_with_the_gradients_summed(call, views, data):
     repeated = [*views, views[data.draw(st.integers(0, len(views) - 1))]]
@@ -414,7 +434,7 @@ def test_a_gradient_at_one_place_moves_all(call):
 def test_ties_without_gradient_stay_ties(call):
     w = np.ones((2, 3))
     model = {"a": w[::-1], "b": w.reshape(-1), "c": np.zeros(2), "d": w}
-    state, model = call(setup(Descent(1.0), model), model, {"c": np.ones(2)})
+    _, model = call(setup(Descent(1.0), model), model, {"c": np.ones(2)})
     assert tied(*model.values()) == [0, 0, 2, 0]
     np.testing.assert_array_equal(model["a"], np.ones((2, 3)))
 
@@ -434,7 +454,7 @@ def test_frozen_ties_stay(call):
 def test_gradients_are_cast_before_they_are_summed(call):
     w = np.zeros(3, np.float32)
     model = [w, w[::-1]]
-    state, model = call(setup(Descent(1.0), model), model, [[1, 2, 3] * np.ones(3), np.arange(3)])
+    _, model = call(setup(Descent(1.0), model), model, [[1, 2, 3] * np.ones(3), np.arange(3)])
     np.testing.assert_array_equal(model[0], np.float32([-3, -3, -3]))
     assert model[0].dtype == np.float32
 
@@ -453,7 +473,7 @@ def test_a_gradient_that_does_not_fit_names_its_own_place(call):
 def test_sums_that_overflow_do_so_quietly(call):
     w = np.zeros(2)
     model = [w, w]
-    state, model = call(setup(ClipGrad(1.0), model), model, [np.full(2, 1e308), np.full(2, 1e308)])
+    _, model = call(setup(ClipGrad(1.0), model), model, [np.full(2, 1e308), np.full(2, 1e308)])
     np.testing.assert_array_equal(model[0], [-1, -1])
 
 

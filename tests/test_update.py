@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import copy
 import dataclasses
 import pickle
@@ -82,7 +83,10 @@ def test_update_shares_no_memory_with_what_it_was_given(rule, dtype):
     model |= {"frozen": normal(3, dtype), "none": normal(3, dtype), "missing": normal(3, dtype)}
     state = setup(rule, model)
     freeze_(state["frozen"])
-    grad = {k: normal((4, 3), dtype, 2) for k in LAYOUTS} | {"frozen": normal(3, dtype), "none": None}
+    grad = {k: normal((4, 3), dtype, 2) for k in LAYOUTS} | {
+        "frozen": normal(3, dtype),
+        "none": None,
+    }
     for _ in range(4):  # AccumGrad releases at the third
         before = snapshot([state, model, grad])
         new_state, new_model = update(state, model, grad)
@@ -107,7 +111,13 @@ def test_update_copies_where_nothing_trains_a_step():
 
 def test_update_makes_new_containers_and_carries_the_rest():
     function = len
-    model = {"w": np.ones(2), "list": [np.ones(1), 7], "f": function, "ints": np.arange(3), "s": "x"}
+    model = {
+        "w": np.ones(2),
+        "list": [np.ones(1), 7],
+        "f": function,
+        "ints": np.arange(3),
+        "s": "x",
+    }
     state = setup(Descent(), model)
     new_state, new_model = update(state, model, {"w": np.ones(2)})
     assert new_model is not model
@@ -148,7 +158,9 @@ def test_update_in_place_equals_update(rule, dtype):
         grad = {k: normal((4, 3), dtype, seed) for k in LAYOUTS}
         state, model = update(state, model, grad)
         state_, model_ = update_(state_, model_, grad)
-        native = [{k: x.astype(x.dtype.newbyteorder("=")) for k, x in m.items()} for m in (model, model_)]
+        native = [
+            {k: x.astype(x.dtype.newbyteorder("=")) for k, x in m.items()} for m in (model, model_)
+        ]
         # The pure update gives plain arrays, and NumPy sums those in another order.
         same = assert_same_bits if isinstance(rule, ElementwiseRule) else assert_near
         same([state, native[0]], [state_, native[1]])
@@ -164,12 +176,18 @@ def test_state_arrays_are_written_in_place(rule):
 
 
 def test_read_only_arrays_are_replaced_in_the_returned_model():
-    model = {"a": np.ones(3), "fixed": LAYOUTS["read-only"](np.ones(3)), "deep": [np.ones(2, "f2"), 5]}
+    model = {
+        "a": np.ones(3),
+        "fixed": LAYOUTS["read-only"](np.ones(3)),
+        "deep": [np.ones(2, "f2"), 5],
+    }
     model["deep"].append(LAYOUTS["read-only"](np.ones(2, np.float16)))
     state = setup(Momentum(0.5), model)
     writable = model["a"], model["deep"][0]
     before = model["fixed"].copy(), model["deep"][2].copy()
-    new_state, new = update_(state, model, {"a": np.ones(3), "fixed": np.ones(3), "deep": [np.ones(2), None, np.ones(2)]})
+    new_state, new = update_(
+        state, model, {"a": np.ones(3), "fixed": np.ones(3), "deep": [np.ones(2), None, np.ones(2)]}
+    )
     assert new_state is state
     assert new is not model
     assert new["a"] is writable[0]
@@ -245,9 +263,18 @@ NOTHING = [
     {"dict": None, "list": None, "tuple": None, "named": None, "object": None, "data": None},
     {"dict": (), "list": (), "tuple": (), "named": (), "object": (), "data": (), "space": ()},
     {"dict": {}, "object": {}, "data": {}, "space": SimpleNamespace()},
-    {"dict": {"a": None, "b": ()}, "list": [None, ()], "tuple": (None, None), "named": Point(None, ())},
+    {
+        "dict": {"a": None, "b": ()},
+        "list": [None, ()],
+        "tuple": (None, None),
+        "named": Point(None, ()),
+    },
     {"object": Layer(None, None), "data": Data(None, ()), "space": SimpleNamespace(a=None)},
-    {"object": {"weight": None, "bias": ()}, "data": SimpleNamespace(weight=()), "space": {"a": None}},
+    {
+        "object": {"weight": None, "bias": ()},
+        "data": SimpleNamespace(weight=()),
+        "space": {"a": None},
+    },
 ]
 
 
@@ -483,9 +510,12 @@ def test_deep_trees(kind):
 # --- gradients that alias --------------------------------------------------------------------
 
 
+ALIASED = [Descent(0.5), Adam(), OptimiserChain(ClipNorm(1.0), Momentum()), MixedPrecision(Adam())]
+
+
 @BOTH
 @parametrize("dtype", DTYPES)
-@parametrize("rule", [Descent(0.5), Adam(), OptimiserChain(ClipNorm(1.0), Momentum())])
+@parametrize("rule", ALIASED)
 def test_gradients_that_are_parameters(call, dtype, rule):
     a, b = normal(3000, dtype, 1), normal(3000, dtype, 2)
     model = {"a": a.copy(), "b": b.copy()}
@@ -496,9 +526,10 @@ def test_gradients_that_are_parameters(call, dtype, rule):
 
 @BOTH
 @parametrize("dtype", DTYPES)
-def test_the_gradient_is_the_parameter(call, dtype):
+@parametrize("rule", ALIASED)
+def test_the_gradient_is_the_parameter(call, dtype, rule):
     model = {"a": normal(3000, dtype)}
-    state = setup(Momentum(0.5), model)
+    state = setup(rule, model)
     for _ in range(3):
         expected = update(copy.deepcopy(state), model, {"a": model["a"].copy()})
         state, model = call(state, model, model)
@@ -507,15 +538,17 @@ def test_the_gradient_is_the_parameter(call, dtype):
 
 @BOTH
 @parametrize("dtype", DTYPES)
-def test_gradients_that_overlap_parameters_in_part(call, dtype):
+@parametrize("rule", ALIASED)
+def test_gradients_that_overlap_parameters_in_part(call, dtype, rule):
     room = normal(9000, dtype)
     views = {"a": slice(0, 3000), "b": slice(3000, 6000)}
     others = {"a": slice(1500, 4500), "b": slice(5999, 2999, -1)}
     plain = {k: room[s].copy() for k, s in views.items()}
-    expected = update(setup(Momentum(), plain), plain, {k: room[s].copy() for k, s in others.items()})
+    grad = {k: room[s].copy() for k, s in others.items()}
+    expected = update(setup(rule, plain), plain, grad)
     model = {k: room[s] for k, s in views.items()}
-    got = call(setup(Momentum(), model), model, {k: room[s] for k, s in others.items()})
-    assert_same_bits(got, expected)
+    got = call(setup(rule, model), model, {k: room[s] for k, s in others.items()})
+    assert_near(got, expected)  # NumPy may add up the norm of a reversed array in another order
 
 
 @BOTH
@@ -557,7 +590,9 @@ def test_one_gradient_array_for_many_parameters(call, dtype):
 
 @BOTH
 @parametrize("dtype", DTYPES)
-@parametrize("given", ["int8", "uint16", "int64", "bool", "float16", "float32", "float64", "longdouble"])
+@parametrize(
+    "given", ["int8", "uint16", "int64", "bool", "float16", "float32", "float64", "longdouble"]
+)
 def test_gradients_of_another_dtype_are_cast(given, dtype, call):
     g = np.array([1, 0, 3, 1], given)
     x = np.ones(4, dtype)
@@ -635,7 +670,9 @@ def test_symbolic_zeros_of_jax_are_no_gradients(call):
     state = setup(Adam(), model)
     state, new = call(state, model, {"a": float0, "b": float0, "c": zero})
     assert [int(state[k].state.t) for k in "abc"] == [0, 0, 0]
-    assert_same_bits(new, {"a": np.ones(3), "b": np.ones(3, np.float16), "c": np.ones(3, np.float32)})
+    assert_same_bits(
+        new, {"a": np.ones(3), "b": np.ones(3, np.float16), "c": np.ones(3, np.float32)}
+    )
 
 
 # --- freezing --------------------------------------------------------------------------------
@@ -654,13 +691,25 @@ def test_frozen_leaves_change_neither_parameter_nor_state(call):
     assert np.all(model["kernels"] != before[1]["kernels"])
 
 
-GARBAGE = [17, "text", object(), np.ones(77), np.array(["a"]), [1, 2, 3], {"no": 1}, 1j * np.ones(2)]
+GARBAGE = [
+    17,
+    "text",
+    object(),
+    np.ones(77),
+    np.array(["a"]),
+    [1, 2, 3],
+    {"no": 1},
+    1j * np.ones(2),
+]
 
 
 @BOTH
 @pytest.mark.parametrize("garbage", GARBAGE, ids=lambda g: type(g).__name__)
 def test_gradients_below_frozen_leaves_are_not_looked_at(call, garbage):
-    model = {"on": np.ones(2), "off": {"list": [np.ones(2), Layer(np.ones(2), np.ones(1))], "w": np.ones(2)}}
+    model = {
+        "on": np.ones(2),
+        "off": {"list": [np.ones(2), Layer(np.ones(2), np.ones(1))], "w": np.ones(2)},
+    }
     state = setup(Descent(0.5), model)
     freeze_(state["off"])
     for below in (
@@ -783,17 +832,17 @@ def test_an_elementwise_step_that_writes_into_its_slots():
     state = setup(Impure(), model)
     refused((KeyError, ValueError), None, state, model, {"a": np.ones(3), "b": np.full(3, 666.0)})
     before = snapshot(state)
-    try:
+    with contextlib.suppress(ValueError):
         update(state, model, {"a": np.ones(3)})
-    except ValueError:
-        pass
     assert snapshot(state) == before
 
 
 @parametrize("bad", [np.nan, np.inf])
 @parametrize("dtype", ["float32", "float64", "float16"])
-def test_a_norm_late_in_a_chain_that_throws(bad, dtype):
-    rule = OptimiserChain(Momentum(), OptimiserChain(Adam(), AccumGrad(1)), ClipNorm(1.0), WeightDecay())
+@parametrize("wrap", [OptimiserChain, MixedPrecision])
+def test_a_norm_late_in_a_chain_that_throws(bad, dtype, wrap):
+    inner = OptimiserChain(Adam(), AccumGrad(1))
+    rule = wrap(OptimiserChain(Momentum(), inner, ClipNorm(1.0), WeightDecay()))
     model = {k: np.ones(2000, dtype) for k in range(12)}
     state = setup(rule, model)
     state, model = update(state, model, {k: np.ones(2000) for k in model})
@@ -877,7 +926,9 @@ def test_first_order_rules_ignore_higher_derivatives(call, rule):
 def test_higher_derivatives_must_fit():
     model = {"w": np.ones(2)}
     state = setup(Curious(), model)
-    refused(ValueError, r"\['w'\].*shape \(3,\)", state, model, {"w": np.ones(2)}, {"w": np.ones(3)})
+    refused(
+        ValueError, r"\['w'\].*shape \(3,\)", state, model, {"w": np.ones(2)}, {"w": np.ones(3)}
+    )
     refused(ValueError, "'v'", state, model, {"w": np.ones(2)}, {"v": np.ones(3)})
 
 
@@ -1021,13 +1072,20 @@ def test_a_rule_may_return_no_step(call, dtype, wrap):
 
 @BOTH
 @parametrize("dtype", DTYPES)
-def test_accumulation_on_every_path(call, dtype):
-    model = {"w": np.ones(2, dtype)}
-    old = state = setup(OptimiserChain(AccumGrad(2), Descent(0.5)), model)
+@parametrize("wrap", [lambda r: r, MixedPrecision])
+@parametrize("layout", LAYOUTS)
+def test_accumulation_on_every_path(call, dtype, wrap, layout):
+    """On the steps that it swallows, a new array is as the old one."""
+    junk = [np.full(2, 7, dtype) for _ in range(100)]  # so that new memory is not ones by chance
+    del junk
+    model = {"w": LAYOUTS[layout](np.ones(2, dtype))}
+    old = state = setup(wrap(OptimiserChain(AccumGrad(2), Descent(0.5))), model)
     for g, expected, count in ((1, 1, 1), (3, 0, 0), (2, 0, 1), (2, -1, 0)):
         state, model = call(state, model, {"w": np.full(2, float(g))})
         np.testing.assert_array_equal(model["w"], expected)
-        assert int(state["w"].state[0].count) == count
+        assert model["w"].shape == (2,)
+        inner = state["w"].state.state if wrap is MixedPrecision else state["w"].state
+        assert int(inner[0].count) == count
     assert call is update_ or share_memory(state, old) == []
 
 
@@ -1170,7 +1228,9 @@ def test_states_of_every_rule_survive_copying(rule, how):
     twin = COPIES[how](state)
     assert twin["w"].rule == rule
     assert type(twin["w"].state) is type(state["w"].state)
-    assert_same_bits(update(twin, model, {"w": np.ones(3)}), update(state, model, {"w": np.ones(3)}))
+    assert_same_bits(
+        update(twin, model, {"w": np.ones(3)}), update(state, model, {"w": np.ones(3)})
+    )
 
 
 def test_a_shallow_copy_of_a_leaf_is_another_leaf():

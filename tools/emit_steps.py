@@ -10,9 +10,16 @@ Run by setup.py; by hand: ``python tools/emit_steps.py optimisers/rules.py optim
 from __future__ import annotations
 
 import ast
+import importlib.util
 import pathlib
 import sys
-from dataclasses import dataclass
+
+# By its path, since the package cannot be imported before it is built.
+PATH = pathlib.Path(__file__).parent.parent / "optimisers" / "_language.py"
+spec = importlib.util.spec_from_file_location("_language", PATH)
+language = sys.modules["_language"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(language)
+Step, StepError = language.Step, language.StepError
 
 HEADER = """\
 # Written by tools/emit_steps.py from the steps in rules.py. Do not edit.
@@ -21,59 +28,16 @@ HEADER = """\
 """
 
 
-class StepError(SyntaxError):
-    """A step that is not in the language of steps."""
-
-
-@dataclass
-class Step:
-    """One formula, taken apart."""
-
-    rule: str
-    slots: list[str]
-    coefs: list[str]
-    body: list[ast.stmt]
-    dx: ast.expr
-    new: list[ast.expr]
-
-
 def read_steps(source: str) -> list[Step]:
     """Return the steps of every class in `source`, in order."""
+    lines = source.splitlines()
     classes = [node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)]
     found = []
     for cls in classes:
         for node in cls.body:
             if isinstance(node, ast.FunctionDef) and node.name == "step":
-                found.append(take_apart(cls.name, node))
+                found.append(language.take_apart(language.Source(cls.name, lines), node))
     return found
-
-
-def take_apart(rule: str, function: ast.FunctionDef) -> Step:
-    """Split a step into the names it unpacks, its formula, and what it returns."""
-    names: dict[str, list[str]] = {"state": [], "coefs": []}
-    body: list[ast.stmt] = []
-    *statements, last = function.body
-    for statement in statements:
-        if not isinstance(statement, ast.Assign) or len(statement.targets) != 1:
-            raise StepError(f"{rule}.step, line {statement.lineno}: only `name = formula` works")
-        target, value = statement.targets[0], statement.value
-        if isinstance(value, ast.Name) and value.id in names:
-            names[value.id] = [name.id for name in target.elts]
-        elif isinstance(target, ast.Name):
-            body.append(statement)
-        else:
-            raise StepError(f"{rule}.step, line {statement.lineno}: assign to one name at a time")
-    if not isinstance(last, ast.Return) or not isinstance(last.value, ast.Tuple):
-        raise StepError(f"{rule}.step, line {last.lineno}: end with `return dx, (slots...)`")
-    dx, new = last.value.elts
-    for node in ast.walk(function):
-        if isinstance(node, ast.Constant):
-            raise StepError(
-                f"{rule}.step, line {node.lineno}: the number {node.value!r} belongs into coefs"
-            )
-    if len(new.elts) != len(names["state"]):
-        raise StepError(f"{rule}.step, line {last.lineno}: return as many slots as it unpacks")
-    return Step(rule, names["state"], names["coefs"], body, dx, new.elts)
 
 
 def emit_loop(step: Step, real: str) -> str:

@@ -5,21 +5,20 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import median
 from timeit import Timer
-from typing import Any
 
 import numpy as np
 
 import optimisers as opt
 
 from .models import normal
-from .peers import Step
+from .peers import Step, imported_torch
 
-REST = 0.003
-"""Seconds of sleep before each run: threads of the contender before stop spinning."""
+REST = 0.02
+"""Seconds of sleep before each run: the threads of the one before have then stopped spinning."""
 
 
 def alternate(
@@ -69,26 +68,23 @@ class Limit:
     def __init__(self, nbytes: int) -> None:
         self.size = max(nbytes // 8, 1)
         x, g = normal(self.size), normal(self.size)
+        state = opt.setup(opt.Descent(1e-6), x)
         self.steps: dict[str, Step | None] = {
-            "x += a g (Descent)": _update(opt.Descent(1e-6), x, g),
-            "x += a g (PyTorch)": None,
+            "`x += a g` by `Descent`": lambda: opt.update_(state, x, g)
         }
-        try:
-            import torch
-        except ImportError:
-            return
-        torch.set_num_threads(opt.get_num_threads())
-        xt, gt = torch.from_numpy(x), torch.from_numpy(g)
-        self.steps["x += a g (PyTorch)"] = lambda: xt.add_(gt, alpha=1e-6)
+        self.copy: dict[str, Step | None] = {"`x = g` by NumPy": lambda: np.copyto(x, g)}
+        if (torch := imported_torch()) is not None:
+            xt, gt = torch.from_numpy(x), torch.from_numpy(g)
+            self.steps["`x += a g` by PyTorch"] = lambda: xt.add_(gt, alpha=1e-6)
+
+    def rates(self, times: Mapping[str, float]) -> dict[str, float]:
+        """Return the bytes that each moved in a second; a copy reads one number, writes one."""
+        moved = dict.fromkeys(self.steps, 12) | dict.fromkeys(self.copy, 8)
+        return {name: n * self.size / times[name] for name, n in moved.items() if name in times}
 
     def bandwidth(self, times: Mapping[str, float]) -> float:
-        """Return bytes per second: reads x and g, writes x."""
-        return 12 * self.size / min(times[name] for name in self.steps if name in times)
-
-
-def _update(rule: opt.Rule, x: Any, g: Any) -> Step:
-    state = opt.setup(rule, x)
-    return lambda: opt.update_(state, x, g)
+        """Return the bytes in a second of the faster ``x += a g``."""
+        return max(rate for name, rate in self.rates(times).items() if name in self.steps)
 
 
 # --- in processes of their own ---------------------------------------------------------------
@@ -113,7 +109,9 @@ print(time.perf_counter() - begin, *{"jax", "numba", "scipy", "torch"} & {*sys.m
 def import_time(runs: int = 15) -> tuple[float, set[str]]:
     """Return the seconds that ``import optimisers`` takes beyond NumPy, and what big it imports."""
     answers = [_in_process(_IMPORT).split() for _ in range(runs)]
-    return median(float(seconds) for seconds, *_ in answers), {m for _, *big in answers for m in big}
+    return median(float(seconds) for seconds, *_ in answers), {
+        m for _, *big in answers for m in big
+    }
 
 
 _GROWTH = """
@@ -135,9 +133,3 @@ def memory_growth(size: int) -> int | None:
     if not Path("/proc/self/status").exists():
         return None
     return int(_in_process(_GROWTH, size))
-
-
-def copy_bandwidth(size: int) -> Callable[[], None]:
-    """Return a step that copies an array with one thread, as NumPy does; 8 bytes per number."""
-    x, g = np.empty(size, np.float32), normal(size)
-    return lambda: np.copyto(x, g)

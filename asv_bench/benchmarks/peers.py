@@ -6,6 +6,7 @@ ImportError where the library is not installed.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import os
 from collections.abc import Callable, Sequence
@@ -58,6 +59,13 @@ def _torch() -> Any:
 
     torch.set_num_threads(opt.get_num_threads())
     return torch
+
+
+def imported_torch() -> Any:
+    """Return PyTorch on as many threads as we use; None where it is not installed."""
+    with contextlib.suppress(ImportError):
+        return _torch()
+    return None
 
 
 def torch_step(

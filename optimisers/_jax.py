@@ -1,0 +1,216 @@
+"""What a rule's numbers and decisions become while JAX traces; imports nothing of JAX itself.
+
+a) A hyperparameter that crosses into a traced function becomes an array, in float32 unless JAX is
+   set to 64 bits. In float32 the 0.999 of Adam is off by 1e-8, which is nothing, and so is its
+   ``1 - 0.999``, of which it is 1e-5. So a number crosses as two: what float32 holds of it
+   (``high``), and what that leaves (``low``). Inside, the two are a `Number`.
+b) What a step needs of the numbers is computed from both, in double (`double`, `lifted`), and then
+   cast once, as on the host: these are a few scalars for each array.
+c) Whether there is a step can be a traced question (`AccumGrad`). The answer is a `Maybe`.
+"""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import math
+import operator
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from types import SimpleNamespace
+from typing import Any, TypeVar, cast
+
+import numpy as np
+
+Array = Any
+T = TypeVar("T")
+
+
+def is_jax(x: object) -> bool:
+    """Tell whether `x` is an array of JAX, traced or not."""
+    jax = sys.modules.get("jax")
+    return jax is not None and isinstance(x, (jax.Array, jax.core.Tracer))
+
+
+def is_tracer(x: object) -> bool:
+    """Tell whether `x` stands for an array that JAX will know only later."""
+    jax = sys.modules.get("jax")
+    return jax is not None and isinstance(x, jax.core.Tracer)
+
+
+# --- numbers in two parts --------------------------------------------------------------------
+
+
+class Number:
+    """A hyperparameter in the hands of JAX, in two parts; calculates like the number it is.
+
+    The parts may be anything, since JAX builds trees of anything.
+    """
+
+    __slots__ = ("high", "low")
+
+    __array_ufunc__ = None  # NumPy leaves calculations to this class
+
+    def __init__(self, high: Any, low: Any) -> None:
+        self.high = high
+        self.low = low
+
+    @property
+    def is_traced(self) -> bool:
+        return is_tracer(self.high) or is_tracer(self.low)
+
+    @property
+    def is_scalar(self) -> bool:
+        return getattr(self.high, "ndim", 0) == 0
+
+    def value(self) -> Any:
+        """Return an ordinary number, or an array of JAX where it is traced or not a scalar."""
+        if self.is_traced or not self.is_scalar:
+            return self.high + self.low
+        return _whole(self.high, self.low)
+
+    def __jax_array__(self) -> Array:
+        return sys.modules["jax"].numpy.asarray(self.value())
+
+    def __float__(self) -> float:
+        return float(self.value())
+
+    def __bool__(self) -> bool:
+        return bool(self.value())
+
+    def __hash__(self) -> int:
+        return hash(self.value())
+
+    def __repr__(self) -> str:
+        known = is_jax(self.high) and is_jax(self.low) and not self.is_traced
+        return repr(self.value()) if known else f"Number({self.high!r}, {self.low!r})"
+
+
+def _forward(name: str) -> Callable[..., Any]:
+    calculate = getattr(operator, name)
+
+    def method(self: Number, other: Any) -> Any:
+        return calculate(self.value(), other.value() if isinstance(other, Number) else other)
+
+    return method
+
+
+def _backward(name: str) -> Callable[..., Any]:
+    calculate = getattr(operator, name)
+    return lambda self, other: calculate(other, self.value())
+
+
+for _name in ("add", "sub", "mul", "truediv", "pow"):
+    setattr(Number, f"__{_name}__", _forward(f"__{_name}__"))
+    setattr(Number, f"__r{_name}__", _backward(f"__{_name}__"))
+for _name in ("eq", "ne", "lt", "le", "gt", "ge"):
+    setattr(Number, f"__{_name}__", _forward(f"__{_name}__"))
+for _name in ("neg", "abs"):
+    setattr(Number, f"__{_name}__", lambda self, f=getattr(operator, _name): f(self.value()))
+
+
+def parts_of(value: Any) -> tuple[Any, Any]:
+    """Return the two parts of a number, in which it crosses into JAX."""
+    if type(value) is Number:
+        return value.high, value.low
+    if not isinstance(value, (float, int)):
+        return value, 0.0
+    high = ctypes.c_float(value).value
+    return high, value - high if math.isfinite(high) else 0.0
+
+
+def number_of(high: Any, low: Any) -> Any:
+    """Return the number that has these parts: a float if they are no longer with JAX."""
+    if type(low) is float and not isinstance(high, (float, np.generic)):
+        if low == 0.0 and hasattr(high, "dtype"):
+            return high
+    elif _is_float(high) and _is_float(low):
+        return _whole(high, low)
+    return Number(high, low)
+
+
+def _is_float(x: object) -> bool:
+    if isinstance(x, np.ndarray):
+        return x.ndim == 0 and x.dtype.kind == "f"
+    return isinstance(x, (float, np.floating))
+
+
+def _whole(high: Any, low: Any) -> float:
+    """Return the sum of two parts; where `low` was rounded, a near decimal number with few digits.
+
+    So a number comes back from JAX as it was written, 0.001 and not 0.0010000000000000009.
+    """
+    value = float(high) + float(low)
+    if not isinstance(low, float) and low.dtype != np.float64:
+        short = float(f"{value:.13g}")
+        if abs(short - value) <= abs(value) * 2.0**-48:
+            return short
+    return value
+
+
+# --- in double -------------------------------------------------------------------------------
+
+
+def double() -> AbstractContextManager[None]:
+    """Let JAX compute in double meanwhile, also where it is not set to 64 bits."""
+    jax = cast(Any, sys.modules["jax"])
+    if not hasattr(jax, "enable_x64"):  # before JAX 0.8
+        from jax import experimental as jax
+    return cast("AbstractContextManager[None]", jax.enable_x64(True))
+
+
+def attributes(rule: Any) -> dict[str, Any]:
+    """Return what a rule consists of, by name: its fields, and what else it has been given."""
+    try:
+        return vars(rule)
+    except TypeError:  # all in slots
+        _, slots = cast(Any, object.__getstate__(rule))
+        return cast("dict[str, Any]", slots)
+
+
+def with_attributes(rule: T, change: Callable[[Any], Any]) -> T:
+    """Return a copy of a rule with other attributes; itself if `change` gives back each."""
+    own = attributes(rule)
+    new = {name: change(value) for name, value in own.items()}
+    if all(new[name] is value for name, value in own.items()):
+        return rule
+    rule = copy.copy(rule)
+    for name, value in new.items():
+        object.__setattr__(rule, name, value)
+    return rule
+
+
+def holds_traced(value: Any) -> bool:
+    """Tell whether JAX traces a number in `value`."""
+    if type(value) is tuple or type(value) is list:
+        return any(map(holds_traced, value))
+    return value.is_traced or not value.is_scalar if type(value) is Number else is_tracer(value)
+
+
+def lifted(value: Any) -> Any:
+    """Return a traced number in double; to be called within `double`."""
+    if type(value) is tuple or type(value) is list:
+        return type(value)(map(lifted, value))
+    if type(value) is Number:
+        jnp = sys.modules["jax"].numpy
+        return sum(jnp.asarray(part).astype(jnp.float64) for part in (value.high, value.low))
+    if is_tracer(value) and value.dtype.kind == "f":
+        return value.astype(sys.modules["jax"].numpy.float64)
+    return value
+
+
+# --- perhaps a step --------------------------------------------------------------------------
+
+
+class Maybe(SimpleNamespace):
+    """A step, and whether it is made: what `apply` returns where JAX will know only later."""
+
+    step: Array
+    made: Array
+
+
+def chosen(made: Array, new: T, old: T) -> T:
+    """Return `new` where `made` says so, else `old`, in each array of a tree of JAX."""
+    jax = cast(Any, sys.modules["jax"])
+    return cast(T, jax.tree_util.tree_map(lambda a, b: jax.numpy.where(made, a, b), new, old))

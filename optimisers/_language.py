@@ -1,0 +1,409 @@
+"""The language of steps: what the formula of a rule may say, and the reader that takes it apart.
+
+A step is straight lines of `name = formula`, closed by ``return dx, (slots...)``. A formula is
+made of names, ``+ - * /`` and *words*; a comparison stands only as the first argument of `where`.
+Numbers come from `coefs`, so that each is cast once and no float64 creeps into float32.
+
+tools/emit_steps.py reads the library's own rules with this at build time, by its path and before
+the package can be imported; `_engine` reads the rules of users. So nothing else is imported here.
+"""
+
+from __future__ import annotations
+
+import ast
+import dis
+import inspect
+import linecache
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import CodeType, FunctionType
+from typing import Any, NoReturn
+
+WORDS = {
+    "abs2": 1,
+    "absolute": 1,
+    "clip": 3,
+    "maximum": 2,
+    "minimum": 2,
+    "sign": 1,
+    "sqrt": 1,
+    "where": 3,
+    "zeros_like": 1,
+}
+"""How many arguments each word takes."""
+
+ARGUMENTS = ["x", "dx", "state", "coefs"]
+NEARBY = {
+    "abs": "absolute(v)",
+    "fabs": "absolute(v)",
+    "max": "maximum(v, w)",
+    "min": "minimum(v, w)",
+    "square": "abs2(v)",
+    "pow": "abs2(v), sqrt(v) or v * v",
+    "power": "abs2(v), sqrt(v) or v * v",
+}
+"""What to write instead of a function that is no word, by its last name."""
+
+ASSIGN = "a step is made of lines `name = formula`"
+RETURN = "a step ends with `return dx, (slots...)`"
+CHOOSE = "`where(condition, v, w)` chooses, element by element"
+
+
+class StepError(ValueError):
+    """A step that is not in the language of steps; the message shows where and what to write."""
+
+
+@dataclass
+class Step:
+    """One formula, taken apart."""
+
+    rule: str
+    slots: list[str] = field(default_factory=list)
+    coefs: list[str] = field(default_factory=list)
+    body: list[ast.Assign] = field(default_factory=list)
+    dx: ast.expr = field(default_factory=lambda: ast.Name("dx"))
+    new: list[ast.expr] = field(default_factory=list)
+    words: dict[str, int] = field(default_factory=dict)
+    """The words it says, each with the line that says it first."""
+    unpacked: dict[str, int] = field(default_factory=dict)
+    """The lines that unpack state and coefs."""
+
+
+class Source:
+    """The text that a step stands in, to be shown in messages."""
+
+    def __init__(self, rule: str, lines: Sequence[str], file: str | None = None) -> None:
+        self.rule, self.lines, self.file = rule, lines, file
+
+    def refuse(self, advice: str, line: int, column: int | None = None) -> NoReturn:
+        """Raise a `StepError` that shows a line and says what to write."""
+        message = f"{self.rule}.step, line {line}: {advice}"
+        if self.file is not None:
+            message += f'\n  File "{self.file}", line {line}'
+        if 0 < line <= len(self.lines):
+            shown = self.lines[line - 1].rstrip()
+            code = shown.lstrip()
+            message += f"\n    {code}"
+            if column is not None:
+                # ast counts columns in bytes
+                before = len(shown.encode()[:column].decode(errors="ignore"))
+                message += f"\n    {' ' * (before - len(shown) + len(code))}^"
+        raise StepError(message)
+
+
+def take_apart(source: Source, function: ast.FunctionDef) -> Step:
+    """Split a step into the names it unpacks, its formula, and what it returns.
+
+    Raises
+    ------
+    StepError
+        If it is not in the language.
+    """
+    return _Reader(source).read(function)
+
+
+class _Reader:
+    """Reads one step from its first line to its last."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self.step = Step(source.rule)
+        self.known = {"x", "dx"}
+        self.arrays = {"x", "dx"}  # and what was made of them; coefs are single numbers
+
+    def refuse(self, node: ast.AST, advice: str) -> NoReturn:
+        self.source.refuse(advice, getattr(node, "lineno", 0), getattr(node, "col_offset", None))
+
+    def read(self, function: ast.FunctionDef) -> Step:
+        args = function.args
+        names = [a.arg for a in (*args.posonlyargs, *args.args, *args.kwonlyargs)]
+        if names != ARGUMENTS or args.kwonlyargs or args.vararg or args.kwarg or args.defaults:
+            self.refuse(function, f"write `def step({', '.join(ARGUMENTS)})` below @staticmethod")
+        *statements, last = function.body
+        for statement in statements:
+            self.statement(statement)
+        self.ending(last)
+        return self.step
+
+    def statement(self, node: ast.stmt) -> None:
+        match node:
+            case ast.If():
+                self.refuse(node, f"a step has no branches: {ASSIGN}, and {CHOOSE}")
+            case ast.For() | ast.While():
+                self.refuse(node, f"a step has no loops, it runs on every element: {ASSIGN}")
+            case ast.Assign(targets=[ast.Name(id=name) as target], value=value):
+                if isinstance(value, ast.Name) and value.id in ("state", "coefs"):
+                    self.refuse(node, f"unpack it: `({name},) = {value.id}`")
+                self.formula(value)
+                self.introduce(target)
+                if self.arrays & {n.id for n in ast.walk(value) if isinstance(n, ast.Name)}:
+                    self.arrays.add(name)
+                else:
+                    self.arrays.discard(name)
+                self.step.body.append(node)
+            case ast.Assign(
+                targets=[ast.Tuple(elts=elts) | ast.List(elts=elts)],
+                value=ast.Name(id="state" | "coefs" as whole),
+            ):
+                self.unpack(whole, elts, node)
+            case ast.Assign(targets=[ast.Tuple() | ast.List() | ast.Subscript() | ast.Attribute()]):
+                self.refuse(node, "assign to one name at a time; only state and coefs are unpacked")
+            case _:
+                self.refuse(node, f"{ASSIGN}, and comments stand after #; nothing else works here")
+
+    def unpack(self, whole: str, elts: Sequence[ast.expr], node: ast.stmt) -> None:
+        found = self.step.slots if whole == "state" else self.step.coefs
+        if whole in self.step.unpacked:
+            self.refuse(node, f"unpack {whole} once")
+        self.step.unpacked[whole] = node.lineno
+        for name in elts:
+            if not isinstance(name, ast.Name):
+                self.refuse(name, f"unpack {whole} into plain names: `(a, b) = {whole}`")
+            if name.id == "_":  # one that is not needed
+                found.append(f"_{len(found)}")
+                continue
+            if name.id in self.known:
+                self.refuse(name, f"`{name.id}` has a meaning already: choose another name")
+            self.introduce(name)
+            found.append(name.id)
+            if whole == "state":
+                self.arrays.add(name.id)
+
+    def introduce(self, name: ast.Name) -> None:
+        if name.id in (*WORDS, *self.step.coefs, "state", "coefs"):
+            self.refuse(name, f"`{name.id}` has a meaning already: choose another name")
+        self.known.add(name.id)
+
+    def ending(self, node: ast.stmt) -> None:
+        match node:
+            case ast.Return(value=ast.Tuple(elts=[dx, ast.Tuple(elts=new)])):
+                pass
+            case _:
+                self.refuse(node, f"{RETURN}, or `return dx, ()` if it keeps nothing")
+        for value in (dx, *new):
+            self.formula(value)
+            if not self.arrays & {n.id for n in ast.walk(value) if isinstance(n, ast.Name)}:
+                number = ast.unparse(value)
+                self.refuse(
+                    value,
+                    f"`{number}` is one number, not an array: `zeros_like(x) + {number}` is one",
+                )
+        if len(new) != len(self.step.slots):
+            self.refuse(
+                node,
+                f"it returns {len(new)} slots and unpacks {len(self.step.slots)}: "
+                "return as many slots as it unpacks, in the same order",
+            )
+        self.step.dx, self.step.new = dx, new
+
+    def formula(self, node: ast.expr) -> None:
+        """Refuse what is no formula."""
+        match node:
+            case ast.Name(id=name):
+                self.name(node, name)
+            case ast.Constant(value=value):
+                self.refuse(
+                    node,
+                    f"the number {value!r} belongs into coefs: let `coefs` return it, and unpack "
+                    "it by a name of its own",
+                )
+            case ast.UnaryOp(op=ast.UAdd() | ast.USub(), operand=operand):
+                self.formula(operand)
+            case ast.BinOp(op=ast.Add() | ast.Sub() | ast.Mult() | ast.Div()):
+                self.formula(node.left)
+                self.formula(node.right)
+            case ast.BinOp(op=ast.Pow()):
+                self.refuse(
+                    node,
+                    f"`{ast.unparse(node)}` is no formula: write abs2(v) or v * v for a square, "
+                    "sqrt(v) for a root",
+                )
+            case ast.Call(func=function, args=args, keywords=keywords):
+                for arg in args:
+                    if not isinstance(arg, ast.Compare):
+                        self.formula(arg)
+                if not isinstance(function, ast.Name) or function.id not in WORDS:
+                    self.refuse(
+                        node, f"{ast.unparse(function)} is no word: {self.instead(function)}"
+                    )
+                self.call(node, function.id, args, keywords)
+            case ast.Compare():
+                self.refuse(node, f"a comparison is no number: {CHOOSE}")
+            case ast.IfExp():
+                self.refuse(node, f"a step has no branches: {CHOOSE}")
+            case ast.BoolOp():
+                self.refuse(node, f"nothing joins comparisons: {CHOOSE}, also one inside another")
+            case ast.Subscript(value=ast.Name(id="state" | "coefs" as whole)):
+                self.refuse(node, f"unpack it: `(a, b) = {whole}`")
+            case ast.Attribute():
+                self.refuse(node, f"`{ast.unparse(node)}` is no word: {self.instead(node)}")
+            case _:
+                self.refuse(
+                    node,
+                    f"`{ast.unparse(node)}`: a formula has names, + - * / and words "
+                    f"({', '.join(WORDS)})",
+                )
+
+    def call(
+        self, node: ast.Call, word: str, args: list[ast.expr], keywords: list[ast.keyword]
+    ) -> None:
+        if keywords or len(args) != WORDS[word]:
+            self.refuse(node, f"{word} takes {WORDS[word]} arguments, by position")
+        self.step.words.setdefault(word, node.lineno)
+        for k, arg in enumerate(args):
+            if (word, k) == ("where", 0):
+                self.condition(arg)
+            elif isinstance(arg, ast.Compare):
+                self.formula(arg)
+
+    def condition(self, node: ast.expr) -> None:
+        match node:
+            case ast.Compare(
+                left=left, ops=[ast.Lt() | ast.LtE() | ast.Gt() | ast.GtE()], comparators=[right]
+            ):
+                self.formula(left)
+                self.formula(right)
+            case ast.Compare():
+                self.refuse(node, "compare two numbers, by < <= > or >=; one `where` in another")
+            case _:
+                self.refuse(node, "where begins with a comparison: `where(v > w, a, b)`")
+
+    def name(self, node: ast.Name, name: str) -> None:
+        if name in self.known:
+            return
+        if name in ("state", "coefs"):
+            self.refuse(node, f"unpack it: `(a, b) = {name}`")
+        if name in WORDS:
+            self.refuse(node, f"{name} is a word: call it")
+        self.refuse(
+            node,
+            f"nothing is called `{name}` here: what a step needs beside x, dx and its slots, "
+            "`coefs` returns",
+        )
+
+    def instead(self, function: ast.expr) -> str:
+        last = ast.unparse(function).rpartition(".")[2]
+        if last in WORDS:
+            return f"write {last}(...), after `from optimisers.words import {last}`"
+        if last in NEARBY:
+            return f"write {NEARBY[last]}"
+        return f"there are {', '.join(WORDS)}. A rule that needs more subclasses Rule, with `apply`"
+
+
+# --- steps of live classes -------------------------------------------------------------------
+
+
+def check(rule: Any, coefs: int, words: Mapping[str, object]) -> None:
+    """Check the step of a user's rule.
+
+    Where the text of the step is not to be had, its code is looked at as far as that goes.
+
+    Parameters
+    ----------
+    rule : type
+        A class with `slots` and a `step` that is a function.
+    coefs : int
+        How many numbers its `coefs` returns.
+    words : mapping
+        What each word is; the step must not mean something else by it.
+
+    Raises
+    ------
+    StepError
+        If it is not in the language.
+    """
+    step = rule.step
+    code = step.__code__
+    lines = linecache.getlines(code.co_filename, step.__globals__)
+    source = Source(rule.__name__, lines, code.co_filename)
+    first = code.co_firstlineno
+    if not isinstance(inspect.getattr_static(rule, "step"), staticmethod):
+        source.refuse("write @staticmethod above it", first)
+    function = _find(lines, code)
+    if function is None:
+        _check_code(source, code, words)
+        said = dict.fromkeys(_outer_names(code), first)
+    else:
+        taken = take_apart(source, function)
+        said = taken.words
+        for kind, names, given in (
+            ("state", taken.slots, len(rule.slots)),
+            ("coefs", taken.coefs, coefs),
+        ):
+            line = taken.unpacked.get(kind, function.lineno)
+            if len(names) != given and (names or kind == "state"):
+                giver = "`slots` names" if kind == "state" else "`coefs` returns"
+                source.refuse(f"it unpacks {len(names)} from {kind}, but {giver} {given}", line)
+    known = visible(step)
+    for word, line in said.items():
+        if known.get(word) is not words[word]:
+            what = f"is {known[word]!r:.60}" if word in known else "means nothing"
+            source.refuse(
+                f"{word} {what} here: write `from optimisers.words import {word}` above", line
+            )
+
+
+def visible(step: FunctionType) -> dict[str, object]:
+    """Return what the names that a function takes from outside stand for."""
+    code = step.__code__
+    given = {name: step.__globals__[name] for name in code.co_names if name in step.__globals__}
+    for name, cell in zip(code.co_freevars, step.__closure__ or (), strict=True):
+        try:
+            given[name] = cell.cell_contents
+        except ValueError:  # not assigned yet
+            continue
+    return given
+
+
+def _outer_names(code: CodeType) -> tuple[str, ...]:
+    return code.co_names + code.co_freevars
+
+
+def _find(lines: Sequence[str], code: CodeType) -> ast.FunctionDef | None:
+    """Return the definition from which `code` was compiled, None if it is not in these lines."""
+    try:
+        tree = ast.parse("".join(lines))
+    except (SyntaxError, ValueError):
+        return None
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef) and node.name == code.co_name:
+            first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
+            if first == code.co_firstlineno and _is_text_of(node, code):
+                return node
+    return None
+
+
+def _is_text_of(node: ast.FunctionDef, code: CodeType) -> bool:
+    """Tell whether a definition still is that of `code`: files change while programs run."""
+    bare = ast.FunctionDef(
+        **{**{name: getattr(node, name) for name in node._fields}, "decorator_list": []}
+    )
+    module = ast.Module([ast.copy_location(bare, node)], [])
+    made = compile(module, "<step>", "exec", dont_inherit=True).co_consts
+    (theirs,) = (c for c in made if isinstance(c, CodeType) and c.co_name == node.name)
+    return (
+        theirs.co_varnames == code.co_varnames
+        and theirs.co_consts == code.co_consts
+        and set(_outer_names(theirs)) == set(_outer_names(code))
+    )
+
+
+def _check_code(source: Source, code: CodeType, words: Mapping[str, object]) -> None:
+    """Look at compiled code for what betrays a step that is not in the language."""
+    line = code.co_firstlineno
+    for instruction in dis.get_instructions(code):
+        position = instruction.positions
+        line = (position and position.lineno) or line
+        if instruction.opcode in {*dis.hasjrel, *dis.hasjabs}:
+            source.refuse(f"a step has neither branches nor loops: {CHOOSE}", line)
+        if instruction.opname.startswith("LOAD_") and isinstance(
+            instruction.argval, bool | int | float | complex
+        ):
+            source.refuse(f"the number {instruction.argval!r} belongs into coefs", line)
+    for name in _outer_names(code):
+        if name not in words:
+            source.refuse(
+                f"{name} is no word; there are {', '.join(WORDS)}. What else a step needs, "
+                "`coefs` returns",
+                code.co_firstlineno,
+            )

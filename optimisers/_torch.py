@@ -1,0 +1,269 @@
+"""What the engine needs to know of PyTorch's tensors.
+
+PyTorch is never imported here: whoever hands over a tensor has done so. A *view* is a NumPy array
+over the memory of a tensor; one is made whenever it is needed and never kept, since a tensor may
+get other memory at any time. What has no view (other devices and dtypes, tensors that are being
+traced or transformed) is left to the array path.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+Tensor = Any
+
+
+def is_tensor(x: object) -> bool:
+    """Tell whether `x` is a tensor of PyTorch."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(x, torch.Tensor)
+
+
+def places(xs: Sequence[object], among: Sequence[int]) -> list[int]:
+    """Return the places, of those given, where there is a tensor."""
+    torch = sys.modules.get("torch")
+    return [] if torch is None else [k for k in among if isinstance(xs[k], torch.Tensor)]
+
+
+# --- views -----------------------------------------------------------------------------------
+
+
+def view(x: Tensor) -> np.ndarray | None:
+    """Return a view of a tensor, or None; a NumPy array is its own."""
+    if type(x) is np.ndarray:
+        return x
+    torch: Any = sys.modules["torch"]
+    if type(x) not in (torch.Tensor, torch.nn.Parameter) or not x.is_cpu or x.is_neg():
+        return None  # what looks like a view of these would be a copy
+    try:
+        if x.dtype is torch.bfloat16:
+            bfloat16 = _bfloat16()
+            return bfloat16 and x.detach().view(torch.int16).numpy().view(bfloat16)
+        seen: np.ndarray = x.numpy(force=True)  # force: also where it requires a gradient
+    except (RuntimeError, TypeError):
+        return None
+    return seen
+
+
+@functools.cache
+def _bfloat16() -> np.dtype[Any] | None:
+    """Return the dtype that NumPy does not have by itself."""
+    try:
+        return np.dtype(importlib.import_module("ml_dtypes").bfloat16)
+    except ImportError:
+        return None
+
+
+def _view_state(state: Any) -> Any:
+    """Return a state with views in place of its tensors; whatever has none is None."""
+    try:
+        return tuple([a.numpy() for a in state])  # nearly always
+    except (AttributeError, RuntimeError, TypeError):
+        pass
+    return tuple(map(_view_state, state)) if isinstance(state, tuple) else view_if_tensor(state)
+
+
+def view_if_tensor(x: Any) -> Any:
+    """Return a view of a tensor, and anything else as it is."""
+    return view(x) if is_tensor(x) else x
+
+
+class _Sight:
+    """Stands for a leaf, with views in its state."""
+
+    __slots__ = ("frozen", "rule", "state")
+
+    frozen: bool
+    rule: Any
+    state: Any
+
+
+def sights(
+    leaves: Sequence[Any], xs: Sequence[Any], gs: Sequence[Any], places: Sequence[int]
+) -> tuple[list[Any], list[Any], list[Any], list[int]]:
+    """Return what the kernels may take for the tensors at `places`, and the other places.
+
+    The lists are as long as those given, with None elsewhere.
+    """
+    n = len(leaves)
+    stand_ins: list[Any] = [None] * n
+    views: list[Any] = [None] * n
+    grads: list[Any] = [None] * n
+    others: list[int] = []
+    for k in places:
+        x, g, leaf = xs[k], gs[k], leaves[k]
+        try:
+            seen = g.numpy()
+        except (AttributeError, RuntimeError, TypeError):  # NumPy's own, or in need of a check
+            seen = None
+        if seen is None:
+            others.append(k)
+            continue
+        views[k], grads[k] = view(x), seen
+        stand_ins[k] = sight = _Sight()
+        sight.frozen, sight.rule, sight.state = False, leaf.rule, _view_state(leaf.state)
+    return stand_ins, views, grads, others
+
+
+def arrays(state: Any, x: Tensor, g: Tensor) -> tuple[Any, np.ndarray, np.ndarray] | None:
+    """Return views of state and parameter, and the gradient, in one order of axes; or None.
+
+    The axes are ordered so that a dense parameter is contiguous, and a gradient in another order
+    is copied.
+    """
+    seen, grad = view(x), view(g)
+    if seen is None or grad is None:
+        return None
+    state = _view_state(state)
+    axes = _axes(seen)
+    if axes is not None:
+        seen, grad, state = seen.transpose(axes), grad.transpose(axes), _reordered(state, axes)
+    ordered = np.ascontiguousarray if seen.flags.c_contiguous else np.asfortranarray
+    return state, seen, ordered(grad).reshape(seen.shape)
+
+
+def _axes(x: np.ndarray) -> tuple[int, ...] | None:
+    """Return the axes by falling stride; None if `x` is contiguous as it stands."""
+    if x.flags.c_contiguous or x.flags.f_contiguous:
+        return None
+    return tuple(sorted(range(x.ndim), key=lambda axis: (-x.strides[axis], -x.shape[axis])))
+
+
+def _reordered(state: Any, axes: Sequence[int]) -> Any:
+    if isinstance(state, tuple):
+        return tuple(_reordered(a, axes) for a in state)
+    if isinstance(state, np.ndarray) and state.ndim == len(axes):
+        return state.transpose(axes)
+    return state
+
+
+# --- what takes the place of a tensor ----------------------------------------------------------
+
+
+def like(x: Tensor, new: Any) -> Tensor:
+    """Return `new`, a tensor or what the kernels made of ``arrays(_, x, _)``, as one like `x`.
+
+    It requires a gradient if `x` does, and is a `torch.nn.Parameter` if `x` is one.
+    """
+    torch: Any = sys.modules["torch"]
+    new = _tensor(new, x).detach()
+    if isinstance(x, torch.nn.Parameter):
+        return type(x)(new, x.requires_grad)
+    return new.requires_grad_(x.requires_grad)
+
+
+def state_like(old: Any, new: Any, x: Tensor) -> Any:
+    """Return the state that the kernels made of ``arrays(old, x, _)``, with tensors."""
+    if isinstance(new, tuple):
+        made = [state_like(a, b, x) for a, b in zip(old, new, strict=True)]
+        return type(old)._make(made) if hasattr(old, "_make") else tuple(made)
+    return _tensor(new, x)
+
+
+def _tensor(a: Any, x: Tensor) -> Tensor:
+    if not isinstance(a, np.ndarray):
+        return a
+    torch: Any = sys.modules["torch"]
+    seen = view(x)
+    axes = None if seen is None or a.ndim != seen.ndim else _axes(seen)
+    if axes is not None:
+        a = a.transpose(np.argsort(axes))
+    return _from_numpy(torch, a)
+
+
+def _from_numpy(torch: Any, a: np.ndarray) -> Tensor:
+    if a.dtype == _bfloat16():
+        return torch.from_numpy(a.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(a)
+
+
+def fresh(x: Tensor) -> Tensor:
+    """Return a copy that shares no memory, and no graph, with `x`."""
+    return like(x, x.detach().clone())
+
+
+def write(x: Tensor, new: Any) -> None:
+    """Write into a tensor, also one that requires a gradient."""
+    torch: Any = sys.modules["torch"]
+    with torch.no_grad():
+        x.copy_(new if is_tensor(new) else _from_numpy(torch, np.array(new)))
+
+
+def note_written(xs: list[Tensor]) -> None:
+    """Tell autograd that these tensors changed, so that it refuses graphs that hold them."""
+    torch: Any = sys.modules["torch"]
+    torch.autograd.graph.increment_version(xs)
+
+
+def unrecorded(x: object) -> contextlib.AbstractContextManager[Any]:
+    """Return a context in which autograd records nothing, if `x` is a tensor."""
+    if not is_tensor(x):
+        return contextlib.nullcontext()
+    torch: Any = sys.modules["torch"]
+    context: contextlib.AbstractContextManager[Any] = torch.no_grad()
+    return context
+
+
+# --- gradients ---------------------------------------------------------------------------------
+
+
+def gradient(g: Any, x: Tensor, where: Callable[[], str]) -> Tensor:
+    """Return `g` as a dense tensor of the dtype of `x`, outside of any graph.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If `g` is no gradient for `x`; the message names the place, from `where()`.
+    """
+    torch: Any = sys.modules["torch"]
+
+    def wanted() -> str:
+        shape = tuple(x.shape)
+        return f"gradient at {where()}: expected a tensor of shape {shape} and dtype {x.dtype}"
+
+    if not is_tensor(g):
+        a = np.asarray(g)
+        if a.dtype.kind not in "biufc" and a.dtype != _bfloat16():
+            raise TypeError(f"{wanted()}, got dtype {a.dtype}")
+        plain = np.array(a, a.dtype.newbyteorder("="), order="C")
+        if plain.dtype == np.longdouble and plain.dtype != np.float64:
+            plain = plain.astype(np.float64)
+        g = _from_numpy(torch, plain).to(x.device)
+    if g.layout is not torch.strided:
+        kind = str(g.layout).removeprefix("torch.")
+        raise TypeError(
+            f"{wanted()}, got one with the layout {kind}; sparse gradients are not updated sparsely: "
+            "make it dense with .to_dense(), or the layer with sparse=False"
+        )
+    if g.dtype.is_complex and not x.dtype.is_complex:
+        raise TypeError(
+            f"{wanted()}, got complex numbers ({g.dtype}); take the real part if that is what is meant"
+        )
+    if g.shape != x.shape:
+        raise ValueError(f"{wanted()}, got shape {tuple(g.shape)}")
+    if g.device != x.device:
+        raise ValueError(
+            f"{wanted()} on {x.device}, got one on {g.device}; move it with .to({str(x.device)!r})"
+        )
+    return g.detach().to(x.dtype).resolve_conj().resolve_neg()
+
+
+def as_numpy(g: Tensor, where: Callable[[], str]) -> np.ndarray:
+    """Return a tensor, given as the gradient of a NumPy array, as an array."""
+    torch: Any = sys.modules["torch"]
+    if g.layout is not torch.strided or not g.is_cpu:
+        kind = g.device if g.layout is torch.strided else g.layout
+        raise ValueError(
+            f"gradient at {where()}: expected what NumPy can read, got a tensor on {kind}; "
+            "write .cpu(), or .to_dense() where it is sparse"
+        )
+    g = g.detach().resolve_conj().resolve_neg()
+    array: np.ndarray = (g.float() if g.dtype is torch.bfloat16 else g).numpy()
+    return array

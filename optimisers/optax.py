@@ -1,0 +1,276 @@
+"""Rules as optax transformations, and optax transformations as rules.
+
+>>> import jax, optax, optimisers
+>>> from jax import numpy as jnp
+>>> tx = optax.chain(
+...     optax.clip_by_global_norm(1.0), optimisers.optax.to_optax(optimisers.OAdam(eta=0.1))
+... )
+>>> params = {"w": jnp.array([1.0, 2.0])}
+>>> updates, state = tx.update({"w": jnp.array([3.0, -4.0])}, tx.init(params), params)
+>>> optax.apply_updates(params, updates)
+{'w': Array([0.8, 2.2], dtype=float32)}
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ._engine import checked_gradient
+from ._jax import Maybe, is_tracer
+from ._rule import Rule, as_like
+
+__all__ = ["RuleState", "from_optax", "to_optax"]
+
+Array = Any
+Tree = Any
+
+
+class RuleState(NamedTuple):
+    """What `to_optax` keeps: the tree of parameters, with the state of the rule for each."""
+
+    leaves: Tree
+
+
+def to_optax(rule: Rule) -> Any:
+    """Return a rule as an `optax.GradientTransformation`.
+
+    Parameters
+    ----------
+    rule : Rule
+        Any rule, chains and a user's own too. Its hyperparameters may be traced, so
+        `optax.inject_hyperparams` can schedule them.
+
+    Returns
+    -------
+    optax.GradientTransformation
+        ``init(params)`` gives a `RuleState`; ``update(grads, state, params)`` gives the updates
+        that `optax.apply_updates` *adds*, so ``-dx`` where the rule says ``dx``. It goes into
+        `optax.chain`, `optax.masked`, `jax.jit`, `jax.lax.scan`. A rule that ends in a learning
+        rate goes last in a chain; what follows it sees steps instead of gradients.
+
+    Raises
+    ------
+    TypeError
+        If `rule` is no rule; from ``init``, if it cannot take a parameter of this dtype.
+    ValueError
+        From ``update``, if `params` is missing or a gradient has another shape.
+
+    Notes
+    -----
+    A gradient of None is no step, as everywhere in this library; the update is then zero. Whole
+    numbers among `params` are carried along.
+
+    `MixedPrecision` moves the parameter to where its master copy is: the updates are differences,
+    and `optax.apply_updates` lands within rounding of the rounded master. The errors do not add
+    up, but what stands behind it in a chain, or drops its updates, works against the master.
+
+    For complex parameters, `jax.grad` gives the conjugate of the direction of ascent; conjugate
+    its gradients here as before any other optax transformation.
+
+    Examples
+    --------
+    >>> import jax, optax
+    >>> from jax import numpy as jnp
+    >>> from optimisers import Momentum
+    >>> from optimisers.optax import to_optax
+    >>> tx = to_optax(Momentum(eta=0.1))
+    >>> @jax.jit
+    ... def step(x, state):
+    ...     updates, state = tx.update(jax.grad(lambda x: jnp.sum(x**2))(x), state, x)
+    ...     return optax.apply_updates(x, updates), state
+    >>> x = jnp.array([1.0, -2.0])
+    >>> x, state = step(x, tx.init(x))
+    >>> x
+    Array([ 0.8, -1.6], dtype=float32)
+    """
+    import jax
+    import optax
+
+    if not isinstance(rule, Rule):
+        hint = f"; write {rule.__name__}()" if isinstance(rule, type) else ""
+        raise TypeError(f"to_optax takes a rule of this library; got {rule!r:.60}{hint}")
+
+    def init(params: Tree) -> RuleState:
+        places, structure = jax.tree_util.tree_flatten_with_path(params)
+        return RuleState(structure.unflatten([_init(rule, path, x) for path, x in places]))
+
+    def update(grads: Tree, state: RuleState, params: Tree = None) -> tuple[Tree, RuleState]:
+        if params is None:
+            raise ValueError(
+                "to_optax: rules look at the parameters, so hand them over: "
+                "tx.update(grads, state, params)"
+            )
+        places, structure = jax.tree_util.tree_flatten_with_path(params)
+        gs = structure.flatten_up_to(grads)
+        states = structure.flatten_up_to(state.leaves)
+        stepped = [
+            _step(rule, path, x, g, s) for (path, x), g, s in zip(places, gs, states, strict=True)
+        ]
+        updates = structure.unflatten([u for u, _ in stepped])
+        return updates, RuleState(structure.unflatten([s for _, s in stepped]))
+
+    return optax.GradientTransformation(init, update)
+
+
+def _is_parameter(x: Any) -> bool:
+    from jax import numpy as jnp
+
+    return bool(jnp.issubdtype(jnp.result_type(x), jnp.inexact))
+
+
+def _init(rule: Rule, path: Any, x: Array) -> Any:
+    import jax
+
+    if not _is_parameter(x):
+        return ()
+    try:
+        return rule.init(jax.numpy.asarray(x))
+    except TypeError as error:
+        raise TypeError(f"at {jax.tree_util.keystr(path)}: {error}") from error
+
+
+def _step(rule: Rule, path: Any, x: Array, g: Any, state: Any) -> tuple[Array, Any]:
+    """Return the update of one array, to be added, and its state."""
+    import jax
+    from jax import numpy as jnp
+
+    x = jnp.asarray(x)
+    if _is_parameter(x):
+        g = g if isinstance(g, jax.Array | np.ndarray) or g is None or g == () else jnp.asarray(g)
+        g = checked_gradient(g, x, lambda: jax.tree_util.keystr(path))
+        if g is not None:
+            return _moved(rule, x, g, state)
+    return jnp.zeros_like(x), state
+
+
+def _moved(rule: Rule, x: Array, g: Array, state: Any) -> tuple[Array, Any]:
+    from jax import numpy as jnp
+
+    if type(rule).move is Rule.move:
+        state, dx = rule.apply(state, x, g)
+        if isinstance(dx, Maybe):
+            return jnp.where(dx.made, as_like(x, -dx.step), jnp.zeros_like(x)), state
+        return (jnp.zeros_like(x) if dx is None else as_like(x, -dx)), state
+    state, new = rule.move(state, x, g)
+    if new is None:
+        return jnp.zeros_like(x), state
+    wide = jnp.promote_types(x.dtype, jnp.float32)  # in which a difference loses next to nothing
+    return new.astype(wide) - x.astype(wide), state
+
+
+# --- the other way ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, repr=False)
+class _FromOptax(Rule):
+    """An optax transformation as a rule."""
+
+    tx: Any
+
+    fixed = ("tx",)
+
+    def __repr__(self) -> str:
+        return f"from_optax({type(self.tx).__name__})"
+
+    def init(self, x: Array) -> Any:
+        with _at_precision_of(x):
+            return self.tx.init(_as_jax(x))
+
+    def apply(self, state: Any, x: Array, dx: Array, *higher: Array) -> tuple[Any, Array]:
+        traced = is_tracer(x) or is_tracer(dx)
+        update = self.tx.update if traced else _compiled(self.tx.update)
+        with _at_precision_of(x):
+            updates, state = update(_as_jax(dx), state, _as_jax(x))
+            if updates is None:
+                return state, None
+            return state, as_like(
+                x, -(np.asarray(updates) if isinstance(x, np.ndarray) else updates)
+            )
+
+
+def from_optax(tx: Any) -> Rule:
+    """Return an optax transformation as a rule.
+
+    Parameters
+    ----------
+    tx : optax.GradientTransformation
+        Such as `optax.adam(1e-3)`, or a chain.
+
+    Returns
+    -------
+    Rule
+        For models of JAX arrays, also while they are traced, and of NumPy arrays up to double
+        precision, which JAX computes in the precision of the parameter whatever its settings are.
+        It goes into `OptimiserChain` and `MixedPrecision`. Its state is optax's own.
+
+    Raises
+    ------
+    TypeError
+        If `tx` is no transformation; from `setup`, if a parameter is of another library or dtype.
+
+    Notes
+    -----
+    **A rule sees one array at a time.** A transformation that looks at the whole tree, such as
+    `optax.clip_by_global_norm`, `optax.apply_if_finite`, `optax.lbfgs`, or a mask given as a tree,
+    here looks at each array for itself. Over the flat vector of `destructure` each array is the
+    whole model.
+
+    Hyperparameters are inside `tx`, where `adjust` does not reach them: schedule them as optax
+    does. An array costs a call of a compiled JAX function, some ten microseconds. Pickling works
+    as far as that of `tx` does, and optax's own transformations do not pickle.
+
+    Examples
+    --------
+    >>> import numpy as np, optax
+    >>> from optimisers import setup, update_
+    >>> from optimisers.optax import from_optax
+    >>> model = {"w": np.array([1.0, 2.0])}
+    >>> state = setup(from_optax(optax.sgd(0.1)), model)
+    >>> state, model = update_(state, model, {"w": np.array([3.0, -4.0])})
+    >>> model
+    {'w': array([0.7, 2.4])}
+    """
+    if isinstance(tx, type) or not (hasattr(tx, "init") and hasattr(tx, "update")):
+        name = getattr(tx, "__name__", None)
+        hint = f"; write optax.{name}(...)" if callable(tx) and name else ""
+        raise TypeError(f"from_optax takes an optax.GradientTransformation; got {tx!r:.60}{hint}")
+    return _FromOptax(tx)
+
+
+@functools.lru_cache(maxsize=64)
+def _compiled(update: Any) -> Any:
+    import jax
+
+    return jax.jit(update)
+
+
+def _at_precision_of(x: Array) -> contextlib.AbstractContextManager[Any]:
+    """Let JAX compute in double precision, if that is what a NumPy array has."""
+    if not isinstance(x, np.ndarray) or x.dtype.itemsize < (16 if x.dtype.kind == "c" else 8):
+        return contextlib.nullcontext()
+    import jax
+    import jax.experimental
+
+    if not hasattr(jax, "enable_x64"):  # where it stood before
+        return jax.experimental.enable_x64()  # type: ignore[no-any-return]
+    return jax.enable_x64(True)  # type: ignore[no-any-return]
+
+
+def _as_jax(x: Array) -> Array:
+    """Return `x` as a JAX array that shares no memory with a NumPy array."""
+    import jax
+
+    if isinstance(x, jax.Array):
+        return x
+    if isinstance(x, np.ndarray) and x.dtype.char not in "gG":  # long doubles
+        return jax.numpy.array(np.asarray(x, x.dtype.newbyteorder("=")))
+    dtype = getattr(x, "dtype", "no dtype")
+    raise TypeError(
+        "from_optax computes with JAX: parameters are JAX arrays, or NumPy arrays of a dtype that "
+        f"JAX has; got {type(x).__module__}.{type(x).__name__} ({dtype})"
+    )

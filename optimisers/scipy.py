@@ -1,0 +1,359 @@
+"""The rules of this library as methods of `scipy.optimize.minimize`.
+
+>>> import numpy as np, optimisers
+>>> from scipy.optimize import minimize, rosen, rosen_der
+>>> method = optimisers.scipy.method(optimisers.Adam(0.05))
+>>> result = minimize(rosen, np.zeros(3), jac=rosen_der, method=method)
+>>> result.success, result.x.round(3)
+(True, array([1., 1., 1.]))
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ._rule import Rule
+from .state import setup, update_
+
+__all__ = ["Method", "method"]
+
+Array = np.ndarray[Any, Any]
+
+CONVERGED = "Optimization terminated successfully."
+REACHED_LIMIT = "Maximum number of iterations has been exceeded."
+NOT_FINITE = "NaN or infinite result encountered."
+STOPPED = "`callback` raised `StopIteration`."
+
+
+def method(rule: Rule) -> Method:
+    """Return a rule as a `method` for `scipy.optimize.minimize`.
+
+    Parameters
+    ----------
+    rule : Rule
+        Any rule, such as ``Adam(0.05)`` or an `OptimiserChain`.
+
+    Returns
+    -------
+    Method
+        What SciPy takes as ``method=``; its docstring tells options and results.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from scipy.optimize import Bounds, minimize
+    >>> from optimisers import Momentum
+    >>> from optimisers.scipy import method
+    >>> def fun(x):
+    ...     return np.sum((x - 3) ** 2), 2 * (x - 3)
+    >>> result = minimize(
+    ...     fun, [0.0, 0.0], jac=True, method=method(Momentum(0.1, 0.5)), bounds=Bounds(-1, [2, 5])
+    ... )
+    >>> result.x.round(4), result.message
+    (array([2., 3.]), 'Optimization terminated successfully.')
+    """
+    if not isinstance(rule, Rule):
+        hint = f"; write {rule.__name__}()" if isinstance(rule, type) else ""
+        raise TypeError(f"method takes a rule of this library; got {rule!r:.60}{hint}")
+    return Method(rule)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A rule that SciPy calls as one of its methods; made by `method`.
+
+    It takes what ``method="L-BFGS-B"`` takes. `jac` is a function, or True where `fun` returns
+    ``(value, gradient)``; without it the gradient is a 2-point finite difference, which does not
+    leave the bounds. `bounds` hold by projection after each step, for `x0` too. `callback` is
+    ``callback(intermediate_result)`` or ``callback(xk)``, after each step, and may raise
+    StopIteration. `constraints` are refused; `hess` and `hessp` are not used.
+
+    There is no line search: an iteration is one step of the rule and one call each of `fun` and
+    `jac`, so `fun` need not fall from step to step. The result is, as with SciPy's own methods,
+    where the last step ended, not the best point on the way; a `callback` can keep that.
+
+    The options are
+
+    ``maxiter``
+        Most iterations, 10,000 by default.
+    ``gtol``
+        Ends when the norm of the projected gradient is at most this, 1e-5 by default.
+    ``norm``
+        Order of that norm, inf by default.
+    ``ftol``
+        Ends when `fun` changed by at most ``ftol * max(|f|, |f before|, 1)``; off by default.
+    ``xtol``
+        Ends when the step is at most ``xtol * (xtol + norm of x)``; off by default.
+    ``disp``
+        Whether to print how it ended; a failure is then a warning.
+    ``return_all``
+        Whether to return every `x`, as ``allvecs``.
+    ``eps``, ``finite_diff_rel_step``
+        Absolute (1.5e-8 by default) or relative step of finite differences.
+
+    ``tol`` of `scipy.optimize.minimize` means ``gtol``.
+
+    The `scipy.optimize.OptimizeResult` has ``x``, ``fun``, ``jac``, ``nit``, ``nfev``, ``njev``,
+    ``message``, ``status``: 0 where a tolerance was met, 1 where ``maxiter`` was, 3 where `fun` or
+    its gradient is not finite, 99 where the callback stopped it; and ``success``, which is status
+    0 and nothing else.
+
+    Parameters
+    ----------
+    rule : Rule
+        The rule.
+    """
+
+    rule: Rule
+
+    def __call__(
+        self,
+        fun: Callable[..., Any],
+        x0: Any,
+        args: tuple[Any, ...] = (),
+        *,
+        jac: Any = None,
+        hess: Any = None,
+        hessp: Any = None,
+        bounds: Any = None,
+        constraints: Any = (),
+        callback: Callable[..., Any] | None = None,
+        maxiter: int | None = None,
+        gtol: float | None = None,
+        norm: float = np.inf,
+        ftol: float | None = None,
+        xtol: float | None = None,
+        disp: bool = False,
+        return_all: bool = False,
+        eps: Any = 2**-26,
+        finite_diff_rel_step: Any = None,
+        tol: float | None = None,
+        **unknown: Any,
+    ) -> Any:
+        """Minimise `fun`; called by `scipy.optimize.minimize`."""
+        from scipy.optimize import OptimizeResult
+
+        _refuse(constraints)
+        _warn_of_unused(unknown, hess, hessp)
+        gtol = next((value for value in (gtol, tol) if value is not None), 1e-5)
+        maxiter = 10_000 if maxiter is None else maxiter
+        x = _floating_vector(x0)
+        low, high = _limits(bounds, x)
+        np.clip(x, low, high, out=x)
+        problem = _Problem(fun, args, jac, low, high, eps, finite_diff_rel_step)
+        report = _callback(callback)
+
+        state = setup(self.rule, x)
+        f, g = problem(x)
+        visited = [x.copy()]
+        nit, status, message = 0, None, ""
+        while status is None:
+            if not (np.isfinite(f) and np.isfinite(g).all() and np.isfinite(x).all()):
+                status, message = 3, NOT_FINITE
+            elif np.linalg.norm(_projected(g, x, low, high), norm) <= gtol:
+                status, message = 0, CONVERGED
+            elif nit >= maxiter:
+                status, message = 1, REACHED_LIMIT
+            else:
+                f_before, x_before = f, x.copy()
+                update_(state, x, g)
+                np.clip(x, low, high, out=x)
+                f, g = problem(x)
+                nit += 1
+                if return_all:
+                    visited.append(x.copy())
+                try:
+                    report(OptimizeResult(x=x.copy(), fun=f))
+                except StopIteration:
+                    status, message = 99, STOPPED
+                    break
+                step = np.linalg.norm(x - x_before, norm)
+                if step == 0:  # the rule waits, as AccumGrad does
+                    continue
+                flat = ftol is not None and _is_flat(f_before, f, ftol)
+                small = xtol is not None and step <= xtol * (xtol + np.linalg.norm(x, norm))
+                if flat or small:
+                    status, message = 0, CONVERGED
+
+        result = OptimizeResult(
+            x=x,
+            fun=f,
+            jac=g,
+            nit=nit,
+            nfev=problem.nfev,
+            njev=problem.njev,
+            status=status,
+            success=status == 0,
+            message=message,
+        )
+        if return_all:
+            result["allvecs"] = visited
+        if disp:
+            _display(result)
+        return result
+
+
+# --- what SciPy hands over -------------------------------------------------------------------
+
+
+def _refuse(constraints: Any) -> None:
+    given = constraints is not None
+    if isinstance(constraints, list | tuple | Mapping):
+        given = len(constraints) > 0
+    if given:
+        raise ValueError(
+            "optimisers.scipy.method takes bounds but no constraints; add a penalty to fun, or "
+            'take method="SLSQP" or "trust-constr"'
+        )
+
+
+def _warn_of_unused(unknown: Mapping[str, Any], hess: Any, hessp: Any) -> None:
+    from scipy.optimize import OptimizeWarning
+
+    if unknown:
+        warnings.warn(
+            f"Unknown solver options: {', '.join(map(str, unknown))}", OptimizeWarning, stacklevel=4
+        )
+    if hess is not None or hessp is not None:
+        warnings.warn(
+            "optimisers.scipy.method does not use second derivatives (hess, hessp)",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+
+
+def _floating_vector(x0: Any) -> Array:
+    """Return a copy of `x0`; what is not floating becomes double, as in SciPy."""
+    x = np.atleast_1d(np.asarray(x0))
+    if x.ndim != 1:
+        raise ValueError(f"x0 must be 1-d; got shape {x.shape} (destructure makes a model 1-d)")
+    if x.dtype.kind == "c":
+        raise TypeError("x0 must be real; got complex numbers")
+    return np.array(x, x.dtype.newbyteorder("=") if x.dtype.kind == "f" else np.float64)
+
+
+def _limits(bounds: Any, x: Array) -> tuple[Array, Array]:
+    """Return the bounds as two arrays like `x`: from a `Bounds`, or from pairs (low, high)."""
+    if bounds is None:
+        low, high = np.full_like(x, -np.inf), np.full_like(x, np.inf)
+    elif hasattr(bounds, "lb"):
+        low = np.broadcast_to(np.asarray(bounds.lb, x.dtype), x.shape)
+        high = np.broadcast_to(np.asarray(bounds.ub, x.dtype), x.shape)
+    else:
+        pairs = list(bounds)
+        if len(pairs) != len(x):
+            raise ValueError(f"bounds has {len(pairs)} pairs, x0 has {len(x)} numbers")
+        low = np.array([-np.inf if a is None else a for a, _ in pairs], x.dtype)
+        high = np.array([np.inf if b is None else b for _, b in pairs], x.dtype)
+    if not (low <= high).all():
+        at = int(np.argmin(low <= high))
+        raise ValueError(f"bounds of x[{at}] have {low[at]:g} below and {high[at]:g} above")
+    return low, high
+
+
+def _projected(g: Array, x: Array, low: Array, high: Array) -> Array:
+    """Return what of a gradient the bounds do not hold up, as L-BFGS-B has it."""
+    return np.clip(g, x - high, x - low)
+
+
+def _is_flat(f_before: float, f: float, ftol: float) -> bool:
+    return abs(f - f_before) <= ftol * max(abs(f), abs(f_before), 1)
+
+
+def _callback(callback: Callable[..., Any] | None) -> Callable[[Any], Any]:
+    """Return the callback as a function of an intermediate result, told apart as SciPy does."""
+    if callback is None:
+        return lambda intermediate_result: None
+    if set(inspect.signature(callback).parameters) == {"intermediate_result"}:
+        return lambda result: callback(intermediate_result=result)
+    return lambda result: callback(result.x)
+
+
+class _Problem:
+    """Value and gradient of the function, counted as SciPy counts."""
+
+    def __init__(
+        self,
+        fun: Callable[..., Any],
+        args: tuple[Any, ...],
+        jac: Any,
+        low: Array,
+        high: Array,
+        eps: Any,
+        relative: Any,
+    ) -> None:
+        if jac is True:
+            raise ValueError("jac=True is for scipy.optimize.minimize(..., method=...)")
+        self.fun, self.args = fun, args
+        self.jac = jac if callable(jac) else None
+        self.low, self.high = low, high
+        self.eps, self.relative = eps, relative
+        self.nfev = self.njev = 0
+
+    def __call__(self, x: Array) -> tuple[float, Array]:
+        f = self.value(x)
+        self.njev += 1
+        if self.jac is None:
+            return f, self.difference(x, f)
+        g = np.array(self.jac(x.copy(), *self.args), x.dtype)
+        if g.size != x.size:
+            raise ValueError(f"the gradient must have the shape of x, {x.shape}; got {g.shape}")
+        return f, g.reshape(x.shape)
+
+    def value(self, x: Array) -> float:
+        self.nfev += 1
+        f = np.asarray(self.fun(x.copy(), *self.args))
+        if f.size != 1:
+            raise TypeError(
+                f"fun must return a number; got an array of shape {f.shape} "
+                "(jac=True says that it returns a pair)"
+            )
+        return float(f.item())
+
+    def difference(self, x: Array, f: float) -> Array:
+        """Return the 2-point finite difference; zero where the bounds leave no room for one."""
+        if not np.isfinite(f):
+            return np.full_like(x, np.nan)
+        from scipy.optimize._numdiff import approx_derivative
+
+        free = self.low < self.high
+        moved = x.copy()
+
+        def along(part: Array) -> float:
+            moved[free] = part
+            return self.value(moved)
+
+        def of(step: Any) -> Any:
+            return step if step is None or np.ndim(step) == 0 else np.asarray(step)[free]
+
+        g = np.zeros_like(x)
+        if free.any():
+            g[free] = approx_derivative(
+                along,
+                x[free],
+                method="2-point",
+                rel_step=of(self.relative),
+                abs_step=of(self.eps) if self.relative is None else None,
+                f0=f,
+                bounds=(self.low[free], self.high[free]),
+            )
+        return g
+
+
+def _display(result: Any) -> None:
+    from scipy.optimize import OptimizeWarning
+
+    if result.success:
+        print(result.message)
+    else:
+        warnings.warn(result.message, OptimizeWarning, stacklevel=4)
+    print(f"         Current function value: {result.fun:f}")
+    print(f"         Iterations: {result.nit:d}")
+    print(f"         Function evaluations: {result.nfev:d}")
+    print(f"         Gradient evaluations: {result.njev:d}")

@@ -1,0 +1,430 @@
+"""The rules of this library as an optimiser of PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+try:
+    import torch
+except ImportError as error:  # pragma: no cover
+    raise ImportError("optimisers.torch needs PyTorch: install the package torch") from error
+
+from . import _engine
+from ._rule import Rule
+from ._tree import maywrite
+from .compose import MixedPrecision, OptimiserChain
+from .rules import Descent
+from .state import Leaf
+
+__all__ = ["Optimizer"]
+
+Tensor = Any
+Group = dict[str, Any]
+
+# What PyTorch's own optimisers call their numbers, and what to write here.
+_FOREIGN = {
+    "alpha": "rho",
+    "betas": "beta",
+    "dampening": "another rule",
+    "eps": "epsilon",
+    "etas": "ell of Rprop",
+    "lr_decay": "a scheduler",
+    "maximize": "gradients with the other sign",
+    "momentum": "rho of Momentum or Nesterov",
+    "nesterov": "the rule Nesterov",
+    "step_sizes": "gamma of Rprop",
+    "weight_decay": "lambda_ of AdamW, or of WeightDecay ahead of the rule in an OptimiserChain",
+}
+
+
+class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
+    """Any rule or chain of this library, in place of an optimiser of `torch.optim`.
+
+    A dense float32 or float64 parameter on the CPU is updated by the compiled kernels, in place;
+    so is a float16 one under `MixedPrecision`, and a bfloat16 one where `ml_dtypes` is installed.
+    Every other parameter is updated by PyTorch's own operations, on its device.
+
+    Parameters
+    ----------
+    params : iterable
+        What `torch.optim` takes: tensors, ``module.named_parameters()``, or parameter groups. A
+        group may have fields of the rule of its own, by their names here, and ``lr``, for which
+        ``eta`` may be written too.
+    rule : Rule
+        The rule for all parameters.
+
+    Attributes
+    ----------
+    rule : Rule
+        The rule; in a group, with the fields that the group has.
+
+    Raises
+    ------
+    TypeError
+        If `rule` is no rule, or if a group has a number that no rule has.
+    ValueError
+        If a rule does not take a group's number, or if a parameter is given twice.
+
+    Notes
+    -----
+    Each of `param_groups` holds the rule's fields, which one may change between steps. ``lr`` is
+    the ``eta`` of the rule, of a chain's last rule that has one, so that schedulers scale the
+    step. Where no rule has an ``eta`` (`AdaDelta`), the step is multiplied by ``lr``, at first 1.
+    A field on which the rules of a chain differ is not listed; in a group it is set for all of
+    them. Fields that shape the state (`centred`, `n`, a dtype) stay as they are. Schedulers that
+    cycle a momentum too need ``cycle_momentum=False``.
+
+    ``state[p]`` maps names to tensors; in a chain, the name begins with the position of the rule.
+    `load_state_dict` copies them exactly: it does not cast them to the parameter's dtype.
+
+    Unlike optimisers of PyTorch, `step` updates all parameters or, if it raises, none. Gradients
+    must be dense, and `step` is not differentiable.
+
+    See Also
+    --------
+    optimisers.update_ : the same for a tree of tensors.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from optimisers import Adam, ClipNorm, OptimiserChain
+    >>> from optimisers.torch import Optimizer
+    >>> model = torch.nn.Linear(2, 1)
+    >>> optimizer = Optimizer(model.parameters(), OptimiserChain(ClipNorm(1.0), Adam(0.1)))
+    >>> scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=10, gamma=0.5)
+    >>> x = torch.tensor([[0.0, 1.0], [2.0, 3.0]])
+    >>> for _ in range(20):
+    ...     optimizer.zero_grad()
+    ...     loss = ((model(x) - x.sum(1, keepdim=True)) ** 2).mean()
+    ...     loss.backward()
+    ...     optimizer.step()
+    ...     scheduler.step()
+    >>> optimizer.param_groups[0]["lr"]
+    0.025
+    >>> list(optimizer.state[model.bias])
+    ['1.m', '1.v', '1.t']
+    """
+
+    rule: Rule
+
+    def __init__(self, params: Any, rule: Rule) -> None:
+        if not isinstance(rule, Rule):
+            hint = f"; write {rule.__name__}()" if isinstance(rule, type) else ""
+            raise TypeError(f"Optimizer takes a rule after the parameters; got {rule!r:.60}{hint}")
+        self.rule = rule if _rate(rule) is not None else _scaled(rule)
+        self._names = {name for name, _ in self.rule.fields()} - {"eta"} | {"lr"}
+        self._forget()
+        super().__init__(params, {**_defaults(self.rule), "differentiable": False})
+
+    def _forget(self) -> None:
+        self._rules: dict[int, tuple[Any, Rule]] = {}
+        self._forms: dict[Tensor, Any] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "rule": self.rule, "_names": self._names}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._forget()
+        super().__setstate__(state)
+
+    # --- groups ---
+
+    def add_param_group(self, param_group: Group) -> None:
+        """Add parameters, with numbers of their own where they are to differ.
+
+        Parameters
+        ----------
+        param_group : dict
+            ``{"params": tensors, ...}``, with ``lr`` and other fields of the rule. Other entries,
+            such as a name, are kept.
+
+        Examples
+        --------
+        >>> import torch
+        >>> from optimisers import Momentum
+        >>> from optimisers.torch import Optimizer
+        >>> body, head = torch.nn.Linear(2, 2), torch.nn.Linear(2, 1)
+        >>> optimizer = Optimizer(body.parameters(), Momentum(0.01))
+        >>> optimizer.add_param_group({"params": head.parameters(), "lr": 0.1, "rho": 0.5})
+        >>> [(group["lr"], group["rho"]) for group in optimizer.param_groups]
+        [(0.01, 0.9), (0.1, 0.5)]
+        """
+        if isinstance(param_group, dict):
+            param_group = self._checked(dict(param_group))
+        super().add_param_group(param_group)
+
+    def _checked(self, group: Group) -> Group:
+        if "eta" in group:
+            if "lr" in group:
+                raise TypeError("a parameter group has lr and eta, which are one; leave one out")
+            group["lr"] = group.pop("eta")
+        if group.get("differentiable"):
+            raise TypeError("a step of these rules is not differentiable")
+        for name in _FOREIGN.keys() & group.keys() - self._names:
+            raise TypeError(
+                f"a parameter group has {name!r}, which no rule here has; there are "
+                f"{', '.join(sorted(self._names))}. In place of {name}, write {_FOREIGN[name]}"
+            )
+        self._adjusted(self._numbers(group))
+        if not isinstance(group["params"], torch.Tensor | set):
+            group["params"] = list(group["params"])
+            tensors = [p[1] if isinstance(p, tuple) else p for p in group["params"]]
+            if len({*map(id, tensors)}) < len(tensors):
+                raise ValueError("a parameter appears twice in a parameter group")
+            for k, p in enumerate(tensors):
+                if isinstance(p, torch.Tensor) and not maywrite(p):
+                    raise ValueError(
+                        f"parameter {k} of a group shows elements several times (shape "
+                        f"{tuple(p.shape)}, strides {p.stride()}), so it cannot be written in "
+                        "place; give the tensor that it is made from, or a .clone()"
+                    )
+        return group
+
+    def _numbers(self, group: Group) -> dict[str, Any]:
+        """Return what a group has in place of the rule's fields, as numbers of Python."""
+        return {
+            name: value.item() if isinstance(value, torch.Tensor) else value
+            for name, value in group.items()
+            if name in self._names
+        }
+
+    def _adjusted(self, numbers: dict[str, Any]) -> Rule:
+        """Return the rule with other fields."""
+        start = {**_defaults(self.rule)}
+        changed = {n: v for n, v in numbers.items() if n not in start or start[n] != v}
+        rate = changed.pop("lr", None)
+        rule = self.rule.adjust(**changed) if changed else self.rule
+        return rule if rate is None else _with_rate(rule, rate)
+
+    def _rule_of(self, number: int, group: Group) -> Rule:
+        """Return the rule of a group; the same object as long as its numbers are the same."""
+        numbers = self._numbers(group)
+        known, rule = self._rules.get(number, (None, self.rule))
+        if known != numbers:
+            rule = self._adjusted(numbers)
+            self._rules[number] = numbers, rule
+        return rule
+
+    # --- steps ---
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update every parameter that has a gradient; all of them, or none if it raises.
+
+        Parameters
+        ----------
+        closure : callable, optional
+            Evaluates the loss and its gradients anew, and returns the loss.
+
+        Returns
+        -------
+        Tensor or None
+            What `closure` returned.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        leaves: list[Leaf] = []
+        xs: list[Tensor] = []
+        gs: list[Tensor] = []
+        begun: list[Tensor] = []
+        for number, group in enumerate(self.param_groups):
+            rule = self._rule_of(number, group)
+            for p in group["params"]:
+                if (g := p.grad) is not None:
+                    if p in self.state:
+                        state = _filled(self._form(p, rule), self.state[p])
+                    else:
+                        state = rule.init(p.detach())
+                        begun.append(len(xs))
+                    leaves.append(Leaf(rule, state))
+                    xs.append(p)
+                    gs.append(g)
+        _, new = _engine.advance(leaves, xs, gs, (), lambda k: self._path(xs[k]), True)
+        for k in {*begun, *new}:
+            self.state[xs[k]] = dict(_named(new.get(k, leaves[k].state)))
+        return loss
+
+    def _form(self, p: Tensor, rule: Rule) -> Any:
+        """Return the form of the rule's state for a parameter, with names in place of arrays."""
+        form = self._forms.get(p)
+        if form is None:
+            form = self._forms[p] = _form_of(rule.init(p.detach()))
+        return form
+
+    def _path(self, x: Tensor) -> str:
+        for i, group in enumerate(self.param_groups):
+            for j, p in enumerate(group["params"]):
+                if p is x:
+                    named = "param_names" in group
+                    return str(group["param_names"][j] if named else f"param_groups[{i}][{j}]")
+        raise KeyError(x)
+
+    # --- saving ---
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from where an optimiser with the same rule was saved, bit for bit.
+
+        Parameters
+        ----------
+        state_dict : dict
+            From `state_dict`. Its tensors are copied, to the devices of their parameters.
+
+        Raises
+        ------
+        ValueError
+            If it does not fit the parameters or the rule; the optimiser is then as it was.
+
+        Examples
+        --------
+        >>> import torch
+        >>> from optimisers import Adam
+        >>> from optimisers.torch import Optimizer
+        >>> w = torch.nn.Parameter(torch.zeros(2))
+        >>> w.grad = torch.ones(2)
+        >>> one, other = Optimizer([w], Adam()), Optimizer([w], Adam(0.5))
+        >>> one.step()
+        >>> other.load_state_dict(one.state_dict())
+        >>> other.state[w]["t"], other.param_groups[0]["lr"]
+        (tensor(1), 0.001)
+        """
+        given: dict[str, Any] = {}
+
+        def look(_: Any, final: dict[str, Any]) -> None:
+            given.update(final)  # registered last, so that it sees what other hooks made of it
+            self._check_saved(final)
+
+        def restore(_: Any) -> None:  # what was cast to the dtypes of the parameters
+            for index, p in self._indexed(given):
+                if index in given["state"]:
+                    kept = given["state"][index]
+                    self.state[p] = {name: _copied(value, p) for name, value in kept.items()}
+
+        hooks = (
+            self.register_load_state_dict_pre_hook(look),
+            self.register_load_state_dict_post_hook(restore, prepend=True),
+        )
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _indexed(self, saved: dict[str, Any]) -> Iterator[tuple[Any, Tensor]]:
+        """Yield the indices of a saved state beside the parameters."""
+        for there, group in zip(saved["param_groups"], self.param_groups, strict=False):
+            yield from zip(there["params"], group["params"], strict=False)
+
+    def _check_saved(self, saved: dict[str, Any]) -> None:
+        for index, p in self._indexed(saved):
+            found = saved["state"].get(index)
+            if found is None:
+                continue
+            expected = dict(_named(self.rule.init(p.detach())))
+            where = f"the state of {self._path(p)}"
+            if found.keys() != expected.keys():
+                raise ValueError(
+                    f"{where}: expected {_listed(expected)} for {self.rule!r}, got "
+                    f"{_listed(found)}; was it saved with another rule?"
+                )
+            for name, value in expected.items():
+                shape = getattr(value, "shape", None)
+                if shape != getattr(found[name], "shape", None):
+                    raise ValueError(
+                        f"{where}: expected {name!r} of shape {shape}, got "
+                        f"{getattr(found[name], 'shape', None)}"
+                    )
+
+
+# --- rules in groups ---------------------------------------------------------------------------
+
+
+def _rate(rule: Rule) -> Any:
+    """Return the eta of a rule, of a chain's last rule that has one; None if there is none."""
+    found = [value for name, value in rule.fields() if name == "eta"]
+    return found[-1] if found else None
+
+
+def _with_rate(rule: Rule, rate: Any) -> Rule:
+    """Return a rule with another eta where `_rate` found it."""
+    if isinstance(rule, MixedPrecision):
+        return MixedPrecision(rule.dtype, _with_rate(rule.rule, rate))
+    if isinstance(rule, OptimiserChain):
+        rules = list(rule.rules)
+        last = max(k for k, part in enumerate(rules) if _rate(part) is not None)
+        rules[last] = _with_rate(rules[last], rate)
+        return OptimiserChain(*rules)
+    return rule.adjust(eta=rate)
+
+
+def _scaled(rule: Rule) -> Rule:
+    """Return a rule with an eta, of 1, for one that has none."""
+    if isinstance(rule, MixedPrecision):
+        return MixedPrecision(rule.dtype, _scaled(rule.rule))
+    return OptimiserChain(rule, Descent(1.0))
+
+
+def _defaults(rule: Rule) -> Group:
+    """Return the fields that a group may change and on which all rules of a chain agree."""
+    found: Group = {"lr": _rate(rule)}
+    fields = [(name, value) for name, value in rule.fields() if name != "eta"]
+    for name, value in fields:
+        if all(other == value for also, other in fields if also == name) and _is_plain(value):
+            try:
+                rule.adjust(**{name: value})
+            except TypeError:  # it shapes the state
+                continue
+            found[name] = value
+    return found
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(map(_is_plain, value))
+    return isinstance(value, bool | int | float | str)
+
+
+# --- states as dictionaries --------------------------------------------------------------------
+
+
+def _named(state: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield what a rule remembers, under names such as ``m``, or ``1.m`` in a chain."""
+    if not isinstance(state, tuple):
+        yield path or "state", state
+        return
+    names = getattr(state, "_fields", range(len(state)))
+    for name, below in zip(names, state, strict=True):
+        yield from _named(below, f"{path}.{name}" if path else str(name))
+
+
+def _form_of(state: Any, path: str = "") -> Any:
+    """Return a state with the names of `_named` in place of what they stand for."""
+    if not isinstance(state, tuple):
+        return path or "state"
+    names = getattr(state, "_fields", range(len(state)))
+    below = [
+        _form_of(s, f"{path}.{name}" if path else str(name))
+        for name, s in zip(names, state, strict=True)
+    ]
+    return type(state)._make(below) if hasattr(state, "_make") else tuple(below)
+
+
+def _filled(form: Any, kept: dict[str, Any]) -> Any:
+    """Return the state of this form."""
+    if isinstance(form, str):
+        return kept[form]
+    below = [kept[f] if type(f) is str else _filled(f, kept) for f in form]
+    return type(form)._make(below) if hasattr(form, "_make") else tuple(below)
+
+
+def _copied(value: Any, p: Tensor) -> Any:
+    """Return a copy for a parameter; numbers of floating point go to its device."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    device = p.device if value.is_floating_point() or value.is_complex() else value.device
+    return value.detach().to(device, copy=True)
+
+
+def _listed(names: Any) -> str:
+    return ", ".join(map(repr, names)) or "nothing"

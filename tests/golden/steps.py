@@ -1,0 +1,45 @@
+"""Three small rules, whose generated loops stand in steps.pxi. Read by the generator, never run."""
+
+from __future__ import annotations
+
+from optimisers.words import abs2, sqrt, where
+
+
+class Scaled:
+    """No slots."""
+
+    def coefs(self):
+        return (self.eta,)
+
+    @staticmethod
+    def step(x, dx, state, coefs):
+        (eta,) = coefs
+        return eta * dx, ()
+
+
+class Plain:
+    """Neither slots nor numbers, and the parameter itself in the formula."""
+
+    @staticmethod
+    def step(x, dx, state, coefs):
+        return dx - x, ()
+
+
+class NoStep:
+    """A class without a formula is passed by."""
+
+    step = None
+
+
+class TwoSlots:
+    """Slots that exchange their values, statements on the way, a comparison."""
+
+    slots = ("m", "v")
+
+    @staticmethod
+    def step(x, dx, state, coefs):
+        m, v = state
+        rho, rest, zero = coefs
+        grown = rho * v + rest * abs2(dx)
+        dx = where(grown > zero, dx / sqrt(grown), -dx)
+        return dx, (grown, m)

@@ -1,0 +1,308 @@
+"""Our rules inside optax, and optax's transformations as rules: the same trajectories."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+
+jax = pytest.importorskip("jax")
+optax = pytest.importorskip("optax")
+
+from jax import numpy as jnp  # noqa: E402
+from util import PUBLIC, name_of, parametrize, variants  # noqa: E402
+
+import optimisers as opt  # noqa: E402
+from optimisers.optax import RuleState, from_optax, to_optax  # noqa: E402
+
+Tree = Any
+
+RULES = [rule for cls in PUBLIC for rule in variants(cls)]
+CHAINS = [
+    opt.OptimiserChain(),
+    opt.OptimiserChain(opt.ClipNorm(0.5), opt.WeightDecay(0.1), opt.Adam(0.05)),
+    opt.OptimiserChain(opt.AccumGrad(2), opt.OptimiserChain(opt.SignDecay(0.1), opt.Momentum(0.1))),
+]
+
+
+@pytest.fixture(autouse=True)
+def in_double() -> Any:
+    jax.config.update("jax_enable_x64", True)
+    yield
+    jax.config.update("jax_enable_x64", False)
+
+
+def model(dtype: Any = np.float64) -> dict[str, Any]:
+    draw = np.random.default_rng(7)
+    return {
+        "layers": [
+            {"w": draw.normal(size=(3, 2)).astype(dtype), "b": draw.normal(size=2).astype(dtype)}
+        ],
+        "scale": np.array(1.5, dtype),
+    }
+
+
+def gradients(steps: int, dtype: Any = np.float64) -> list[Tree]:
+    draw = np.random.default_rng(8)
+    like = model()
+    return [
+        jax.tree.map(lambda x: draw.normal(size=x.shape).astype(dtype), like) for _ in range(steps)
+    ]
+
+
+def as_jax(tree: Tree) -> Tree:
+    return jax.tree.map(jnp.asarray, tree)
+
+
+def by_optax(tx: Any, params: Tree, grads: list[Tree], jit: bool = True) -> Tree:
+    params = as_jax(params)
+    state = tx.init(params)
+
+    def step(params: Tree, state: Tree, grad: Tree) -> tuple[Tree, Tree]:
+        updates, state = tx.update(grad, state, params)
+        return optax.apply_updates(params, updates), state
+
+    step = jax.jit(step) if jit else step
+    for grad in grads:
+        params, state = step(params, state, as_jax(grad))
+    return params
+
+
+def by_us(rule: Any, model: Tree, grads: list[Tree]) -> Tree:
+    state = opt.setup(rule, model)
+    for grad in grads:
+        state, model = opt.update(state, model, grad)
+    return model
+
+
+def assert_close(got: Tree, expected: Tree, rtol: float = 1e-12, atol: float = 1e-14) -> None:
+    assert jax.tree.structure(got) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        assert np.asarray(a).dtype == np.asarray(b).dtype
+        np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=rtol, atol=atol)
+
+
+# --- to_optax --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
+@parametrize("rule", [*RULES, *CHAINS])
+def test_a_rule_in_optax_goes_where_it_goes_here(rule: Any, jit: bool) -> None:
+    grads = gradients(5)
+    loose = {"rtol": 1e-6, "atol": 1e-7} if isinstance(rule, opt.MixedPrecision) else {}
+    assert_close(
+        by_optax(to_optax(rule), model(), grads, jit), by_us(rule, model(), grads), **loose
+    )
+
+
+@parametrize("rule", [opt.Adam(0.1), opt.Lion(0.1), CHAINS[1]])
+def test_in_single_precision(rule: Any) -> None:
+    jax.config.update("jax_enable_x64", False)
+    grads = gradients(8, np.float32)
+    got = by_optax(to_optax(rule), model(np.float32), grads)
+    assert_close(got, by_us(rule, model(np.float32), grads), 2e-6, 1e-6)
+
+
+def test_mixed_precision_follows_its_master_copy() -> None:
+    rule = opt.MixedPrecision(opt.Descent(2.0**-12))
+    x = jnp.ones(3, jnp.bfloat16)
+    tx = to_optax(rule)
+    state = tx.init(x)
+    for _ in range(64):  # each step alone is too small for bfloat16
+        updates, state = tx.update(jnp.ones(3), state, x)
+        x = optax.apply_updates(x, updates)
+    assert x.dtype == jnp.bfloat16
+    assert (x == jnp.bfloat16(1 - 2.0**-6)).all()
+    assert (state.leaves.master == 1 - 2.0**-6).all()
+
+
+@dataclass(frozen=True)
+class DecayDescent(opt.Rule):
+    eta: float = 0.1
+
+    def init(self, x: Any) -> Any:
+        return 1
+
+    def apply(self, state: Any, x: Any, dx: Any, *higher: Any) -> Any:
+        return state + 1, dx * (self.eta / state**0.5)
+
+
+def test_a_users_rule_goes_too() -> None:
+    grads = gradients(5)
+    assert_close(
+        by_optax(to_optax(DecayDescent()), model(), grads), by_us(DecayDescent(), model(), grads)
+    )
+
+
+def test_in_a_chain_with_optax() -> None:
+    grads = gradients(5)
+    ours = optax.chain(optax.clip_by_global_norm(0.3), to_optax(opt.Adam(0.01)))
+    theirs = optax.chain(optax.clip_by_global_norm(0.3), optax.adam(0.01))
+    assert_close(by_optax(ours, model(), grads), by_optax(theirs, model(), grads))
+
+
+def test_hyperparameters_are_scheduled_by_optax() -> None:
+    grads = gradients(6)
+    schedule = optax.linear_schedule(0.1, 0.01, 4)
+    ours = optax.inject_hyperparams(lambda eta: to_optax(opt.Adam(eta)))(eta=schedule)
+    theirs = optax.adam(schedule)
+    assert_close(by_optax(ours, model(), grads), by_optax(theirs, model(), grads), rtol=1e-7)
+
+
+def test_in_a_scan() -> None:
+    tx = to_optax(opt.NAdam(0.1))
+    x = jnp.array([1.0, -2.0])
+
+    def step(carry: Any, _: Any) -> Any:
+        x, state = carry
+        updates, state = tx.update(2 * x, state, x)
+        x = optax.apply_updates(x, updates)
+        return (x, state), x
+
+    _, xs = jax.lax.scan(step, (x, tx.init(x)), length=4)
+    state = opt.setup(opt.NAdam(0.1), np.array(x))
+    y = np.array(x)
+    for k in range(4):
+        state, y = opt.update(state, y, 2 * y)
+        np.testing.assert_allclose(xs[k], y, rtol=1e-12)
+
+
+def test_some_parameters_by_one_rule_and_some_by_another() -> None:
+    params = as_jax(model())
+    labels = {"layers": [{"w": "ours", "b": "theirs"}], "scale": "ours"}
+    tx = optax.multi_transform(
+        {"ours": to_optax(opt.Descent(0.5)), "theirs": optax.sgd(0.25)}, labels
+    )
+    ones = jax.tree.map(jnp.ones_like, params)
+    updates, _ = tx.update(ones, tx.init(params), params)
+    assert (updates["layers"][0]["w"] == -0.5).all()
+    assert (updates["layers"][0]["b"] == -0.25).all()
+
+
+def test_no_gradient_is_no_step() -> None:
+    params = {"a": jnp.ones(2), "b": jnp.ones(2), "n": jnp.arange(3)}
+    tx = to_optax(opt.Momentum(0.1))
+    state = tx.init(params)
+    assert isinstance(state, RuleState)
+    updates, new = tx.update({"a": jnp.ones(2), "b": None, "n": None}, state, params)
+    assert (updates["a"] == -0.1).all()
+    assert (updates["b"] == 0).all()
+    assert (new.leaves["b"].v == state.leaves["b"].v).all()
+    params = optax.apply_updates(params, updates)
+    assert params["n"].dtype == jnp.arange(3).dtype
+    assert (params["n"] == jnp.arange(3)).all()
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    params = {"w": jnp.ones(2)}
+    tx = to_optax(opt.Adam())
+    state = tx.init(params)
+    with pytest.raises(ValueError, match=r"tx.update\(grads, state, params\)"):
+        tx.update(params, state)
+    with pytest.raises(ValueError, match=r"\['w'\].*shape \(2,\).*got shape \(3,\)"):
+        tx.update({"w": jnp.ones(3)}, state, params)
+    with pytest.raises(TypeError, match=r"\['w'\].*Rprop"):
+        to_optax(opt.Rprop()).init({"w": jnp.ones(2, complex)})
+    with pytest.raises(TypeError, match=r"write Adam\(\)"):
+        to_optax(opt.Adam)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="rule of this library"):
+        to_optax(optax.adam(0.1))
+
+
+# --- from_optax ------------------------------------------------------------------------------
+
+THEIRS = {
+    "adam": lambda: optax.adam(0.05),
+    "sgd": lambda: optax.sgd(0.1),
+    "momentum": lambda: optax.sgd(0.1, momentum=0.9),
+    "nesterov": lambda: optax.sgd(0.1, momentum=0.9, nesterov=True),
+    "lion": lambda: optax.lion(0.01),
+    "adamw": lambda: optax.adamw(0.05, weight_decay=0.1),
+    "adafactor": lambda: optax.adafactor(0.05),
+    "chain": lambda: optax.chain(optax.trace(0.5), optax.scale(-0.1)),
+    "schedule": lambda: optax.adam(optax.cosine_decay_schedule(0.1, 5)),
+}
+
+
+@pytest.mark.parametrize("of", [np.asarray, jnp.asarray], ids=["numpy", "jax"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("name", THEIRS)
+def test_an_optax_transformation_goes_where_it_goes_there(name: str, dtype: Any, of: Any) -> None:
+    grads, start = gradients(6, dtype), jax.tree.map(of, model(dtype))
+    got = by_us(from_optax(THEIRS[name]()), start, grads)
+    assert {type(x) for x in jax.tree.leaves(got)} == {type(x) for x in jax.tree.leaves(start)}
+    rtol, atol = (1e-12, 1e-14) if dtype is np.float64 else (1e-5, 1e-6)
+    assert_close(got, by_optax(THEIRS[name](), model(dtype), grads), rtol, atol)
+
+
+def test_numpy_keeps_double_precision_where_jax_does_not() -> None:
+    grads = gradients(4)
+    expected = by_optax(optax.adam(0.05), model(), grads)
+    jax.config.update("jax_enable_x64", False)
+    got = by_us(from_optax(optax.adam(0.05)), model(), grads)
+    assert_close(got, jax.tree.map(np.asarray, expected))
+
+
+def test_in_place_over_numpy() -> None:
+    x = np.array([1.0, 2.0])
+    state = opt.setup(from_optax(optax.chain(optax.sgd(0.5), optax.ema(0.5))), x)
+    expected = by_optax(optax.chain(optax.sgd(0.5), optax.ema(0.5)), x.copy(), [np.ones(2)] * 5)
+    for _ in range(5):
+        state, y = opt.update_(state, x, np.ones(2))
+        assert y is x
+    np.testing.assert_allclose(x, expected, rtol=1e-14)
+
+
+def test_state_shares_no_memory_with_numpy_parameters() -> None:
+    def keep(x: Any) -> Any:
+        return x
+
+    tx = optax.GradientTransformation(keep, lambda g, s, x: (g, s))  # keeps the first parameter
+    x = np.ones(1024)
+    state = opt.setup(from_optax(tx), x)
+    state, _ = opt.update_(state, x, np.ones(1024))
+    assert (x == 2).all()
+    assert (state.state == 1).all()
+
+
+@parametrize("cls", [opt.Descent, opt.Adam, opt.Lion, opt.AdaBelief])
+def test_there_and_back(cls: Any) -> None:
+    grads = gradients(5)
+    rule = cls(0.05)
+    assert_close(by_us(from_optax(to_optax(rule)), model(), grads), by_us(rule, model(), grads))
+    tx = optax.adam(0.05)
+    assert_close(by_optax(to_optax(from_optax(tx)), model(), grads), by_optax(tx, model(), grads))
+
+
+def test_in_a_chain_of_ours() -> None:
+    grads = gradients(5)
+    ours = opt.OptimiserChain(opt.WeightDecay(0.1), from_optax(optax.adam(0.05)))
+    assert_close(
+        by_us(ours, model(), grads),
+        by_us(opt.OptimiserChain(opt.WeightDecay(0.1), opt.Adam(0.05)), model(), grads),
+    )
+
+
+def test_a_rule_sees_one_array_at_a_time() -> None:
+    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(1.0))
+    x = {"a": np.zeros(1), "b": np.zeros(1)}
+    got = by_us(from_optax(tx), x, [{"a": np.array([3.0]), "b": np.array([4.0])}])
+    np.testing.assert_allclose([got["a"], got["b"]], [[-1.0], [-1.0]])
+    flat, re = opt.destructure(x)  # over which it is the whole tree
+    flat = by_us(from_optax(tx), flat, [np.array([3.0, 4.0])])
+    np.testing.assert_allclose(re(flat)["b"], [-0.8])
+
+
+def test_what_is_no_transformation_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"write optax.adam\(...\)"):
+        from_optax(optax.adam)
+    with pytest.raises(TypeError, match=r"at \[0\].*computes with JAX"):
+        opt.setup(from_optax(optax.sgd(0.1)), [np.zeros(2, np.longdouble)])
+    with pytest.raises(TypeError, match="no rule here has the field 'eta'"):
+        opt.adjust(opt.setup(from_optax(optax.sgd(0.1)), np.zeros(2)), 0.1)
+
+
+def test_it_is_not_in_the_registry() -> None:
+    assert not any("Optax" in name_of(cls) for cls in PUBLIC)
