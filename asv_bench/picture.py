@@ -62,7 +62,7 @@ def _frame(axes: Any, sizes: Array, lines: Mapping[str, Array]) -> None:
     axes.set_xlim(sizes[0], sizes[-1])
     axes.set_ylim(every.min() / 2, every.max() * 1.5)
     decades = 10.0 ** np.arange(np.ceil(np.log10(sizes[0])), np.log10(sizes[-1]) + 0.01)
-    axes.xaxis.set_major_locator(FixedLocator(decades))
+    axes.xaxis.set_major_locator(FixedLocator(list(decades)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda n, _: counted(round(n))))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda s, _: duration(s, 1)))
     axes.yaxis.tick_right()  # the names stand on the left, where the lines are apart

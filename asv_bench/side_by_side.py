@@ -119,7 +119,7 @@ def limit_goal(work: str, share: float, must: float | None = None) -> Goal:
 class Sweep:
     """What Adam took over one array of each size, and the memory limit at the largest."""
 
-    took: dict[int, Times]
+    took: Mapping[int, Times]
     limit: Limit
     bandwidth: float
 

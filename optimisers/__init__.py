@@ -18,6 +18,7 @@ from ._engine import set_num_threads as set_num_threads
 from ._info import show_versions as show_versions
 from ._rule import ElementwiseRule as ElementwiseRule
 from ._rule import Rule as Rule
+from ._rule import registry as _registry
 from ._ties import trainables as trainables
 from ._tree import KeyPath as KeyPath
 from ._tree import children as children
@@ -36,7 +37,6 @@ from .compose import MixedPrecision as MixedPrecision
 from .compose import OptimiserChain as OptimiserChain
 from .destructure import destructure as destructure
 from .minimise import minimize as minimize
-from .rules import *
 from .state import Leaf as Leaf
 from .state import adjust as adjust
 from .state import adjust_ as adjust_
@@ -49,9 +49,11 @@ from .state import update_ as update_
 if _typing.TYPE_CHECKING:
     from . import optax as optax
     from . import scipy as scipy
+    from .rules import *  # noqa: F403 (for type checkers; at run time the registry is asked)
 
     __version__: str
 else:
+    globals().update({rule.__name__: rule for rule in _registry()})
 
     def __getattr__(name):
         if name in ("optax", "scipy"):  # modules for those who have that library

@@ -14,7 +14,9 @@ import contextlib
 import copy
 import importlib
 import numbers
+import operator
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from types import FunctionType
@@ -24,8 +26,9 @@ import numpy as np
 
 from . import _kernels as baseline
 from . import _torch, rules, words
-from ._jax import Number, attributes, holds_traced, is_jax, is_tracer, with_attributes
+from ._jax import Number, attributes, holds_traced, is_jax, is_tracer, settled, with_attributes
 from ._rule import ElementwiseRule, Rule, as_like, read_only
+from ._ties import carry
 from ._tree import isnumeric, maywrite
 from .compose import AccumGrad, ClipNorm, MixedPrecision, OptimiserChain
 from .words import is_complex, namespace
@@ -86,6 +89,7 @@ _steps = {getattr(rules, name).step: index for name, index in kernels.step_index
 Found = Callable[[Any, bool], tuple[int, int] | None]
 _step_of: dict[type, int | Found | None] = {}
 _addresses: dict[tuple[type, int, bool], int] = {}
+_compiling = threading.Lock()
 
 
 def lower(rule: Any) -> Any:
@@ -93,6 +97,7 @@ def lower(rule: Any) -> Any:
     cls: Any = type(rule)
     if any(map(holds_traced, attributes(rule).values())):
         return None
+    rule = with_attributes(rule, settled)
     if cls not in _step_of:
         _step_of[cls] = _find_step(cls)
     if isinstance(step := _step_of[cls], int):
@@ -146,14 +151,15 @@ def _compiled(rule: Any, is_double: bool) -> tuple[int, int] | None:
     cls = type(rule)
     coefs = len(rule.coefs(1) if cls.counts else rule.coefs())
     key = cls, coefs, is_double
-    if key not in _addresses:
-        _language.check(cls, coefs, {name: getattr(words, name) for name in _language.WORDS})
-        dtype = "float64" if is_double else "float32"
-        address = _numba.block_step(cls.__name__, cls.step, len(cls.slots), coefs, dtype)
-        if address is None:
-            _step_of[cls] = None
-            return None
-        _addresses[key] = address
+    with _compiling:
+        if key not in _addresses:
+            _language.check(cls, coefs, {name: getattr(words, name) for name in _language.WORDS})
+            dtype = "float64" if is_double else "float32"
+            address = _numba.block_step(cls.__name__, cls.step, len(cls.slots), coefs, dtype)
+            if address is None:
+                _step_of[cls] = None
+                return None
+            _addresses[key] = address
     return _addresses[key], coefs
 
 
@@ -255,7 +261,7 @@ def evaluate(
                 f"{type(rule).__name__}.apply returned a step that makes the parameter's shape "
                 f"{tuple(new.shape)} out of {tuple(x.shape)}"
             )
-        if isinstance(given, np.ndarray):
+        if isinstance(given, np.ndarray) and not is_tracer(new):
             new = np.asarray(new, given.dtype)  # its byte order too
     return _apart(state, [given, *gs]), new
 
@@ -267,7 +273,7 @@ def opened(value: Any) -> Any:
     """
     if type(value) is tuple or type(value) is list:
         new = [opened(v) for v in value]
-        return value if all(a is b for a, b in zip(new, value, strict=True)) else type(value)(new)
+        return value if all(map(operator.is_, new, value)) else type(value)(new)
     if type(value) is Number:
         return value.value()
     if isinstance(value, Rule) and type(value).apply is not ElementwiseRule.apply:
@@ -317,6 +323,13 @@ def write(x: Array, new: Array) -> None:
         _torch.write(x, new)
     else:
         x[...] = new
+
+
+def shown(new: Array, x: Array, other: Array) -> Array:
+    """Return `new`, which takes the place of `x`, as what takes that of its other view `other`."""
+    if _torch.is_tensor(other) and other.is_leaf:
+        return _torch.like(other, carry(new.detach(), x, other))
+    return carry(new, x, other)
 
 
 # --- all leaves ------------------------------------------------------------------------------

@@ -73,6 +73,9 @@ class Number:
     def __jax_array__(self) -> Array:
         return sys.modules["jax"].numpy.asarray(self.value())
 
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.array(self.value(), dtype)
+
     def __float__(self) -> float:
         return float(self.value())
 
@@ -162,11 +165,11 @@ def double() -> AbstractContextManager[None]:
 
 def attributes(rule: Any) -> dict[str, Any]:
     """Return what a rule consists of, by name: its fields, and what else it has been given."""
-    try:
-        return vars(rule)
-    except TypeError:  # all in slots
-        _, slots = cast(Any, object.__getstate__(rule))
-        return cast("dict[str, Any]", slots)
+    state = cast(Any, object.__getstate__(rule))
+    if type(state) is not tuple:
+        return state or {}
+    own, slots = state
+    return {**(own or {}), **slots}
 
 
 def with_attributes(rule: T, change: Callable[[Any], Any]) -> T:
@@ -186,6 +189,14 @@ def holds_traced(value: Any) -> bool:
     if type(value) is tuple or type(value) is list:
         return any(map(holds_traced, value))
     return value.is_traced or not value.is_scalar if type(value) is Number else is_tracer(value)
+
+
+def settled(value: Any) -> Any:
+    """Return an ordinary number for one in two parts that is known."""
+    if type(value) is tuple or type(value) is list:
+        new = [settled(v) for v in value]
+        return value if all(map(operator.is_, new, value)) else type(value)(new)
+    return value if type(value) is not Number or holds_traced(value) else value.value()
 
 
 def lifted(value: Any) -> Any:

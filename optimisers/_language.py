@@ -363,7 +363,7 @@ def _find(lines: Sequence[str], code: CodeType) -> ast.FunctionDef | None:
     """Return the definition from which `code` was compiled, None if it is not in these lines."""
     try:
         tree = ast.parse("".join(lines))
-    except (SyntaxError, ValueError):
+    except Exception:  # a text that cannot be read is as good as none
         return None
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef) and node.name == code.co_name:
@@ -375,16 +375,13 @@ def _find(lines: Sequence[str], code: CodeType) -> ast.FunctionDef | None:
 
 def _is_text_of(node: ast.FunctionDef, code: CodeType) -> bool:
     """Tell whether a definition still is that of `code`: files change while programs run."""
-    bare = ast.FunctionDef(
-        **{**{name: getattr(node, name) for name in node._fields}, "decorator_list": []}
-    )
-    module = ast.Module([ast.copy_location(bare, node)], [])
-    made = compile(module, "<step>", "exec", dont_inherit=True).co_consts
-    (theirs,) = (c for c in made if isinstance(c, CodeType) and c.co_name == node.name)
-    return (
-        theirs.co_varnames == code.co_varnames
-        and theirs.co_consts == code.co_consts
-        and set(_outer_names(theirs)) == set(_outer_names(code))
+    made = compile(ast.Module([node], []), "<step>", "exec", dont_inherit=True).co_consts
+    return any(
+        isinstance(other, CodeType)
+        and other.co_varnames == code.co_varnames
+        and other.co_consts == code.co_consts
+        and {*_outer_names(other)} == {*_outer_names(code)}
+        for other in made
     )
 
 

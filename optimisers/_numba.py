@@ -21,7 +21,6 @@ import os
 import platform
 import sys
 import tempfile
-import threading
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -56,8 +55,8 @@ def scalar_words(real: type) -> dict[str, Callable[..., Any]]:
         return x if (x < y) | (x != x) else y
 
     def clip(x: Any, low: Any, high: Any) -> Any:
-        x = low if x <= low else x
-        return high if x >= high else x
+        x = x if (x > low) | (x != x) else low
+        return x if (x < high) | (x != x) else high
 
     def where(condition: Any, x: Any, y: Any) -> Any:
         return x if condition else y
@@ -98,12 +97,13 @@ def block_text(slots: int, coefs: int) -> str:
     return "\n".join(lines) + "\n"
 
 
-_lock = threading.Lock()
 _made: dict[str, Any] = {}  # by digest; the functions live as long as the process
 
 
 def block_step(rule: str, step: FunctionType, slots: int, coefs: int, dtype: str) -> int | None:
     """Return the address of a compiled block step, None where it has to stay array code.
+
+    One thread at a time may call it.
 
     Parameters
     ----------
@@ -122,22 +122,19 @@ def block_step(rule: str, step: FunctionType, slots: int, coefs: int, dtype: str
         Once, if Numba is there but cannot compile it.
     """
     key = _digest(step, slots, coefs, dtype)
-    failure = None
-    with _lock:
-        if key not in _made:
-            try:
-                _made[key] = _compile(step, slots, coefs, dtype, key)
-            except Exception as error:
-                _made[key], failure = None, error
-        made = _made[key]
-    if failure is not None:
-        reason = str(failure).strip() or type(failure).__name__
-        warnings.warn(
-            f"Numba cannot compile {rule}.step, so it runs as array code: same numbers, slower. "
-            f"The reason: {reason}",
-            RuntimeWarning,
-            stacklevel=6,  # the caller of `update`
-        )
+    if key not in _made:
+        _made[key] = None
+        try:
+            _made[key] = _compile(step, slots, coefs, dtype, key)
+        except Exception as error:
+            reason = str(error).strip() or type(error).__name__
+            warnings.warn(
+                f"Numba cannot compile {rule}.step, so it runs as array code: same numbers, "
+                f"slower. The reason: {reason}",
+                RuntimeWarning,
+                stacklevel=6,  # the caller of `update`
+            )
+    made = _made[key]
     return None if made is None else int(made.address)
 
 

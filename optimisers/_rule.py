@@ -16,7 +16,7 @@ from typing import Annotated, Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 
-from ._jax import Maybe, Number, attributes, chosen, double, holds_traced, is_jax, is_tracer, lifted, with_attributes
+from ._jax import Maybe, Number, attributes, chosen, double, holds_traced, is_jax, is_tracer, lifted, settled, with_attributes
 from .words import is_complex, maximum, namespace, where
 
 # --- limits of fields ------------------------------------------------------------------------
@@ -309,7 +309,7 @@ class ElementwiseRule(Rule):
             with double():
                 rule = with_attributes(self, lifted)._at_precision_of(x)
                 return cast_like(x, rule.coefs() if t is None else rule.coefs(t))
-        rule = self._at_precision_of(x)
+        rule = with_attributes(self, settled)._at_precision_of(x)
         if t is not None:
             t = t if is_traced(t) else int(t)
         return cast_like(x, rule.coefs() if t is None else rule.coefs(t))
@@ -365,11 +365,15 @@ def cast_like(x: Any, numbers: Iterable[Any]) -> tuple[Any, ...]:
     """Cast numbers once to the real dtype of `x`."""
     if isinstance(x, np.ndarray):
         real = x.real.dtype if x.dtype.kind == "c" else x.dtype
-        return tuple(n.astype(real) if is_traced(n) else real.type(n) for n in numbers)
+        return tuple(_cast(n, real) if is_traced(n) else real.type(n) for n in numbers)
     if not any(map(is_traced, numbers := tuple(numbers))):
         return tuple(map(float, numbers))
     real = x.real.dtype if is_complex(x) else x.dtype
-    return tuple(n.astype(real) if is_traced(n) else float(n) for n in numbers)
+    return tuple(_cast(n, real) if is_traced(n) else float(n) for n in numbers)
+
+
+def _cast(traced: Any, real: Any) -> Any:
+    return traced.astype(real) if hasattr(traced, "dtype") else traced  # a box of a Python number
 
 
 def as_like(old: Any, value: Any) -> Any:

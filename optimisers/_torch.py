@@ -56,23 +56,20 @@ def view(x: Tensor) -> np.ndarray | None:
 def _bfloat16() -> np.dtype[Any] | None:
     """Return the dtype that NumPy does not have by itself."""
     try:
-        return np.dtype(importlib.import_module("ml_dtypes").bfloat16)
+        found: np.dtype[Any] = np.dtype(importlib.import_module("ml_dtypes").bfloat16)
     except ImportError:
         return None
+    return found
 
 
 def _view_state(state: Any) -> Any:
-    """Return a state with views in place of its tensors; whatever has none is None."""
+    """Return a state with views in place of its tensors; one that has none is None there."""
+    if not isinstance(state, tuple):
+        return view(state) if is_tensor(state) else state
     try:
         return tuple([a.numpy() for a in state])  # nearly always
     except (AttributeError, RuntimeError, TypeError):
-        pass
-    return tuple(map(_view_state, state)) if isinstance(state, tuple) else view_if_tensor(state)
-
-
-def view_if_tensor(x: Any) -> Any:
-    """Return a view of a tensor, and anything else as it is."""
-    return view(x) if is_tensor(x) else x
+        return tuple(map(_view_state, state))
 
 
 class _Sight:
@@ -239,12 +236,13 @@ def gradient(g: Any, x: Tensor, where: Callable[[], str]) -> Tensor:
     if g.layout is not torch.strided:
         kind = str(g.layout).removeprefix("torch.")
         raise TypeError(
-            f"{wanted()}, got one with the layout {kind}; sparse gradients are not updated sparsely: "
-            "make it dense with .to_dense(), or the layer with sparse=False"
+            f"{wanted()}, got one with the layout {kind}; make it dense with .to_dense(), or the "
+            "layer that it comes from with sparse=False"
         )
     if g.dtype.is_complex and not x.dtype.is_complex:
         raise TypeError(
-            f"{wanted()}, got complex numbers ({g.dtype}); take the real part if that is what is meant"
+            f"{wanted()}, got complex numbers ({g.dtype}); "
+            "take the real part if that is what is meant"
         )
     if g.shape != x.shape:
         raise ValueError(f"{wanted()}, got shape {tuple(g.shape)}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ._rule import Count, Decay, Decays, ElementwiseRule, Finite, NonNegative, registry
+from ._rule import Count, Decay, Decays, ElementwiseRule, Finite, NonNegative
 from .words import abs2, absolute, clip, ema_weight, maximum, minimum, sign, sqrt, where, zeros_like
 
 Array = Any
@@ -1180,6 +1180,3 @@ class _Release(ElementwiseRule):
         (sum,) = state
         (n,) = coefs
         return (sum + dx) / n, (zeros_like(sum),)
-
-
-__all__ = [c.__name__ for c in registry() if c.__module__ == __name__]

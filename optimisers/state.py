@@ -342,7 +342,7 @@ class _Tied:
                 other = self.xs[k]
                 if other is x or same_elements(x, other):
                     if new is not None:
-                        new_x[k] = new if other is x else carry(new, x, other)
+                        new_x[k] = new if other is x else _engine.shown(new, x, other)
                 elif not moved:
                     continue
                 elif in_place and maywrite(other):

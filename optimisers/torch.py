@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,7 +16,6 @@ from ._rule import Rule
 from ._tree import maywrite
 from .compose import MixedPrecision, OptimiserChain
 from .rules import Descent
-from .state import Leaf
 
 __all__ = ["Optimizer"]
 
@@ -36,6 +36,17 @@ _FOREIGN = {
     "step_sizes": "gamma of Rprop",
     "weight_decay": "lambda_ of AdamW, or of WeightDecay ahead of the rule in an OptimiserChain",
 }
+
+
+class _Leaf:
+    """What the engine needs to know of a parameter; it lives for one step."""
+
+    __slots__ = ("frozen", "rule", "state")
+
+    def __init__(self, rule: Rule, state: Any) -> None:
+        self.frozen = False
+        self.rule = rule
+        self.state = state
 
 
 class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
@@ -119,7 +130,7 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
 
     def _forget(self) -> None:
         self._rules: dict[int, tuple[Any, Rule]] = {}
-        self._forms: dict[Tensor, Any] = {}
+        self._fillers: dict[tuple[str, ...], Callable[[dict[str, Any]], Any]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "rule": self.rule, "_names": self._names}
@@ -225,20 +236,18 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        leaves: list[Leaf] = []
+        leaves: list[_Leaf] = []
         xs: list[Tensor] = []
         gs: list[Tensor] = []
-        begun: list[Tensor] = []
+        begun: list[int] = []
         for number, group in enumerate(self.param_groups):
             rule = self._rule_of(number, group)
             for p in group["params"]:
                 if (g := p.grad) is not None:
-                    if p in self.state:
-                        state = _filled(self._form(p, rule), self.state[p])
-                    else:
-                        state = rule.init(p.detach())
+                    kept = self.state.get(p)
+                    if kept is None:
                         begun.append(len(xs))
-                    leaves.append(Leaf(rule, state))
+                    leaves.append(_Leaf(rule, self._state(p, rule, kept)))
                     xs.append(p)
                     gs.append(g)
         _, new = _engine.advance(leaves, xs, gs, (), lambda k: self._path(xs[k]), True)
@@ -246,12 +255,17 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
             self.state[xs[k]] = dict(_named(new.get(k, leaves[k].state)))
         return loss
 
-    def _form(self, p: Tensor, rule: Rule) -> Any:
-        """Return the form of the rule's state for a parameter, with names in place of arrays."""
-        form = self._forms.get(p)
-        if form is None:
-            form = self._forms[p] = _form_of(rule.init(p.detach()))
-        return form
+    def _state(self, p: Tensor, rule: Rule, kept: dict[str, Any] | None) -> Any:
+        """Return the state of the rule for a parameter, from what is kept under its names."""
+        if kept is None:
+            return rule.init(p.detach())
+        names = tuple(kept)
+        fill = self._fillers.get(names)
+        if fill is None:
+            start = rule.init(p.detach())
+            _check_names(dict(_named(start)), kept, rule, self._path(p))
+            fill = self._fillers[names] = _filler(_form_of(start), names)
+        return fill(kept)
 
     def _path(self, x: Tensor) -> str:
         for i, group in enumerate(self.param_groups):
@@ -322,18 +336,13 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
             if found is None:
                 continue
             expected = dict(_named(self.rule.init(p.detach())))
-            where = f"the state of {self._path(p)}"
-            if found.keys() != expected.keys():
-                raise ValueError(
-                    f"{where}: expected {_listed(expected)} for {self.rule!r}, got "
-                    f"{_listed(found)}; was it saved with another rule?"
-                )
+            _check_names(expected, found, self.rule, self._path(p))
             for name, value in expected.items():
-                shape = getattr(value, "shape", None)
-                if shape != getattr(found[name], "shape", None):
+                shape, got = (getattr(v, "shape", None) for v in (value, found[name]))
+                if shape != got:
                     raise ValueError(
-                        f"{where}: expected {name!r} of shape {shape}, got "
-                        f"{getattr(found[name], 'shape', None)}"
+                        f"the state of {self._path(p)}: expected {name!r} of shape {shape}, "
+                        f"got {got}"
                     )
 
 
@@ -410,12 +419,27 @@ def _form_of(state: Any, path: str = "") -> Any:
     return type(state)._make(below) if hasattr(state, "_make") else tuple(below)
 
 
+def _filler(form: Any, names: tuple[str, ...]) -> Callable[[dict[str, Any]], Any]:
+    """Return what makes a state of this form from a dictionary that has `names` in this order."""
+    if getattr(form, "_fields", None) == names:
+        make = form._make
+        return lambda kept: make(kept.values())
+    return functools.partial(_filled, form)
+
+
 def _filled(form: Any, kept: dict[str, Any]) -> Any:
-    """Return the state of this form."""
     if isinstance(form, str):
         return kept[form]
-    below = [kept[f] if type(f) is str else _filled(f, kept) for f in form]
-    return type(form)._make(below) if hasattr(form, "_make") else tuple(below)
+    below = [_filled(f, kept) for f in form]
+    return type(form)(*below) if hasattr(form, "_fields") else tuple(below)
+
+
+def _check_names(expected: dict[str, Any], found: dict[str, Any], rule: Rule, path: str) -> None:
+    if found.keys() != expected.keys():
+        raise ValueError(
+            f"the state of {path}: expected {_listed(expected)} for {rule!r}, got "
+            f"{_listed(found)}; is it that of another rule?"
+        )
 
 
 def _copied(value: Any, p: Tensor) -> Any:

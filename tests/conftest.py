@@ -39,13 +39,10 @@ def demand_peers(report: pytest.TestReport | pytest.CollectReport, config: pytes
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Leave out the examples in the docstrings of a module named like a library not installed."""
     for item in items:
-        if (
-            isinstance(item, pytest.DoctestItem)
-            and importlib.util.find_spec(item.path.stem) is None
-        ):
-            if item.path.stem in ("optax", "scipy", "torch"):
-                reason = f"could not import {item.path.stem!r}"
-                item.add_marker(pytest.mark.skip(reason=reason))
+        name = item.path.stem
+        of_a_peer = isinstance(item, pytest.DoctestItem) and name in ("optax", "scipy", "torch")
+        if of_a_peer and importlib.util.find_spec(name) is None:
+            item.add_marker(pytest.mark.skip(reason=f"could not import {name!r}"))
 
 
 @pytest.hookimpl(wrapper=True)

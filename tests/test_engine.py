@@ -407,15 +407,14 @@ def test_memory_does_not_pile_up():
     def held(call, times):
         for _ in range(times):
             call(state, model, grad)
-        gc.collect()  # which also empties what Python keeps for later
+        gc.collect()
         return tracemalloc.get_traced_memory()[0]
 
     for call in (update_, update):
         tracemalloc.start()
         try:
-            held(call, 20)
-            before = held(call, 20)
-            assert held(call, 200) - before < 4000
+            before = held(call, 300)  # fills what Python and NumPy keep for later
+            assert held(call, 1000) - before < 30_000
         finally:
             tracemalloc.stop()
 

@@ -27,13 +27,14 @@ PACKAGE = ROOT / "optimisers"
 
 # A module imports from floors below its own, nothing else.
 FLOORS = [
-    {"words", "_language", "_numba", "_tree", "_jax", "_kernels", "_kernels_avx2", "_kernels_avx512"},
+    {"words", "_language", "_numba", "_tree", "_jax", "_torch"}
+    | {"_kernels", "_kernels_avx2", "_kernels_avx512"},
     {"_rule", "_ties"},
     {"rules", "_pytree"},
     {"compose"},
     {"_engine"},
     {"state", "destructure"},
-    {"_info", "minimise", "optax", "scipy"},
+    {"_info", "minimise", "optax", "scipy", "torch"},
     {"__init__"},
     {"__main__"},
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -110,8 +111,12 @@ def parametrize(name: str, values: Iterable[Any]) -> pytest.MarkDecorator:
 
 def normal(shape: Any, dtype: Any = np.float64, seed: int = 0) -> np.ndarray:
     """Return finite numbers of many magnitudes, with some zeros among them."""
+    return _drawn(shape, np.dtype(dtype), seed).copy()
+
+
+@functools.lru_cache(maxsize=1000)
+def _drawn(shape: Any, dtype: np.dtype, seed: int) -> np.ndarray:
     draw = np.random.default_rng([seed, *np.atleast_1d(shape)])
-    dtype = np.dtype(dtype)
 
     def real() -> np.ndarray:
         size = 10.0 ** draw.uniform(-2, 2, shape)
