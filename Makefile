@@ -22,12 +22,15 @@ test: $(VENV)/test ## run the tests
 coverage: $(VENV)/test ## run the tests and measure what of the Python code they reach
 	@$(BIN)/python -m pytest --cov --cov-report=term $(args)
 
-docs-test: $(VENV)/test ## run the examples in the docstrings and in README.md
-	@$(BIN)/python -m pytest --doctest-modules optimisers tests/test_readme.py $(args)
+docs-test: $(VENV)/test ## run the examples in the docstrings, in README.md and in docs/
+	@$(BIN)/python -m pytest --doctest-modules --doctest-ignore-import-errors optimisers tests/test_readme.py $(args)
 
 examples: $(VENV)/demo ## run every example on a small size
 	@mkdir -p build
-	@$(BIN)/python -W error examples/digits.py --epochs 2 --out build/digits.png
+	@set -e; for example in examples/*.py; do \
+	    printf '\n%s\n' "$$example"; \
+	    $(BIN)/python -W error "$$example" --quick --out "build/$$(basename "$$example" .py).png"; \
+	done
 
 bench: $(VENV)/bench $(VENV)/oracles ## time everything beside NumPy, PyTorch, optax: docs/benchmarks.md
 	@$(BIN)/python asv_bench/side_by_side.py $(args)
@@ -68,7 +71,7 @@ $(VENV)/made: pyproject.toml
 	@touch $@
 
 # A change in rules.py that leaves the formulas alone leaves this file, and so the kernels, alone.
-optimisers/_steps.pxi: optimisers/rules.py tools/emit_steps.py
+optimisers/_steps.pxi: optimisers/rules.py optimisers/_language.py tools/emit_steps.py
 	@$(PYTHON) tools/emit_steps.py $< $@.new
 	@cmp -s $@ $@.new && rm $@.new || mv $@.new $@
 

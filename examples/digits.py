@@ -154,9 +154,11 @@ def draw(curves: dict[str, list[float]], path: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--epochs", type=int, default=20, help="times through the images")
+    parser.add_argument("--quick", action="store_true", help="two epochs only")
     parser.add_argument("--batch", type=int, default=32, help="images in a step")
     parser.add_argument("--out", default="digits.png", help="where the picture goes")
     options = parser.parse_args()
+    options.epochs = 2 if options.quick else options.epochs
 
     data = load()
     print(f"{len(data.labels)} images to learn from, {len(data.test_labels)} to test with")

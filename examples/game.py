@@ -3,7 +3,7 @@
     python examples/game.py
 
 A generator shifts noise by `theta`, and wants it to look like data from around `CENTRE`. A critic
-tells the two apart by a linear score with the weights `w`. What the critic wins, the generator loses:
+tells the two apart by a linear score with the weights `w`. What one wins, the other loses:
 
     score(theta, w) = w · (mean of the data - mean of the noise - theta)
 

@@ -7,7 +7,7 @@ four finishes, and which one a rule comes to is up to its manners. Every rule ta
 size, so each may choose its learning rate: it tries a dozen, and runs with the one that gets it
 there first.
 
-No rule is named in this file. Who takes part is found in the library: add a rule there, and it races.
+No rule is named in this file. Who takes part is found in the library: add one there, and it races.
 """
 
 from __future__ import annotations

@@ -4,9 +4,9 @@
 
 A measured spectrum is a few lines on a sloping background. The model is a tree that says what each
 number means: lines with a place, a width and a height, and two numbers for the background.
-`scipy.optimize.minimize` knows nothing of trees, it wants one vector; `destructure` goes from the one
-to the other. `optimisers.scipy.method` makes a method for SciPy out of a rule of this library, with
-SciPy's own options, bounds and result, so that it stands beside L-BFGS-B.
+`scipy.optimize.minimize` knows nothing of trees, it wants one vector; `destructure` goes there and
+back. `optimisers.scipy.method` makes a method for SciPy out of a rule of this library, with SciPy's
+own options, bounds and result, so that it stands beside L-BFGS-B.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-import optimisers
 from scipy.optimize import Bounds, OptimizeResult, minimize
 
+import optimisers
 from optimisers import Adam, destructure
 
 matplotlib.use("Agg")  # a file, not a window
@@ -125,7 +125,7 @@ def draw(x: Array, y: Array, model: Model, out: str) -> None:
         )
         top = float(spectrum(model, one["place"]))
         above.annotate(
-            f"{one['place']:.2f}, width {one['width']:.2f}",
+            f"{one['place']:.2f}\nwidth {one['width']:.2f}",
             (float(one["place"]), top),
             (0, 7),
             textcoords="offset points",
@@ -133,7 +133,7 @@ def draw(x: Array, y: Array, model: Model, out: str) -> None:
             color=red,
         )
     above.text(9.95, spectrum(guess(), x)[-1] - 0.22, "first guess", ha="right", color="0.4")
-    above.set(ylabel="intensity", ylim=(0, 1.12 * y.max()))
+    above.set(ylabel="intensity", ylim=(0, 1.17 * y.max()))
     above.set_title("Four lines, where they are and how wide", loc="left")
     below.axhline(0, color=red, linewidth=1)
     below.plot(x, y - spectrum(model, x), ".", color="0.55", markersize=3)

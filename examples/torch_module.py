@@ -4,7 +4,7 @@
 
 Noisy measurements, noisier in some places than in others. A small network learns for each place the
 expected value and how far the measurements scatter there. The module, the loss and `backward` are
-PyTorch's; the model that this library sees is the dict of the module's own parameters, and `update_`
+PyTorch's. The model that this library sees is the dict of the module's own parameters; `update_`
 writes into them without a copy.
 """
 
@@ -111,7 +111,7 @@ def draw(module: Forecast, x: np.ndarray, y: np.ndarray, out: str) -> None:
         axes.plot(places, line, color="#c0392b", linewidth=1, linestyle=(0, (4, 3)))
     end = 5.1
     axes.text(end, mean[-1], "learned mean,\n± 1 and 2 deviations", color=blue, va="center")
-    axes.text(1.8, 2.1, "true mean ± 2 deviations", color="#c0392b")
+    axes.text(1.7, 2.2, "true ± 2 deviations", color="#c0392b")
     axes.text(-4, y.min() - 0.35, "measurements from here ...", ha="left", fontsize=8)
     axes.text(4, y.min() - 0.35, "... to here", ha="right", fontsize=8)
     axes.set(xlim=(-5, 5), xlabel="place", ylabel="value", ylim=(y.min() - 0.5, y.max() + 0.5))

@@ -49,6 +49,7 @@ from .state import update_ as update_
 if _typing.TYPE_CHECKING:
     from . import optax as optax
     from . import scipy as scipy
+    from . import torch as torch
     from .rules import *  # noqa: F403 (for type checkers; at run time the registry is asked)
 
     __version__: str
@@ -56,7 +57,7 @@ else:
     globals().update({rule.__name__: rule for rule in _registry()})
 
     def __getattr__(name):
-        if name in ("optax", "scipy"):  # modules for those who have that library
+        if name in ("optax", "scipy", "torch"):  # modules for those who have that library
             from importlib import import_module
 
             return import_module(f"{__name__}.{name}")

@@ -86,9 +86,9 @@ def get_num_threads() -> int:
 # --- making a rule ready for the kernels -----------------------------------------------------
 
 _steps = {getattr(rules, name).step: index for name, index in kernels.step_index.items()}
-Found = Callable[[Any, bool], tuple[int, int] | None]
-_step_of: dict[type, int | Found | None] = {}
-_addresses: dict[tuple[type, int, bool], int] = {}
+Finder = Callable[[Any, bool], tuple[int, int] | None]
+_step_of: dict[type, int | Finder | None] = {}
+_found: dict[tuple[type, bool], tuple[int, int]] = {}
 _compiling = threading.Lock()
 
 
@@ -123,7 +123,7 @@ def _behaves_as(known: type[Rule], cls: type[Rule]) -> bool:
     return issubclass(cls, known) and cls.apply is known.apply and cls.move is known.move
 
 
-def _find_step(cls: Any) -> int | Found | None:
+def _find_step(cls: Any) -> int | Finder | None:
     """Return where a step stands in the kernels' table, or for a user's what finds it late.
 
     None for what has to stay array code.
@@ -146,21 +146,21 @@ def _compiled(rule: Any, is_double: bool) -> tuple[int, int] | None:
     StepError
         If the step is not in the language of steps, whether or not it can be compiled.
     """
+    cls = type(rule)
+    if found := _found.get((cls, is_double)):
+        return found
     from . import _language, _numba
 
-    cls = type(rule)
     coefs = len(rule.coefs(1) if cls.counts else rule.coefs())
-    key = cls, coefs, is_double
     with _compiling:
-        if key not in _addresses:
-            _language.check(cls, coefs, {name: getattr(words, name) for name in _language.WORDS})
-            dtype = "float64" if is_double else "float32"
-            address = _numba.block_step(cls.__name__, cls.step, len(cls.slots), coefs, dtype)
-            if address is None:
-                _step_of[cls] = None
-                return None
-            _addresses[key] = address
-    return _addresses[key], coefs
+        _language.check(cls, coefs, {name: getattr(words, name) for name in _language.WORDS})
+        dtype = "float64" if is_double else "float32"
+        address = _numba.block_step(cls.__name__, cls.step, len(cls.slots), coefs, dtype)
+    if address is None:
+        _step_of[cls] = None
+        return None
+    _found[cls, is_double] = address, coefs
+    return address, coefs
 
 
 # --- the array path --------------------------------------------------------------------------
@@ -303,7 +303,7 @@ def fresh(state: Any) -> Any:
         return type(state)._make(map(fresh, state))
     if _torch.is_tensor(state):
         return _torch.fresh(state)
-    if is_jax(state):
+    if isnumeric(state) or is_jax(state):
         return state
     return copy.deepcopy(state)
 

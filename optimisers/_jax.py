@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import importlib
 import math
 import operator
 import sys
@@ -104,13 +105,18 @@ def _backward(name: str) -> Callable[..., Any]:
     return lambda self, other: calculate(other, self.value())
 
 
+def _alone(name: str) -> Callable[..., Any]:
+    calculate = getattr(operator, name)
+    return lambda self: calculate(self.value())
+
+
 for _name in ("add", "sub", "mul", "truediv", "pow"):
     setattr(Number, f"__{_name}__", _forward(f"__{_name}__"))
     setattr(Number, f"__r{_name}__", _backward(f"__{_name}__"))
 for _name in ("eq", "ne", "lt", "le", "gt", "ge"):
     setattr(Number, f"__{_name}__", _forward(f"__{_name}__"))
 for _name in ("neg", "abs"):
-    setattr(Number, f"__{_name}__", lambda self, f=getattr(operator, _name): f(self.value()))
+    setattr(Number, f"__{_name}__", _alone(f"__{_name}__"))
 
 
 def parts_of(value: Any) -> tuple[Any, Any]:
@@ -158,9 +164,10 @@ def _whole(high: Any, low: Any) -> float:
 def double() -> AbstractContextManager[None]:
     """Let JAX compute in double meanwhile, also where it is not set to 64 bits."""
     jax = cast(Any, sys.modules["jax"])
-    if not hasattr(jax, "enable_x64"):  # before JAX 0.8
-        from jax import experimental as jax
-    return cast("AbstractContextManager[None]", jax.enable_x64(True))
+    context = getattr(jax, "enable_x64", None)
+    if context is None:  # as in older versions
+        context = importlib.import_module("jax.experimental").enable_x64
+    return cast("AbstractContextManager[None]", context(True))
 
 
 def attributes(rule: Any) -> dict[str, Any]:

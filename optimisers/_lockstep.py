@@ -15,7 +15,7 @@ from itertools import islice
 from types import SimpleNamespace
 from typing import Any, Protocol, TypeVar
 
-from ._tree import KeyPath, children, is_node, walk
+from ._tree import KeyPath, children, is_node, rebuild, walk
 
 Array = Any
 Tree = Any
@@ -154,6 +154,7 @@ def _keys(below_s: dict[Any, Any], below_m: dict[Any, Any], s: Tree) -> list[Any
 def _below_gradient(m: Tree, below_m: dict[Any, Any], g: Tree) -> dict[Any, Any]:
     if g is None or (type(g) is tuple and not g):
         return {}
+    m, g = _unboxed(m), _unboxed(g)
     expected = f"expected a gradient like the model's {_keys_text(m)}"
     mend = "None means no gradient"
     if isinstance(m, list | tuple) and isinstance(g, list | tuple):
@@ -171,6 +172,13 @@ def _below_gradient(m: Tree, below_m: dict[Any, Any], g: Tree) -> dict[Any, Any]
             f"{expected}, got {', '.join(map(repr, unknown[:9]))}, which the model does not have",
         )
     return below_g
+
+
+def _unboxed(node: Tree) -> Tree:
+    """Return the container, with boxes in it, for which HIPS autograd hands over a box."""
+    if type(node).__module__ != "autograd.builtins":
+        return node
+    return rebuild(node, [*children(node).values()])
 
 
 def _keys_text(node: Tree) -> str:

@@ -128,7 +128,7 @@ def _unflatten(cls: type, structure: tuple[Any, ...], children: Iterable[Any]) -
     """Return a leaf of any children: nothing is checked, no `__init__` runs."""
     *numbers, state = children
     rule, frozen, tie = structure
-    leaf = object.__new__(cls)
+    leaf: Any = object.__new__(cls)
     leaf.rule, leaf.state = _join(rule, iter(numbers)), state
     leaf.frozen, leaf.tie = frozen, tie
     note_crossing(tie)
@@ -179,7 +179,7 @@ def _register_with_optree(cls: type) -> None:
 
 
 # What to do once a module has this name: until then it is not loaded, or only in part.
-_pending = {
+_pending: dict[str, Any] = {
     "jax.tree_util": ("register_pytree_with_keys", _register_with_jax),
     "optree": ("register_pytree_node", _register_with_optree),
 }
@@ -190,5 +190,5 @@ def announce(cls: type) -> None:
     for module in _pending.copy():
         if module in sys.modules:
             name, register = _pending[module]
-            if hasattr(sys.modules[module], name) and _pending.pop(module, None):
+            if hasattr(sys.modules[module], name) and _pending.pop(module, ()):
                 register(cls)

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ._engine import checked_gradient
-from ._jax import Maybe, is_tracer
+from ._jax import Maybe, double, is_tracer
 from ._rule import Rule, as_like
 
 __all__ = ["RuleState", "from_optax", "to_optax"]
@@ -186,8 +186,6 @@ class _FromOptax(Rule):
         update = self.tx.update if traced else _compiled(self.tx.update)
         with _at_precision_of(x):
             updates, state = update(_as_jax(dx), state, _as_jax(x))
-            if updates is None:
-                return state, None
             return state, as_like(
                 x, -(np.asarray(updates) if isinstance(x, np.ndarray) else updates)
             )
@@ -253,12 +251,9 @@ def _at_precision_of(x: Array) -> contextlib.AbstractContextManager[Any]:
     """Let JAX compute in double precision, if that is what a NumPy array has."""
     if not isinstance(x, np.ndarray) or x.dtype.itemsize < (16 if x.dtype.kind == "c" else 8):
         return contextlib.nullcontext()
-    import jax
-    import jax.experimental
+    import jax  # noqa: F401 (which `double` finds where it is loaded)
 
-    if not hasattr(jax, "enable_x64"):  # where it stood before
-        return jax.experimental.enable_x64()  # type: ignore[no-any-return]
-    return jax.enable_x64(True)  # type: ignore[no-any-return]
+    return double()
 
 
 def _as_jax(x: Array) -> Array:

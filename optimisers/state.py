@@ -17,7 +17,7 @@ import numpy as np
 
 from . import _engine, _pytree
 from ._lockstep import gather, place, places
-from ._rule import Rule
+from ._rule import Rule, read_only
 from ._ties import carry, laid_out, parameters, same_elements
 from ._tree import (
     KeyPath,
@@ -52,6 +52,18 @@ class Leaf:
         What the rule remembers.
     frozen : bool
         Whether updates pass it by.
+
+    Notes
+    -----
+    To JAX and optree a leaf is a node: the numbers of its rule and its state are the children, so
+    state trees go through `jax.jit`, `jax.lax.scan` and `jax.vmap`, and another learning rate does
+    not compile anew. Both learn that when leaves are made or unpickled and whenever a state tree is
+    handed to this library, if they are imported by then; so import them first. Each number crosses
+    as two, what float32 holds of it and the rest, and is a number again once `jax.device_get` has
+    brought the tree back.
+
+    JAX makes one leaf for each place of a tied parameter. `update` goes on to treat them as one and
+    gives back one; `adjust_` and `freeze_` should until then be given all places.
 
     Examples
     --------
@@ -354,7 +366,7 @@ class _Tied:
     def _primary(self, group: list[int]) -> Array:
         """Return the group's first array, read-only if one of its places is."""
         x = self.xs[group[0]]
-        return x if all(maywrite(self.xs[k]) for k in group) else _engine.read_only(x)
+        return x if all(maywrite(self.xs[k]) for k in group) else read_only(x)
 
     def _sum(self, gs: list[Any], group: list[int]) -> Any:
         """Return the sum of a group's gradients as its first place sees it; None if all are."""

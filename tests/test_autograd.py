@@ -219,3 +219,17 @@ def test_the_gradient_of_training_steps(rule):
     np.testing.assert_allclose(by_start, near, rtol=1e-4, atol=1e-6)
     near = (after(start, 0.1 + 1e-6) - after(start, 0.1 - 1e-6)) / 2e-6
     np.testing.assert_allclose(by_rate, near, rtol=1e-4)
+
+
+def test_updates_of_trees_within_a_gradient():
+    model = parameters_of(nested())
+
+    def after(m):
+        state = setup(OptimiserChain(ClipNorm(1.0), Adam(0.1)), m)
+        for _ in range(2):
+            state, m = update(state, m, autograd.grad(loss)(m))
+        return loss(m)
+
+    flat, re = destructure(model)
+    g = re.flatten_gradient(autograd.grad(after)(model))
+    np.testing.assert_allclose(g, difference(lambda v: after(re(v)), flat), rtol=1e-4, atol=1e-6)

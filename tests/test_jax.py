@@ -160,8 +160,9 @@ def test_a_trajectory_in_float64_is_that_of_numpy():
         rule = OptimiserChain(ClipNorm(2.0), Adam(0.1, (0.8, 0.99)))
         x = normal(5)
         there, here = (setup(rule, jnp.asarray(x)), jnp.asarray(x)), (setup(rule, x), x)
+        step = jax.jit(lambda s, x: update(s, x, 2 * x))
         for _ in range(50):
-            there = jax.jit(lambda s, x: update(s, x, 2 * x))(*there)
+            there = step(*there)
             here = update(*here, 2 * here[1])
         np.testing.assert_allclose(there[1], here[1], rtol=1e-12)
 
@@ -544,6 +545,7 @@ def test_many_rates_at_once():
 
 def test_the_rate_and_the_decay_have_gradients():
     """Through several steps, and through a loop: forward, backward and twice."""
+
     def after(eta, b, loop):
         x = jnp.asarray([3.0, -2.0])
         state = adjust(setup(Adam(), x), eta=eta, beta=(b, 0.99))
@@ -631,11 +633,11 @@ def test_ties_hold_through_jit():
     step(setup(Momentum(0.1), tied()), tied())
     assert len(traces) == 1
     assert state["a"] is not state["b"][0]  # made by JAX, one for each place
-    for state in (state, pickle.loads(pickle.dumps(state)), copy.deepcopy(state)):
-        new, moved = update(state, model, jax.grad(tied_loss)(model))
+    for crossed in (state, pickle.loads(pickle.dumps(state)), copy.deepcopy(state)):
+        new, moved = update(crossed, model, jax.grad(tied_loss)(model))
         assert new["a"] is new["b"][0]
         assert moved["a"] is moved["b"][0]
-        written, _ = update_(state, model, jax.grad(tied_loss)(model))
+        written, _ = update_(crossed, model, jax.grad(tied_loss)(model))
         assert written["a"].state is written["b"][0].state
         assert_same_bits(np.asarray(written["a"].state.v), np.asarray(new["a"].state.v))
     again = adjust(state, 0.5)
@@ -914,7 +916,7 @@ def test_an_equinox_module_trains(eqx):
     assert isinstance(state, SimpleNamespace)
     assert isinstance(state.layers[0].weight, Leaf)
     assert repr(state).startswith("namespace(layers=")
-    eager_state, eager = update(state, mlp, eqx.filter_grad(loss)(mlp))
+    _, eager = update(state, mlp, eqx.filter_grad(loss)(mlp))
     traces = []
 
     @eqx.filter_jit
@@ -1026,7 +1028,9 @@ assert len(optree.tree_leaves(state)) == 11
 )
 def test_leaves_are_known_to_jax_when_it_is_imported_late(use):
     script = SCRIPT.replace("{use}", use)
-    run = subprocess.run([sys.executable, "-W", "error", "-c", script], capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-W", "error", "-c", script], capture_output=True, text=True
+    )
     assert run.returncode == 0, run.stderr[-2000:]
 
 
@@ -1038,7 +1042,9 @@ def test_leaves_are_known_to_jax_when_it_is_imported_first():
         f"state = pickle.loads({pickled!r})\n"
         "assert len(jax.tree_util.tree_leaves(state)) == 11"
     )
-    run = subprocess.run([sys.executable, "-W", "error", "-c", script], capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-W", "error", "-c", script], capture_output=True, text=True
+    )
     assert run.returncode == 0, run.stderr[-2000:]
 
 

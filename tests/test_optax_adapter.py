@@ -21,6 +21,7 @@ Tree = Any
 
 RULES = [rule for cls in PUBLIC for rule in variants(cls)]
 CHAINS = [
+    opt.MixedPrecision("float64", opt.OptimiserChain(opt.AccumGrad(2), opt.Adam(0.05))),
     opt.OptimiserChain(),
     opt.OptimiserChain(opt.ClipNorm(0.5), opt.WeightDecay(0.1), opt.Adam(0.05)),
     opt.OptimiserChain(opt.AccumGrad(2), opt.OptimiserChain(opt.SignDecay(0.1), opt.Momentum(0.1))),
@@ -97,7 +98,7 @@ def test_a_rule_in_optax_goes_where_it_goes_here(rule: Any, jit: bool) -> None:
     )
 
 
-@parametrize("rule", [opt.Adam(0.1), opt.Lion(0.1), CHAINS[1]])
+@parametrize("rule", [opt.Adam(0.1), opt.Lion(0.1), CHAINS[2]])
 def test_in_single_precision(rule: Any) -> None:
     jax.config.update("jax_enable_x64", False)
     grads = gradients(8, np.float32)
@@ -304,5 +305,8 @@ def test_what_is_no_transformation_is_refused() -> None:
         opt.adjust(opt.setup(from_optax(optax.sgd(0.1)), np.zeros(2)), 0.1)
 
 
-def test_it_is_not_in_the_registry() -> None:
+def test_it_shows_what_it_is_and_is_not_in_the_registry() -> None:
+    rule = from_optax(optax.sgd(0.1))
+    assert repr(rule).startswith("from_optax(GradientTransformation")
+    assert hash(rule) == hash(from_optax(rule.tx))
     assert not any("Optax" in name_of(cls) for cls in PUBLIC)

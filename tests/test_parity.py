@@ -172,6 +172,19 @@ def test_norms_of_representable_size_stay_so_on_the_way(p, dtype, exponent):
         np.testing.assert_allclose(got, expected, rtol=4 * info.eps, atol=info.smallest_subnormal)
 
 
+@pytest.mark.parametrize(("size", "p"), [(1e-300, 0.005), (1e300, -0.005)])
+def test_norms_of_tiny_order_stay_representable(size, p):
+    """A norm of 1000 numbers is 1000**(1/p) times their size, which alone would overflow."""
+    g = np.full(1000, size)
+    half = 1000 ** (0.5 / p)
+    rule = ClipNorm(1e-5 * (size * half * half), p)
+    for got in (
+        step(pure_update, setup(rule, 0 * g), 0 * g, g)[1],
+        by_arrays(rule, (), 0 * g, g)[1],
+    ):
+        np.testing.assert_allclose(got, -1e-5 * size, rtol=1e-9)
+
+
 def dtype_power_of_two(info, exponent):
     return info.dtype.type(2.0) ** int(exponent * (info.maxexp - 8))
 

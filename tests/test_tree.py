@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from optimisers import _tree
 from optimisers._tree import (
     KeyPath,
+    Namespace,
     children,
     fmap,
     fold,
@@ -316,9 +317,9 @@ def test_rebuild_of_a_leaf_or_with_a_wrong_number_is_refused():
         ((1,), (0,)),
         (Point(1, 2), Point(0, 0)),
         (SimpleNamespace(a=1), SimpleNamespace(a=0)),
-        (Frozen(1, 2), SimpleNamespace(b=0, a=0)),
-        (Some(1, 2, 3), SimpleNamespace(c=0, a=0)),
-        (Everything(b=1), SimpleNamespace(b=0)),
+        (Frozen(1, 2), Namespace(b=0, a=0)),
+        (Some(1, 2, 3), Namespace(c=0, a=0)),
+        (Everything(b=1), Namespace(b=0)),
     ],
 )
 def test_mirror_gives_the_state_node(node, expected):
@@ -326,6 +327,13 @@ def test_mirror_gives_the_state_node(node, expected):
     assert type(state) is type(expected)
     assert state == expected
     assert list(children(state)) == list(children(node))
+
+
+def test_the_state_of_an_object_reads_like_a_namespace():
+    state = mirror(Frozen(1, 2), [0, 0])
+    assert isinstance(state, SimpleNamespace)
+    assert repr(state) == "namespace(b=0, a=0)"
+    assert type(rebuild(state, [1, 2])) is type(state)
 
 
 def test_mirror_of_a_leaf_is_refused():
@@ -1008,7 +1016,7 @@ def test_the_mirror_of_a_tree_has_the_paths_of_the_tree(tree):
     state = fold(tree, lambda path, x: x, lambda path, x, results: mirror(x, results))
     assert [path for path, _ in walk(state)] == [path for path, _ in walk(tree)]
     assert all(
-        type(x) in (list, tuple, dict, OrderedDict, Point, SimpleNamespace)
+        type(x) in (list, tuple, dict, OrderedDict, Point, SimpleNamespace, Namespace)
         for x in nodes_of(state)
         if is_node(x)
     )

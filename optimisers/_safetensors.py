@@ -1,0 +1,361 @@
+"""The safetensors file format: arrays of bytes under names, no code, nothing to run.
+
+    8 bytes         length of the header, little-endian
+    header          JSON: name -> dtype, shape, [start, stop]; "__metadata__" -> strings
+    data            the arrays one after another, C order, little-endian, without gaps
+
+a) What is read may be hostile. A header is checked whole, against the size of the file too, before
+   anything is made of it: the worst that a file can do is a `FileFormatError`.
+b) Data begins at a multiple of 64 bytes, and large items come before small ones, so that every
+   array is aligned to its items, also in a memory map. That asks of the format only spaces.
+c) The format has no complex128, no longdouble, and only some floats of 8 bits. Such arrays are
+   written as *views* (`stored`), which any reader of the format can turn back.
+d) Checksums stand in the metadata, at a place known before the data is written: arrays are gone
+   through once.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+
+from ._atomic import replacing
+
+MAX_HEADER = 100_000_000
+"""Bytes of a header, at most: what other readers of the format allow."""
+MAX_AXES = 64
+_ALIGNMENT = 64
+_CHUNK = 1 << 18
+"""Bytes between two glances at memory: a chunk is in the cache when it is written."""
+
+
+class FileFormatError(ValueError):
+    """A file that is not what `save` writes: damaged, cut short, of a later version, or hostile."""
+
+
+# --- dtypes ----------------------------------------------------------------------------------
+
+_BYTES = {
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
+    "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1, "C64": 8, "I64": 8, "U64": 8, "I32": 4, "U32": 4,
+    "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1,
+}  # fmt: skip
+_TAGS = {
+    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16",
+    "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "float8_e8m0fnu": "F8_E8M0",
+    "float8_e4m3fnuz": "F8_E4M3FNUZ", "float8_e5m2fnuz": "F8_E5M2FNUZ", "complex64": "C64",
+    "int64": "I64", "uint64": "U64", "int32": "I32", "uint32": "U32", "int16": "I16",
+    "uint16": "U16", "int8": "I8", "uint8": "U8", "bool": "BOOL",
+}  # fmt: skip
+_NAMES = {tag: name for name, tag in _TAGS.items()}
+_ONE_BYTE = (
+    "float8_e3m4", "float8_e4m3", "float8_e4m3b11fnuz", "float6_e2m3fn", "float6_e3m2fn",
+    "float4_e2m1fn", "int4", "uint4", "int2", "uint2",
+)  # fmt: skip
+
+
+def _extended(kind: type) -> str:
+    """Return a name for extended numbers that tells those of one machine from another's."""
+    info = np.finfo(kind)
+    return f"{kind.__name__}-{info.nmant}-{np.dtype(kind).itemsize}"
+
+
+_EXTENDED = {"g": _extended(np.longdouble), "G": _extended(np.clongdouble)}
+_FROM_ML_DTYPES = ("bfloat16", "float8", "float6", "float4", "int4", "uint4", "int2", "uint2")
+
+
+def dtype_name(dtype: Any) -> str | None:
+    """Return the name under which a dtype (NumPy's or PyTorch's) is saved, None if it cannot be."""
+    if isinstance(dtype, np.dtype):
+        if dtype.char in _EXTENDED:
+            return _EXTENDED[dtype.char]
+        name = dtype.name
+    else:
+        name = str(dtype).removeprefix("torch.")
+    return name if name in _TAGS or name in _ONE_BYTE or name == "complex128" else None
+
+
+def stored(name: str, shape: Sequence[int]) -> tuple[str, tuple[int, ...]]:
+    """Return the format's dtype and the shape in which an array of dtype `name` is written.
+
+    complex128 is written as float64 with real and imaginary part along one more axis, an extended
+    number as its bytes along one more axis, a float of less than two bytes as one byte.
+    """
+    if name in _TAGS:
+        return _TAGS[name], tuple(shape)
+    if name == "complex128":
+        return "F64", (*shape, 2)
+    if name in _ONE_BYTE:
+        return "U8", tuple(shape)
+    for char, known in _EXTENDED.items():
+        if name == known:
+            return "U8", (*shape, np.dtype(char).itemsize)
+    if name.startswith(("longdouble-", "clongdouble-")):
+        raise FileFormatError(
+            f"the file holds numbers of the kind {name!r}, while longdouble is "
+            f"{_EXTENDED['g']!r} on this machine; read it where it was written"
+        )
+    raise FileFormatError(f"the file holds an array of dtype {name!r}, which is not known here")
+
+
+def numpy_dtype(name: str) -> np.dtype[Any]:
+    """Return the dtype of NumPy that has this name."""
+    for char, known in _EXTENDED.items():
+        if name == known:
+            return np.dtype(char)
+    if name.startswith(_FROM_ML_DTYPES):
+        try:
+            import ml_dtypes
+        except ImportError:
+            raise ImportError(
+                f"the file holds an array of dtype {name}, which NumPy knows only with the "
+                "package ml_dtypes: install it, or load with like= and PyTorch tensors"
+            ) from None
+        if not hasattr(ml_dtypes, name):
+            raise FileFormatError(f"the ml_dtypes installed here has no {name}")
+        return np.dtype(getattr(ml_dtypes, name))
+    return np.dtype(name)
+
+
+def typed(raw: np.ndarray, name: str, shape: Sequence[int]) -> np.ndarray:
+    """Return bytes in the order of the file as an array, a view of them where that is possible."""
+    dtype = numpy_dtype(name)
+    if sys.byteorder != "little" and dtype.itemsize > 1:
+        raw = raw.view(dtype.newbyteorder("<")).astype(dtype).view(np.uint8)
+    return raw.view(dtype).reshape(shape)
+
+
+def untyped(x: np.ndarray) -> np.ndarray:
+    """Return the bytes of an array in the order of the file."""
+    if x.dtype.char == "g" or x.dtype.char == "G":
+        x = _without_padding(x)
+    elif x.dtype.byteorder == ">" or (sys.byteorder != "little" and x.dtype.byteorder == "="):
+        x = x.astype(x.dtype.newbyteorder("<"))
+    return np.ascontiguousarray(x).reshape(-1).view(np.uint8)
+
+
+def _without_padding(x: np.ndarray) -> np.ndarray:
+    """Return extended numbers whose bytes without meaning are zero, so that files are equal."""
+    part = np.dtype(np.longdouble)
+    x = np.array(x, x.dtype.newbyteorder("="), order="C")
+    if np.finfo(part).nmant == 63:  # ten bytes with meaning
+        x.reshape(-1).view(np.uint8).reshape(-1, part.itemsize)[:, 10:] = 0
+    return x
+
+
+# --- writing ---------------------------------------------------------------------------------
+
+
+class Tensor(NamedTuple):
+    """An array to be written; `read` gives its bytes when its turn comes."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    read: Callable[[], np.ndarray]
+
+
+KEY, CHECKSUMS = "optimisers", "optimisers.crc32"
+"""Where in the metadata our own text is, and the checksums of it and of each array."""
+
+
+def write(path: str, tensors: Sequence[Tensor], text: str) -> None:
+    """Write a file in one go: afterwards there is the new file or, after an error, the old one."""
+    count = len(tensors)
+    stored_as = [stored(t.dtype, t.shape) for t in tensors]
+    sizes = [_BYTES[tag] * math.prod(shape) for tag, shape in stored_as]
+    order = sorted(range(count), key=lambda k: -_item_bytes(tensors[k]))
+    blank = "0" * (8 * (count + 1))
+    header: dict[str, Any] = {"__metadata__": {CHECKSUMS: blank, KEY: text}}
+    start = 0
+    for k in order:
+        tag, shape = stored_as[k]
+        offsets = [start, start + sizes[k]]
+        header[tensors[k].name] = {"dtype": tag, "shape": list(shape), "data_offsets": offsets}
+        start += sizes[k]
+    encoded = json.dumps(header, separators=(",", ":")).encode("ascii")
+    encoded += b" " * (-(8 + len(encoded)) % _ALIGNMENT)
+    if len(encoded) > MAX_HEADER:
+        raise ValueError(
+            f"the header of {path} would take {len(encoded):,} bytes, more than the "
+            f"{MAX_HEADER:,} that the format allows; save the model in several files"
+        )
+    checks = [zlib.crc32(text.encode("ascii")), *(0,) * count]
+    with replacing(path) as file:
+        file.write(len(encoded).to_bytes(8, "little"))
+        file.write(encoded)
+        for k in order:
+            checks[k + 1] = _copied(tensors[k], sizes[k], file)
+        file.seek(8 + encoded.index(blank.encode("ascii")))
+        file.write("".join(f"{check:08x}" for check in checks).encode("ascii"))
+
+
+def _item_bytes(tensor: Tensor) -> int:
+    """Return the bytes of one item of an array, as those who view it will want it aligned."""
+    tag, shape = stored(tensor.dtype, ())
+    return _BYTES[tag] * math.prod(shape)
+
+
+def _copied(tensor: Tensor, size: int, file: BinaryIO) -> int:
+    data = memoryview(tensor.read())
+    assert data.nbytes == size
+    check = 0
+    for at in range(0, size, _CHUNK):
+        chunk = data[at : at + _CHUNK]
+        check = zlib.crc32(chunk, check)
+        file.write(chunk)
+    return check
+
+
+# --- reading ---------------------------------------------------------------------------------
+
+
+class Entry(NamedTuple):
+    """Where an array lies in a file."""
+
+    tag: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    def dtype(self) -> str:
+        """Return the name of the dtype that the format says it has."""
+        return _NAMES[self.tag]
+
+
+class Header(NamedTuple):
+    """A header that has passed all checks."""
+
+    entries: dict[str, Entry]
+    metadata: dict[str, str]
+
+
+def read_header(file: BinaryIO) -> Header:
+    """Read the header of a file and check it; `Entry.start` counts from the begin of the file."""
+    size = os.fstat(file.fileno()).st_size
+    file.seek(0)
+    first = file.read(8)
+    if len(first) < 8:
+        raise FileFormatError(f"no safetensors file: it has {size} bytes, a header needs 8")
+    length = int.from_bytes(first, "little")
+    if length > min(MAX_HEADER, size - 8):
+        raise FileFormatError(
+            f"no safetensors file, or cut short: its first 8 bytes say that a header of {length:,} "
+            f"bytes follows, and the file has {size:,} bytes (allowed: {MAX_HEADER:,})"
+        )
+    encoded = file.read(length)
+    if len(encoded) < length:
+        raise FileFormatError("the file was cut short while it was read")
+    return _checked(parse(encoded, "the header"), 8 + length, size)
+
+
+def parse(text: bytes | str, what: str) -> Any:
+    """Parse JSON, strictly: no key twice, no NaN, nothing but an object."""
+    try:
+        if isinstance(text, bytes):
+            text = text.decode("utf-8")
+        found = json.loads(text, object_pairs_hook=_once, parse_constant=_refuse_constant)
+    except FileFormatError as error:
+        raise FileFormatError(f"{what} is damaged: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise FileFormatError(f"{what} is no JSON text: {error}") from None
+    if not isinstance(found, dict) or text[0] != "{":
+        raise FileFormatError(f"{what} is no JSON object")
+    return found
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise FileFormatError("it has a key twice")
+    return found
+
+
+def _refuse_constant(text: str) -> None:
+    raise FileFormatError(f"it has the number {text}")
+
+
+def _checked(header: dict[str, Any], begin: int, size: int) -> Header:
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise FileFormatError("__metadata__ must hold strings")
+    entries = {name: _entry(name, said, begin) for name, said in header.items()}
+    end = begin
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
+        if entry.start != end:
+            fault = "overlaps the one before it" if entry.start < end else "comes after a gap"
+            raise FileFormatError(f"the array {name!r} {fault}")
+        end = entry.stop
+    if end != size:
+        raise FileFormatError(
+            f"the file should have {end:,} bytes by its header, and has {size:,}: "
+            f"{'cut short' if end > size else 'something was appended'}"
+        )
+    return Header(entries, metadata)
+
+
+def _entry(name: str, said: Any, begin: int) -> Entry:
+    if not isinstance(said, dict) or said.keys() != {"dtype", "shape", "data_offsets"}:
+        raise FileFormatError(f"the array {name!r} needs a dtype, a shape and data_offsets")
+    tag, shape, offsets = said["dtype"], said["shape"], said["data_offsets"]
+    if not isinstance(tag, str) or tag not in _BYTES:
+        raise FileFormatError(f"the array {name!r} has a dtype that is not known here: {tag!r:.40}")
+    if not is_shape(shape):
+        raise FileFormatError(f"the array {name!r} has no valid shape: {shape!r:.80}")
+    if not _are_whole(offsets) or len(offsets) != 2:
+        raise FileFormatError(f"the array {name!r} has no valid data_offsets: {offsets!r:.80}")
+    start, stop = offsets
+    if stop - start != _BYTES[tag] * math.prod(shape):
+        raise FileFormatError(
+            f"the array {name!r} of dtype {tag} and shape {shape!r:.80} cannot lie in "
+            f"{stop - start:,} bytes"
+        )
+    return Entry(tag, tuple(shape), begin + start, begin + stop)
+
+
+def _are_whole(numbers: Any) -> bool:
+    return isinstance(numbers, list) and all(type(n) is int and n >= 0 for n in numbers)
+
+
+def is_shape(numbers: Any) -> bool:
+    """Tell whether an array can have this shape, also where a 0 makes its size small."""
+    return (
+        _are_whole(numbers)
+        and len(numbers) <= MAX_AXES
+        and math.prod(n or 1 for n in numbers) < 2**56
+    )
+
+
+def read_raw(file: BinaryIO, entry: Entry) -> tuple[np.ndarray, int]:
+    """Read the bytes of an array, and their checksum."""
+    raw = np.empty(entry.stop - entry.start, np.uint8)
+    data = memoryview(raw)
+    check = 0
+    file.seek(entry.start)
+    for at in range(0, len(data), _CHUNK):
+        chunk = data[at : at + _CHUNK]
+        if file.readinto(chunk) != len(chunk):  # type: ignore[attr-defined]
+            raise FileFormatError("the file was cut short while it was read")
+        check = zlib.crc32(chunk, check)
+    return raw, check
+
+
+def check_content(name: str, tag: str, raw: np.ndarray) -> None:
+    """Refuse bytes that NumPy would take for truth values and that are neither 0 nor 1."""
+    if tag == "BOOL" and raw.size and raw.max() > 1:
+        raise FileFormatError(f"the array {name!r} of truth values has bytes beyond 0 and 1")
+
+
+def checksums(metadata: dict[str, str], count: int) -> Iterator[int]:
+    """Yield the checksum of our text, then those of the `count` arrays."""
+    said = metadata[CHECKSUMS]
+    if len(said) != 8 * (count + 1) or not set(said) <= set("0123456789abcdef"):
+        raise FileFormatError(f"the checksums are damaged: there should be {count + 1}")
+    return (int(said[at : at + 8], 16) for at in range(0, len(said), 8))
