@@ -24,6 +24,7 @@ from emit_steps import generate
 RULES = Path("optimisers/rules.py")
 STEPS = Path("optimisers/_steps.pxi")
 KERNELS = Path("optimisers/_kernels.pyx")
+DLPACK = Path("optimisers/_dlpack.pyx")
 
 # Equal bits on every instruction set need separate roundings: no contraction to fma, no fast-math.
 # The other two flags let loops with `sqrt` and comparisons use vector instructions.
@@ -37,6 +38,9 @@ VARIANTS: dict[str, list[str]] = {"optimisers._kernels": []}
 if platform.machine().lower() in {"x86_64", "amd64"} and sys.platform != "win32":
     VARIANTS["optimisers._kernels_avx2"] = ["-mavx2"]
     VARIANTS["optimisers._kernels_avx512"] = ["-march=x86-64-v4", "-mprefer-vector-width=512"]
+
+SOURCES = {name: [str(KERNELS), str(STEPS)] for name in VARIANTS}
+SOURCES["optimisers._dlpack"] = [str(DLPACK)]
 
 
 class BuildKernels(build_ext):
@@ -56,9 +60,10 @@ class BuildKernels(build_ext):
         flags = EXACT_MSVC if msvc else [flag for flag in EXACT if self.takes(flag)]
         openmp = OPENMP_MSVC if msvc else OPENMP
         parallel = [openmp] if self.takes(openmp) else []
-        self.extensions[:] = [ext for ext in self.extensions if self.takes(*VARIANTS[ext.name])]
+        own = {ext.name: VARIANTS.get(ext.name, []) for ext in self.extensions}
+        self.extensions[:] = [ext for ext in self.extensions if self.takes(*own[ext.name])]
         for ext in self.extensions:
-            ext.extra_compile_args = flags + parallel + VARIANTS[ext.name]
+            ext.extra_compile_args = flags + parallel + own[ext.name]
             ext.extra_link_args = [] if msvc else parallel
         super().build_extensions()
 
@@ -67,7 +72,7 @@ class BuildKernels(build_ext):
         if newer_group(ext.depends, written):
             written.parent.mkdir(parents=True, exist_ok=True)
             cython = [sys.executable, "-m", "cython", "-3", "--module-name", ext.name]
-            subprocess.run([*cython, "-o", written, KERNELS], check=True)
+            subprocess.run([*cython, "-o", written, ext.depends[0]], check=True)
         ext.sources = [str(written)]
         super().build_extension(ext)
 
@@ -96,11 +101,11 @@ if __name__ == "__main__":
         ext_modules=[
             Extension(
                 name,
-                [str(KERNELS)],
+                depends[:1],
                 include_dirs=[np.get_include()],
                 define_macros=[("NPY_NO_DEPRECATED_API", "NPY_2_0_API_VERSION")],
-                depends=[str(KERNELS), str(STEPS), "setup.py"],
+                depends=[*depends, "setup.py"],
             )
-            for name in VARIANTS
+            for name, depends in SOURCES.items()
         ],
     )

@@ -127,7 +127,7 @@ def draw(x: Array, y: Array, model: Model, out: str) -> None:
         above.annotate(
             f"{one['place']:.2f}\nwidth {one['width']:.2f}",
             (float(one["place"]), top),
-            (0, 7),
+            (0, 10),
             textcoords="offset points",
             ha="center",
             color=red,

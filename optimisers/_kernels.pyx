@@ -999,7 +999,7 @@ cdef class Batch:
 
     cdef double norm(self, Segment* leaf, Py_ssize_t stage, double p) noexcept nogil:
         """Return the p-norm of what reaches `stage`, in double."""
-        cdef double value, largest
+        cdef double value, largest, root
         if p == INFINITY:
             return self.reduce(leaf, stage, LARGEST, 0, 1)
         if p == -INFINITY:
@@ -1015,7 +1015,11 @@ cdef class Batch:
         largest = self.reduce(leaf, stage, LARGEST if p > 0 else SMALLEST, 0, 1)
         if largest == 0 or not isfinite(largest):
             return largest
-        return largest * pow(self.reduce(leaf, stage, POWERS, p, largest), 1 / p)
+        value = self.reduce(leaf, stage, POWERS, p, largest)
+        if fabs(p) >= 1:
+            return largest * pow(value, 1 / p)
+        root = pow(value, 0.5 / p)
+        return largest * root * root    # by halves: for tiny p the whole root alone overflows
 
     cdef double reduce(self, Segment* leaf, Py_ssize_t stage, Reduction kind, double p,
                        double unit) noexcept nogil:

@@ -21,7 +21,7 @@ import math
 import os
 import sys
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
@@ -353,9 +353,9 @@ def check_content(name: str, tag: str, raw: np.ndarray) -> None:
         raise FileFormatError(f"the array {name!r} of truth values has bytes beyond 0 and 1")
 
 
-def checksums(metadata: dict[str, str], count: int) -> Iterator[int]:
-    """Yield the checksum of our text, then those of the `count` arrays."""
+def checksums(metadata: dict[str, str], count: int) -> list[int]:
+    """Return the checksum of our text, then those of the `count` arrays."""
     said = metadata[CHECKSUMS]
     if len(said) != 8 * (count + 1) or not set(said) <= set("0123456789abcdef"):
         raise FileFormatError(f"the checksums are damaged: there should be {count + 1}")
-    return (int(said[at : at + 8], 16) for at in range(0, len(said), 8))
+    return [int(said[at : at + 8], 16) for at in range(0, len(said), 8)]

@@ -1,4 +1,4 @@
-"""Trees as tables: how state trees and models become text and arrays, and come back.
+"""Trees as tables: how state trees and models become text and arrays.
 
 A tree is written as a table of nodes, children before their parents, so that
 
@@ -6,36 +6,32 @@ a) the text is flat however deep the tree is, and a loop reads it, without recur
 b) a child can only be something that stands above: a file cannot hold a tree that contains itself;
 c) what is shared stays shared: one `Leaf`, one array, one list at several places is one entry.
 
-Nothing in a file names code that is run. A rule is looked up by name among the subclasses of `Rule`
-that exist, a named tuple among the classes that exist; no module is ever imported for a file.
+    {"dict": [0, 1], "keys": ["w", "b"]}     a node and its children; with a "class" if it has one
+    {"array": 3}, {"array": 3, "view": ...}  an array, or another view of one that is there already
+    {"leaf": 0, "state": 7, "frozen": false} a `Leaf` with the rule of that number
+    {"value": 1.5}                           what JSON has; {"float": "inf"} and such where it has not
 
-    Encoder   trees -> nodes, rules, tensors
-    Archive   a file, checked -> trees: by `build` where all nodes are built-in ones, and by `fill`
-              into the structure of given trees, whose differences it names all at once
+`_archive` reads what is written here.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
 import json
 import math
 import sys
-import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any, BinaryIO, NoReturn, cast
+from typing import Any, cast
 
 import numpy as np
 
 from . import _safetensors as form
 from ._jax import Number, attributes, is_tracer
-from ._pytree import Tie
 from ._rule import Rule
-from ._safetensors import FileFormatError, Tensor
-from ._ties import View, carry, owners
-from ._tree import KeyPath, Namespace, _library, children, fold, is_node, rebuild, walk
+from ._safetensors import Tensor
+from ._ties import View, owners
+from ._tree import KeyPath, Namespace, _library, children, fold, is_node
 from .state import Leaf
 
 Array = Any
@@ -43,10 +39,12 @@ Tree = Any
 
 VERSION = 1
 """Of the text in the metadata. A reader takes this version and those before it."""
+DEEPEST = 100
+"""How deep tuples and dictionaries in a field of a rule may stand in each other."""
 
 # --- what both directions share --------------------------------------------------------------
 
-_CONTAINERS: dict[type, str] = {
+CONTAINERS: dict[type, str] = {
     dict: "dict",
     OrderedDict: "ordered",
     list: "list",
@@ -54,21 +52,19 @@ _CONTAINERS: dict[type, str] = {
     SimpleNamespace: "namespace",
     Namespace: "state",
 }
-_CLASSES = {kind: cls for cls, kind in _CONTAINERS.items()}
-_BY_POSITION = ("list", "tuple")
-_WITH_CLASS = ("named", "object")
-_BY_NAME = ("namespace", "state", "named")
+BY_POSITION = ("list", "tuple")
+WITH_CLASS = ("named", "object")
 
 
-def _kind(node: Any) -> str:
+def kind_of(node: Any) -> str:
     cls = type(node)
-    if cls in _CONTAINERS:
-        return _CONTAINERS[cls]
+    if cls in CONTAINERS:
+        return CONTAINERS[cls]
     is_named = issubclass(cls, tuple) and hasattr(cls, "_fields")
     return "named" if is_named and not hasattr(cls, "n_sequence_fields") else "object"
 
 
-def _class_name(cls: type) -> str:
+def class_name(cls: type) -> str:
     """Return the name of a class: of ours without its module, which may change."""
     package = __package__ or ""
     if cls.__module__.startswith(f"{package}."):
@@ -76,18 +72,9 @@ def _class_name(cls: type) -> str:
     return f"{cls.__module__}:{cls.__qualname__}"
 
 
-def _at(root: str, path: KeyPath) -> str:
+def at(root: str, path: KeyPath) -> str:
     text = str(path) if path else ""
     return f"{root}{'.' if text and text[0] != '[' else ''}{text}"
-
-
-def _shown(x: Any) -> str:
-    """Say what something is, for an error."""
-    if _library(type(x)) is not None:
-        return f"array of shape {tuple(x.shape)}"
-    if isinstance(x, Leaf):
-        return f"Leaf with {x.rule!r:.60}"
-    return f"{type(x).__name__} {x!r:.40}" if not is_node(x) else type(x).__name__
 
 
 # --- trees to tables -------------------------------------------------------------------------
@@ -102,7 +89,7 @@ class Encoder:
         self.rules: list[dict[str, Any]] = []
         self.arrays: list[tuple[str, Array]] = []
         self.names: list[str] = []
-        self._array_nodes: list[tuple[dict[str, Any], str]] = []
+        self._array_nodes: list[dict[str, Any]] = []
         self._numbers: dict[tuple[str, int], tuple[int, Any]] = {}
 
     def add(self, root: str, tree: Tree) -> int:
@@ -114,8 +101,8 @@ class Encoder:
             int,
             fold(
                 tree,
-                lambda path, x: self._leaf(_at(root, path), ".".join([name, *map(str, path)]), x),
-                lambda path, x, results: self._node(_at(root, path), x, results),
+                lambda path, x: self._leaf(at(root, path), ".".join([name, *map(str, path)]), x),
+                lambda path, x, results: self._node(at(root, path), x, results),
             ),
         )
 
@@ -138,9 +125,9 @@ class Encoder:
             tensors.append(Tensor(name, dtype, tuple(x.shape), lambda x=x: _raw(x)))
             said.append({"name": name, "dtype": dtype, "shape": list(x.shape)})
             said[-1].update(_layout(x, k in with_views))
-        for node, key in self._array_nodes:
-            k = node[key]
-            node[key] = number[owner[k]]
+        for node in self._array_nodes:
+            k = node["array"]
+            node["array"] = number[owner[k]]
             if k in tied:
                 view = View.of(self.arrays[k][1])
                 node["view"] = [list(view.shape), list(view.order), list(view.flips)]
@@ -186,17 +173,17 @@ class Encoder:
         return self._new({"leaf": rule, "state": state, "frozen": bool(leaf.frozen)})
 
     def _node(self, place: str, x: Any, results: list[int]) -> int:
-        kind = _kind(x)
+        kind = kind_of(x)
         node: dict[str, Any] = {kind: results}
-        if kind in _WITH_CLASS:
-            node["class"] = _class_name(type(x))
-        if kind not in _BY_POSITION:
+        if kind in WITH_CLASS:
+            node["class"] = class_name(type(x))
+        if kind not in BY_POSITION:
             node["keys"] = [_key(place, key) for key in children(x)]
         return self._new(node)
 
     def _array_node(self, place: str, name: str, x: Array) -> int:
         node = {"array": self._array(place, name, x)}
-        self._array_nodes.append((node, "array"))
+        self._array_nodes.append(node)
         return self._new(node)
 
     def _array(self, place: str, name: str, x: Array) -> int:
@@ -211,15 +198,18 @@ class Encoder:
                 key: self._value(f"{place}.{key}", f"{name}.{key}", value)
                 for key, value in attributes(rule).items()
             }
-            self.rules.append({"rule": _class_name(type(rule)), "fields": fields})
+            self.rules.append({"rule": class_name(type(rule)), "fields": fields})
             return len(self.rules) - 1
 
         if not isinstance(rule, Rule):
             raise TypeError(f"{place} is no rule: {rule!r:.60}")
         return self._number("rule", rule, make)
 
-    def _value(self, place: str, name: str, x: Any) -> Any:
+    def _value(self, place: str, name: str, x: Any, depth: int = 0) -> Any:
         """Return what JSON has for `x`, or an object with one key that says what `x` is."""
+        if depth > DEEPEST:
+            raise TypeError(f"cannot save {place}: it stands {DEEPEST} tuples deep")
+        deeper = depth + 1
         cls = type(x)
         if x is None or cls is bool or cls is str:
             return x
@@ -243,14 +233,14 @@ class Encoder:
         if isinstance(x, np.dtype) and form.dtype_name(x) is not None:
             return {"dtype": form.dtype_name(x)}
         if cls is tuple or cls is list:
-            found = [self._value(f"{place}[{i}]", f"{name}.{i}", v) for i, v in enumerate(x)]
+            found = [self._value(f"{place}[{i}]", f"{name}.{i}", v, deeper) for i, v in enumerate(x)]
             return {cls.__name__: found}
         if cls is dict and all(type(key) is str for key in x):
-            found = [self._value(f"{place}[{k!r}]", f"{name}.{k}", v) for k, v in x.items()]
+            found = [self._value(f"{place}[{k!r}]", f"{name}.{k}", v, deeper) for k, v in x.items()]
             return {"dict": [list(x), found]}
         if _library(cls) is not None:
             node = {"array": self._number("field", x, lambda: self._array(place, name, x))}
-            self._array_nodes.append((node, "array"))
+            self._array_nodes.append(node)
             return node
         raise TypeError(
             f"cannot save the {cls.__name__} at {place}: {x!r:.60}. Arrays, numbers, strings, "
@@ -322,228 +312,3 @@ def _raw(x: Array) -> np.ndarray:
     elif library == "numba":
         x = x.copy_to_host()
     return form.untyped(np.asarray(x))
-
-
-# --- tables to trees -------------------------------------------------------------------------
-
-
-class _Node(dict[Any, Any]):
-    """A node of a file: children by key, and what it was."""
-
-    kind: str
-    name: str
-
-
-@dataclasses.dataclass(eq=False)
-class _Leaf:
-    rule: int
-    state: Any
-    frozen: bool
-
-
-@dataclasses.dataclass(eq=False)
-class _Array:
-    tensor: int
-    view: View | None
-
-
-@dataclasses.dataclass(eq=False)
-class _Value:
-    value: Any
-
-
-@dataclasses.dataclass(eq=False)
-class _LeftOut:
-    text: str
-
-
-@dataclasses.dataclass(eq=False)
-class _Tensor:
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    layout: View
-    entry: form.Entry
-    check: int | None
-
-
-def _damaged(what: str) -> NoReturn:
-    raise FileFormatError(f"the file is damaged: {what}")
-
-
-class Archive:
-    """A file whose header has been read and checked; its arrays are read when asked for."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.file = file
-        header = form.read_header(file)
-        said = header.metadata
-        self.is_plain = form.KEY not in said and form.CHECKSUMS not in said
-        self.roots: dict[str, Any] = {}
-        self._rules: list[Any] = []
-        self._made: dict[int, Rule] = {}
-        if self.is_plain:
-            self.strings = said
-            self.tensors = [
-                _Tensor(name, e.dtype(), e.shape, _c_order(e.shape), e, None)
-                for name, e in header.entries.items()
-            ]
-            root = _Node((t.name, _Array(k, None)) for k, t in enumerate(self.tensors))
-            root.kind, root.name = "dict", ""
-            self.roots["state"] = root
-            return
-        if form.KEY not in said or form.CHECKSUMS not in said:
-            _damaged(f"of {form.KEY!r} and {form.CHECKSUMS!r} in the metadata, one is missing")
-        text = said[form.KEY]
-        checks = form.checksums(said, len(header.entries))
-        if next(checks) != zlib.crc32(text.encode("utf-8", "surrogatepass")):
-            _damaged("the text in its header has another checksum")
-        told = form.parse(text, "the text in the header")
-        self._read(told, header.entries, list(checks))
-
-    # The text, checked ---------------------------------------------------------------------
-
-    def _read(self, told: dict[str, Any], entries: dict[str, form.Entry], checks: Any) -> None:
-        version = told.get("version")
-        if type(version) is not int or version < 1:
-            _damaged(f"its version is {version!r:.40}")
-        if version > VERSION:
-            raise FileFormatError(
-                f"the file has version {version} of the format, and this library reads versions "
-                f"up to {VERSION}: install a newer one"
-            )
-        for name, cls in (("roots", dict), ("nodes", list), ("rules", list), ("tensors", list)):
-            if not isinstance(told.get(name), cls):
-                _damaged(f"its {name} are missing")
-        if len(told["tensors"]) != len(entries):
-            _damaged(f"it has {len(entries)} arrays and should have {len(told['tensors'])}")
-        pairs = zip(told["tensors"], checks, strict=True)
-        self.tensors = [_tensor(said, entries, check) for said, check in pairs]
-        if len({t.name for t in self.tensors}) != len(entries):
-            _damaged("an array is named twice")
-        self._rules = [self._checked_rule(said, k) for k, said in enumerate(told["rules"])]
-        nodes: list[Any] = []
-        places: list[int] = []
-        for said in told["nodes"]:
-            node, below = self._checked_node(said, nodes)
-            nodes.append(node)
-            places.append(1 + sum(places[k] for k in below))
-        most = max(1_000_000, 100 * len(nodes))
-        for name, k in told["roots"].items():
-            self.roots[name] = nodes[_number(k, nodes)]
-            if places[k] > most:
-                _damaged(f"its {name} has {places[k]:.3g} places made of {len(nodes)} nodes")
-        if "state" not in self.roots or not self.roots.keys() <= {"state", "model", "metadata"}:
-            _damaged("it has no state, or something unknown beside it")
-
-    def _checked_rule(self, said: Any, k: int) -> Any:
-        if not isinstance(said, dict) or said.keys() != {"rule", "fields"}:
-            _damaged(f"rule {k} is {said!r:.60}")
-        if not isinstance(said["rule"], str) or not isinstance(said["fields"], dict):
-            _damaged(f"rule {k} is {said!r:.60}")
-        for value in said["fields"].values():
-            self._check_value(value, k)
-        return said
-
-    def _check_value(self, value: Any, rules: int) -> None:
-        """Check a value; it may be made of the first so many rules."""
-        if not isinstance(value, dict):
-            if isinstance(value, list):
-                _damaged(f"a value is {value!r:.60}")
-            return
-        if len(value) != 1 + ("view" in value):
-            _damaged(f"a value is {value!r:.60}")
-        kind, x = next(iter(value.items()))
-        if kind == "rule":
-            _number(x, range(rules))
-        elif kind == "array":
-            self._checked_array(value)
-        elif kind in ("tuple", "list") and isinstance(x, list):
-            for v in x:
-                self._check_value(v, rules)
-        elif kind == "dict":
-            if not isinstance(x, list) or [type(v) for v in x] != [list, list]:
-                _damaged(f"a value is {value!r:.60}")
-            keys, found = x
-            if len(keys) != len(found) or not all(isinstance(key, str) for key in keys):
-                _damaged(f"a value is {value!r:.60}")
-            for v in found:
-                self._check_value(v, rules)
-        else:
-            _plain(value)
-
-    def _checked_array(self, said: dict[str, Any]) -> _Array:
-        k = _number(said["array"], self.tensors)
-        if "view" not in said:
-            return _Array(k, None)
-        view = said["view"]
-        if not isinstance(view, list) or len(view) != 3 or not form.is_shape(view[0]):
-            _damaged(f"a view is {view!r:.60}")
-        shape, order, flips = view
-        return _Array(k, _checked_view(shape, order, flips, math.prod(self.tensors[k].shape)))
-
-    def _checked_node(self, said: Any, above: list[Any]) -> tuple[Any, list[int]]:
-        if not isinstance(said, dict) or not said:
-            _damaged(f"a node is {said!r:.60}")
-        kind = next(iter(said))
-        keys = set(said)
-        if kind == "value" and keys == {"value"}:
-            value = said["value"]
-            self._check_value(value, len(self._rules))
-            return _Value(_plain(value)), []
-        if kind == "array" and keys <= {"array", "view"}:
-            return self._checked_array(said), []
-        if kind == "left_out" and keys == {"left_out"}:
-            return _LeftOut(str(said["left_out"])), []
-        if kind == "leaf" and keys == {"leaf", "state", "frozen"}:
-            k = _number(said["state"], above)
-            if type(said["frozen"]) is not bool:
-                _damaged(f"a leaf is {said!r:.60}")
-            return _Leaf(_number(said["leaf"], self._rules), above[k], said["frozen"]), [k]
-        return _checked_inner(said, kind, above)
-
-    # Rules ---------------------------------------------------------------------------------
-
-    def rule(self, k: int) -> Rule:
-        """Return a rule of the file."""
-        if k not in self._made:
-            for number in range(k + 1):  # those it is made of stand above it
-                if number in self._made or not (number == k or self._is_part(number, k)):
-                    continue
-                said = self._rules[number]
-                fields = {name: self._value(v) for name, v in said["fields"].items()}
-                self._made[number] = _made_rule(said["rule"], fields)
-        return self._made[k]
-
-    def _is_part(self, part: int, whole: int) -> bool:
-        return True
-
-    def _value(self, value: Any) -> Any:
-        if isinstance(value, dict):
-            kind, x = next(iter(value.items()))
-            if kind == "rule":
-                return self._made[x]
-            if kind == "array":
-                return self._whole_array(self._checked_array(value))
-            if kind in ("tuple", "list"):
-                found = [self._value(v) for v in x]
-                return tuple(found) if kind == "tuple" else found
-            if kind == "dict":
-                return dict(zip(x[0], map(self._value, x[1]), strict=True))
-        return _plain(value)
-
-    # Arrays --------------------------------------------------------------------------------
-
-    def raw(self, k: int) -> np.ndarray:
-        """Read the bytes of an array, and check them."""
-        tensor = self.tensors[k]
-        raw, check = form.read_raw(self.file, tensor.entry)
-        self.check(k, raw, check)
-        return raw
-
-    def check(self, k: int, raw: np.ndarray, check: int) -> None:
-        """Refuse bytes that are not those that were written."""
-        tensor = self.tensors[k]
-        if tensor.check is not None and tensor.check != check:
-            _damaged(f"the array {tensor.name!r} has another checksum than when it was written")
-        form.check_content(tensor.name, tensor.entry.tag, raw)

@@ -12,7 +12,7 @@ import numpy as np
 from ._jax import Maybe, chosen, is_tracer
 from ._rule import Count, NonNegative, Order, Rule, as_like, count_like, full_like, is_traced
 from .rules import _Hold, _Release, _Scale
-from .words import absolute, is_complex, namespace
+from .words import absolute, is_complex, namespace, where
 
 Array = Any
 
@@ -148,7 +148,7 @@ class ClipNorm(Rule):
     def factor(self, norm: Any) -> Any:
         """Return what a gradient of this norm is multiplied with."""
         if is_traced(norm) or is_traced(self.omega):
-            return namespace(norm).where(norm <= self.omega, 1.0, self.omega / norm)
+            return where(norm <= self.omega, 1.0, self.omega / norm)
         if self.throw and not math.isfinite(norm):
             raise FloatingPointError(
                 f"ClipNorm: the gradient has {self.p:g}-norm {norm}; "
@@ -181,8 +181,12 @@ def norm(x: Array, p: float) -> Any:
     if math.isinf(p):
         return extreme
     unit = xp.where((extreme > 0) & xp.isfinite(extreme), extreme, xp.ones_like(extreme))
-    power = xp.sum((size / unit) ** p) ** (1 / p)
-    return xp.where((extreme > 0) | (p > 0), unit * power, extreme)
+    total = xp.sum((size / unit) ** p)
+    if abs(p) >= 1:
+        found = unit * total ** (1 / p)
+    else:  # by halves: for tiny p the whole root alone would overflow
+        found = unit * total ** (0.5 / p) * total ** (0.5 / p)
+    return xp.where((extreme > 0) | (p > 0), found, extreme)
 
 
 class AccumGradState(NamedTuple):
@@ -246,9 +250,7 @@ class AccumGrad(Rule):
         (total,), mean = _Release(self.n).apply((state.sum,), x, dx)
         return AccumGradState(total, as_like(state.count, state.count * 0)), mean
 
-    def _traced(
-        self, state: AccumGradState, x: Array, dx: Array
-    ) -> tuple[AccumGradState, Maybe]:
+    def _traced(self, state: AccumGradState, x: Array, dx: Array) -> tuple[AccumGradState, Maybe]:
         made = state.count + 1 >= self.n
         (total,), _ = _Hold().apply((state.sum,), x, dx)
         (zero,), mean = _Release(self.n).apply((state.sum,), x, dx)

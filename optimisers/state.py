@@ -292,9 +292,7 @@ def _replaced(state: Tree, model: Model, xs: list[Array], new_x: dict[int, Array
     return new_model
 
 
-def _renewed(
-    state: Tree, held: list[Leaf], leaves: list[Leaf], new_state: dict[int, Any]
-) -> Tree:
+def _renewed(state: Tree, held: list[Leaf], leaves: list[Leaf], new_state: dict[int, Any]) -> Tree:
     """Return a state tree of new leaves, tied as before."""
     made: dict[int, Leaf] = {}
     for k, leaf in enumerate(leaves):
@@ -312,9 +310,7 @@ def _renewed(
 def _reunited(leaves: list[Leaf]) -> list[Leaf]:
     """Return for each leaf the first that it is tied to, where JAX has made several of one."""
     first: dict[int, Leaf] = {}
-    return [
-        leaf if leaf.tie is None else first.setdefault(id(leaf.tie), leaf) for leaf in leaves
-    ]
+    return [leaf if leaf.tie is None else first.setdefault(id(leaf.tie), leaf) for leaf in leaves]
 
 
 class _Tied:
@@ -464,9 +460,7 @@ def adjust(state: Tree, eta: float | None = None, /, **fields: Any) -> Tree:
     """
     leaves = _leaves(state)
     rules = _adjusted(leaves, eta, fields)
-    made = {
-        id(leaf): leaf.renewed(rules[id(leaf)], _engine.fresh(leaf.state)) for leaf in leaves
-    }
+    made = {id(leaf): leaf.renewed(rules[id(leaf)], _engine.fresh(leaf.state)) for leaf in leaves}
     return fmap(lambda x: made.get(id(x), x), state)
 
 

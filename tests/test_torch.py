@@ -181,6 +181,70 @@ def test_a_real_view_that_is_negated_in_thought_only():
     np.testing.assert_array_equal(to_numpy(x), before - 1)
 
 
+SEEN = [
+    torch.zeros(()),
+    torch.zeros(0, 3),
+    tensor(3, 4),
+    tensor(3, 4).T[::2, 1:],
+    tensor(3, 4, grad=True),
+    torch.zeros(1).expand(3),
+    torch.arange(3),
+    torch.zeros(3, dtype=torch.float16),
+    torch.nn.Parameter(torch.zeros(3)),
+]
+UNSEEN = [
+    torch.zeros(3, device="meta"),
+    tensor(3, dtype=torch.complex128).conj().imag,
+    torch.eye(3).to_sparse(),
+    torch.zeros(3).as_subclass(type("Other", (torch.Tensor,), {})),
+]
+
+
+@pytest.mark.parametrize("x", SEEN, ids=str)
+@pytest.mark.parametrize("quick", [True, False])
+def test_a_view_is_the_memory_of_a_tensor(x, quick, monkeypatch):
+    if not quick:  # as with an older PyTorch
+        monkeypatch.setattr(_torch, "_viewer", lambda: None)
+    elif _torch._viewer() is None:
+        pytest.skip("this PyTorch does not describe its tensors")
+    seen = _torch.view(x)
+    (in_state,) = _torch._view_state((x,))
+    for found in (seen, in_state):
+        expected = x.detach().numpy()
+        assert type(found) is np.ndarray
+        assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
+        assert found.strides == expected.strides or not found.size
+        assert found.ctypes.data == expected.ctypes.data or not found.size
+        assert found.flags.writeable
+        assert found.flags.aligned
+        np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_some_tensors_have_no_view(quick, monkeypatch):
+    if not quick:
+        monkeypatch.setattr(_torch, "_viewer", lambda: None)
+    for x in UNSEEN:
+        assert _torch.view(x) is None
+        assert _torch._view_state((x,)) == (None,)
+    seen = []
+
+    def f(x):
+        seen.append(_torch.view(x))
+        return (x * x).sum()
+
+    torch.func.grad(f)(torch.ones(3))
+    torch.func.vmap(f)(torch.ones(2, 3))
+    assert seen == [None, None]
+
+
+def test_a_view_keeps_its_memory_alive():
+    seen = _torch.view(torch.full((1000,), 7.0))
+    others = [torch.zeros(1000) for _ in range(100)]
+    assert (seen == 7).all()
+    assert len(others) == 100
+
+
 # --- half precision ------------------------------------------------------------------------------
 
 

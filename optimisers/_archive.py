@@ -1,0 +1,764 @@
+"""Tables as trees: how what `_saved` wrote comes back, out of a file that may be hostile.
+
+a) All that a file says is checked, and all that is missing or different is named, before an array
+   is read: `Archive` on opening, then `build` or `fill`.
+b) Nothing in a file names code that is run. A rule is looked up among the subclasses of `Rule` that
+   exist, a named tuple among the classes that exist; no module is ever imported for a file.
+c) `build` makes trees of built-in nodes. `fill` follows given trees, with their classes and array
+   libraries.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import math
+import sys
+import zlib
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
+from types import SimpleNamespace
+from typing import Any, BinaryIO, NoReturn, Self
+
+import numpy as np
+
+from . import _safetensors as form
+from ._jax import attributes
+from ._pytree import Tie
+from ._rule import Rule
+from ._safetensors import FileFormatError
+from ._saved import BY_POSITION, CONTAINERS, DEEPEST, VERSION, WITH_CLASS, class_name, kind_of
+from ._ties import View, carry, owners
+from ._tree import _library, children, fold, is_node, isnumeric, rebuild, walk
+from .state import Leaf
+
+Array = Any
+Tree = Any
+
+_CLASSES = {kind: cls for cls, kind in CONTAINERS.items()}
+_MOST_PARTS = 10_000
+"""Rules that one rule may be made of."""
+
+# --- what a file holds -----------------------------------------------------------------------
+
+
+class _Node(dict[Any, Any]):
+    """A node: its children by key, and what it was."""
+
+    kind: str
+    name: str
+
+    @classmethod
+    def of(cls, kind: str, found: Iterable[tuple[Any, Any]], name: str = "") -> Self:
+        node = cls(found)
+        node.kind, node.name = kind, name
+        return node
+
+
+@dataclasses.dataclass(eq=False, slots=True)
+class _Leaf:
+    rule: int
+    state: Any
+    frozen: bool
+
+
+@dataclasses.dataclass(eq=False, slots=True)
+class _Array:
+    tensor: int
+    view: View | None
+
+
+@dataclasses.dataclass(eq=False, slots=True)
+class _Value:
+    value: Any
+
+
+@dataclasses.dataclass(eq=False, slots=True)
+class _LeftOut:
+    text: str
+
+
+@dataclasses.dataclass(eq=False, slots=True)
+class _Tensor:
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    layout: View
+    entry: form.Entry
+    check: int | None
+
+
+def _damaged(what: str) -> NoReturn:
+    raise FileFormatError(f"the file is damaged: {what}")
+
+
+def _index(k: Any, table: Sequence[Any]) -> int:
+    """Return `k` if it is the number of an entry of this table."""
+    if type(k) is not int or not 0 <= k < len(table):
+        _damaged(f"{k!r:.40} is no number of an entry")
+    return k
+
+
+def _only(value: Any) -> tuple[str, Any]:
+    """Return what a value is, and of what: its one key; "" for what JSON has."""
+    if isinstance(value, dict):
+        if value.keys() == {"array", "view"}:
+            return "array", value["array"]
+        if len(value) == 1:
+            kind, x = next(iter(value.items()))
+            return kind, x
+    elif not isinstance(value, list):
+        return "", value
+    _damaged(f"a value is {value!r:.60}")
+
+
+def _plain(value: Any) -> Any:
+    """Return the number, text, ... that a value stands for."""
+    kind, x = _only(value)
+    if not kind:
+        return x
+    try:
+        if kind == "int":
+            return int(x, 16)
+        if kind == "float" and x in ("nan", "inf", "-inf"):
+            return float(x)
+        if kind == "complex":
+            real, imag = map(float.fromhex, x)
+            return complex(real, imag)
+        if kind == "bytes":
+            return bytes.fromhex(x)
+        if kind == "dtype":
+            form.stored(x, ())
+            return form.numpy_dtype(x)
+        if kind == "scalar":
+            name, text = x
+            form.stored(name, ())
+            raw = np.frombuffer(bytearray.fromhex(text), np.uint8)
+            return form.typed(raw, name, ())[()]
+    except (TypeError, ValueError, OverflowError) as error:
+        if isinstance(error, FileFormatError):
+            raise
+    _damaged(f"a value is {value!r:.60}")
+
+
+def _c_order(shape: tuple[int, ...]) -> View:
+    return View(shape, tuple(range(len(shape))), ())
+
+
+def _checked_view(shape: Any, order: Any, flips: Any, size: int) -> View:
+    """Return a view of an array of this size."""
+    axes = range(len(shape)) if form.is_shape(shape) else range(0)
+    for numbers in (order, flips):
+        if not isinstance(numbers, list) or not all(type(n) is int for n in numbers):
+            _damaged(f"a layout is {numbers!r:.60}")
+    is_order = sorted(order) == [*axes] and {*flips} <= {*axes} and len({*flips}) == len(flips)
+    if not form.is_shape(shape) or not is_order or math.prod(shape) != size:
+        _damaged(f"a view of {size} elements is {[shape, order, flips]!r:.80}")
+    return View(tuple(shape), tuple(order), tuple(flips))
+
+
+def _checked_tensor(said: Any, entries: dict[str, form.Entry], check: int) -> _Tensor:
+    wanted, allowed = {"name", "dtype", "shape"}, {"order", "flips"}
+    if not isinstance(said, dict) or not wanted <= said.keys() <= wanted | allowed:
+        _damaged(f"an array is {said!r:.80}")
+    name, dtype, shape = said["name"], said["dtype"], said["shape"]
+    are_texts = isinstance(name, str) and isinstance(dtype, str)
+    if not are_texts or not form.is_shape(shape) or name not in entries:
+        _damaged(f"an array is {said!r:.80}")
+    entry = entries[name]
+    if form.stored(dtype, shape) != (entry.tag, entry.shape):
+        _damaged(
+            f"the array {name!r} should have dtype {dtype} and shape {shape!r:.80}, and lies there "
+            f"as {entry.tag} of shape {list(entry.shape)!r:.80}"
+        )
+    order = said.get("order", [*range(len(shape))])
+    layout = _checked_view(shape, order, said.get("flips", []), math.prod(shape))
+    return _Tensor(name, dtype, tuple(shape), layout, entry, check)
+
+
+# --- rules and classes, by name --------------------------------------------------------------
+
+
+def _rule_classes() -> Iterator[Any]:
+    """Yield every rule there is, of those with one name the latest last."""
+    stack: list[Any] = [Rule]
+    while stack:
+        cls = stack.pop()
+        yield cls
+        stack += reversed(cls.__subclasses__())
+
+
+def _rule_class(name: str) -> Any:
+    found = [cls for cls in _rule_classes() if not inspect.isabstract(cls)]
+    exact = [cls for cls in found if class_name(cls) == name]
+    if exact:
+        return exact[-1]
+    # A script is `__main__` when it is run, and has a name when it is imported.
+    module, _, qualname = name.rpartition(":")
+    near = {
+        class_name(cls): cls
+        for cls in found
+        if ":" in class_name(cls) and cls.__qualname__ == qualname
+        if "__main__" in (module, cls.__module__)
+    }
+    if len(near) == 1:
+        return near.popitem()[1]
+    if not module:
+        raise FileFormatError(
+            f"the file has the rule {name!r}, which this version of the library does not have"
+        )
+    raise FileFormatError(
+        f"the file has the rule {qualname!r}, which is not known here: import the module that "
+        f"defines it, {module!r}, before you load"
+    )
+
+
+def _made_rule(name: str, fields: dict[str, Any]) -> Rule:
+    """Return a rule with these fields; its limits hold as if it were written by hand."""
+    cls = _rule_class(name)
+    names = {field.name for field in dataclasses.fields(cls)} if _is_data(cls) else set()
+    is_ours = ":" not in name
+    if names - fields.keys() or (is_ours and fields.keys() - names):
+        raise FileFormatError(
+            f"the rule {name} has the fields {', '.join(sorted(names)) or 'none'}; in the file it "
+            f"has {', '.join(sorted(fields)) or 'none'}. It was saved by another version of it"
+        )
+    try:
+        return _constructed(cls, fields) if is_ours else _revived(cls, fields)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise FileFormatError(f"the file has a rule that cannot be: {error}") from error
+
+
+def _is_data(cls: Any) -> bool:
+    return dataclasses.is_dataclass(cls)
+
+
+def _constructed(cls: Any, fields: dict[str, Any]) -> Rule:
+    positional: list[Any] = []
+    named = {}
+    for name, parameter in inspect.signature(cls).parameters.items():
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            positional += fields[name]
+        elif name in fields:
+            named[name] = fields[name]
+    rule: Rule = cls(*positional, **named)
+    return rule
+
+
+def _revived(cls: Any, fields: dict[str, Any]) -> Rule:
+    """Return a user's rule as it was; its `__init__` may want what is not kept."""
+    rule: Rule = object.__new__(cls)
+    for name, value in fields.items():
+        if not name.isidentifier() or name.startswith("__"):
+            raise ValueError(f"{cls.__name__} cannot have a field {name!r:.60}")
+        object.__setattr__(rule, name, value)
+    Rule.__post_init__(rule)
+    return rule
+
+
+def _named_class(name: str, fields: list[Any]) -> type | None:
+    """Return the named tuple of this name and with these fields, if there is one."""
+    found: list[Any] = [
+        cls.State for cls in _rule_classes() if class_name(vars(cls).get("State", cls)) == name
+    ]
+    module, _, qualname = name.rpartition(":")
+    package = f"{__package__}."
+    for known in [module] if module else [m for m in sys.modules if m.startswith(package)]:
+        place: Any = sys.modules.get(known)
+        for part in qualname.split("."):  # what is there: an attribute could be computed
+            place = getattr(place, "__dict__", {}).get(part)
+        found.append(place)
+    for cls in reversed(found):
+        is_named = isinstance(cls, type) and issubclass(cls, tuple)
+        if is_named and list(getattr(cls, "_fields", ())) == fields:
+            return cls
+    return None
+
+
+# --- a file ----------------------------------------------------------------------------------
+
+
+class Archive:
+    """A file whose header has been read and checked; its arrays are read when asked for."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        header = form.read_header(file)
+        said = header.metadata
+        self.is_plain = form.KEY not in said and form.CHECKSUMS not in said
+        self.strings = said
+        self.tensors: list[_Tensor] = []
+        self.roots: dict[str, Any] = {}
+        self._nodes: list[Any] = []
+        self._rules: list[dict[str, Any]] = []
+        self._parts: list[list[int]] = []
+        self._rules_made: dict[int, Rule] = {}
+        self._bases: dict[tuple[int, str], Any] = {}
+        self._arrays: dict[tuple[int, str], Any] = {}
+        if self.is_plain:
+            self._read_plain(header)
+            return
+        if form.KEY not in said or form.CHECKSUMS not in said:
+            _damaged(f"of {form.KEY!r} and {form.CHECKSUMS!r} in its metadata, one is missing")
+        text = said[form.KEY]
+        checks = form.checksums(said, len(header.entries))
+        if checks[0] != zlib.crc32(text.encode("utf-8", "surrogatepass")):
+            _damaged("the text in its header has another checksum than when it was written")
+        self._read(form.parse(text, "the text in the header"), header.entries, checks[1:])
+
+    def _read_plain(self, header: form.Header) -> None:
+        for name, entry in header.entries.items():
+            layout = _c_order(entry.shape)
+            self.tensors.append(_Tensor(name, entry.dtype(), entry.shape, layout, entry, None))
+        self._nodes = [_Array(k, None) for k in range(len(self.tensors))]
+        names = [tensor.name for tensor in self.tensors]
+        self.roots["state"] = _Node.of("dict", zip(names, self._nodes, strict=True))
+        self._nodes.append(self.roots["state"])
+
+    # The text is checked whole ---------------------------------------------------------------
+
+    def _read(
+        self, told: dict[str, Any], entries: dict[str, form.Entry], checks: list[int]
+    ) -> None:
+        version = told.get("version")
+        if type(version) is not int or version < 1:
+            _damaged(f"its version is {version!r:.40}")
+        if version > VERSION:
+            raise FileFormatError(
+                f"the file has version {version} of the format, and this library reads versions "
+                f"up to {VERSION}: install a newer one"
+            )
+        for name, cls in (("roots", dict), ("nodes", list), ("rules", list), ("tensors", list)):
+            if not isinstance(told.get(name), cls):
+                _damaged(f"its {name} are missing")
+        if len(told["tensors"]) != len(entries):
+            _damaged(f"it has {len(entries)} arrays and should have {len(told['tensors'])}")
+        for said, check in zip(told["tensors"], checks, strict=True):
+            self.tensors.append(_checked_tensor(said, entries, check))
+        if len({tensor.name for tensor in self.tensors}) != len(entries):
+            _damaged("an array is named twice")
+        self._read_rules(told["rules"])
+        self._read_nodes(told["nodes"], told["roots"])
+
+    def _read_rules(self, rules: list[Any]) -> None:
+        sizes: list[int] = []
+        for said in rules:
+            is_rule = isinstance(said, dict) and said.keys() == {"rule", "fields"}
+            if not is_rule or not isinstance(said["rule"], str):
+                _damaged(f"a rule is {said!r:.60}")
+            parts: list[int] = []
+            self._check_values(said["fields"], parts)
+            sizes.append(1 + sum(sizes[k] for k in parts))
+            if sizes[-1] > _MOST_PARTS:
+                _damaged("a rule is made of too many rules")
+            self._rules.append(said)
+            self._parts.append(parts)
+
+    def _check_values(self, fields: Any, parts: list[int]) -> None:
+        """Check the fields of a rule, and note the rules that they hold."""
+        if not isinstance(fields, dict):
+            _damaged(f"the fields of a rule are {fields!r:.60}")
+        stack = [(value, 0) for value in fields.values()]
+        while stack:
+            value, depth = stack.pop()
+            kind, x = _only(value)
+            if kind == "rule":
+                parts.append(_index(x, self._rules))
+            elif kind == "array":
+                self._checked_array(value)
+            elif kind in ("tuple", "list", "dict"):
+                if kind == "dict":
+                    are_pairs = isinstance(x, list) and [*map(type, x)] == [list, list]
+                    if not are_pairs or [*map(type, x[0])] != [str] * len(x[1]):
+                        _damaged(f"a value is {value!r:.60}")
+                    x = x[1]
+                if not isinstance(x, list) or depth > DEEPEST:
+                    _damaged(f"a value is {value!r:.60}")
+                stack += [(v, depth + 1) for v in x]
+            else:
+                _plain(value)
+
+    def _read_nodes(self, nodes: list[Any], roots: dict[str, Any]) -> None:
+        sizes: list[int] = []
+        for said in nodes:
+            node, below = self._checked_node(said)
+            sizes.append(1 + sum(sizes[k] for k in below))
+            self._nodes.append(node)
+        most = max(1_000_000, 100 * len(nodes))
+        for name, k in roots.items():
+            self.roots[name] = self._nodes[_index(k, self._nodes)]
+            if sizes[k] > most:
+                _damaged(f"its {name} has more than {most:,} places, made of {len(nodes)} nodes")
+        if "state" not in roots or not roots.keys() <= {"state", "model", "metadata"}:
+            _damaged(f"it holds {', '.join(map(repr, roots))}")
+
+    def _checked_node(self, said: Any) -> tuple[Any, list[int]]:
+        """Return a node, and the numbers of its children."""
+        if not isinstance(said, dict) or not said:
+            _damaged(f"a node is {said!r:.60}")
+        kind, x = next(iter(said.items()))
+        others = said.keys() - {kind}
+        if kind == "value" and not others:
+            return _Value(_plain(x)), []
+        if kind == "array" and others <= {"view"}:
+            return self._checked_array(said), []
+        if kind == "left_out" and not others and isinstance(x, str):
+            return _LeftOut(x), []
+        if kind == "leaf" and others == {"state", "frozen"} and type(said["frozen"]) is bool:
+            k = _index(said["state"], self._nodes)
+            return _Leaf(_index(x, self._rules), self._nodes[k], said["frozen"]), [k]
+        return self._checked_inner(said, kind, x)
+
+    def _checked_inner(self, said: dict[str, Any], kind: str, below: Any) -> tuple[_Node, list[int]]:
+        expected = {kind}
+        if kind not in BY_POSITION:
+            expected.add("keys")
+        if kind in WITH_CLASS:
+            expected.add("class")
+        is_known = kind in _CLASSES or kind in WITH_CLASS
+        if not is_known or said.keys() != expected or not isinstance(below, list):
+            _damaged(f"a node is {said!r:.60}")
+        numbers = [_index(k, self._nodes) for k in below]
+        keys = said.get("keys", [*range(len(numbers))])
+        name = said.get("class", "")
+        if not isinstance(keys, list) or len(keys) != len(numbers) or not isinstance(name, str):
+            _damaged(f"a node is {said!r:.60}")
+        only_texts = kind in ("namespace", "state", "named")
+        allowed = (str,) if only_texts else (str, int, bool, type(None))
+        if not {*map(type, keys)} <= {*allowed}:
+            _damaged(f"a node is {said!r:.60}")
+        node = _Node.of(kind, zip(keys, (self._nodes[k] for k in numbers), strict=True), name)
+        if len(node) != len(numbers):
+            _damaged(f"a node has a key twice: {said!r:.60}")
+        return node, numbers
+
+    def _checked_array(self, said: dict[str, Any]) -> _Array:
+        k = _index(said["array"], self.tensors)
+        if "view" not in said:
+            return _Array(k, None)
+        view = said["view"]
+        if not isinstance(view, list) or len(view) != 3:
+            _damaged(f"a view is {view!r:.60}")
+        return _Array(k, _checked_view(*view, math.prod(self.tensors[k].shape)))
+
+    # Rules -----------------------------------------------------------------------------------
+
+    def rule(self, k: int) -> Rule:
+        """Return a rule of the file."""
+        needed, stack = {k}, [k]
+        while stack:
+            parts = self._parts[stack.pop()]
+            stack += [part for part in parts if part not in needed]
+            needed.update(parts)
+        for part in sorted(needed - self._rules_made.keys()):  # what it is made of stands above
+            said = self._rules[part]
+            fields = {name: self._value(value) for name, value in said["fields"].items()}
+            self._rules_made[part] = _made_rule(said["rule"], fields)
+        return self._rules_made[k]
+
+    def _value(self, value: Any) -> Any:
+        kind, x = _only(value)
+        if kind == "rule":
+            return self._rules_made[x]
+        if kind == "array":
+            return self._array(self._checked_array(value), None)
+        if kind == "dict":
+            return dict(zip(x[0], map(self._value, x[1]), strict=True))
+        if kind in BY_POSITION:
+            return (list if kind == "list" else tuple)(map(self._value, x))
+        return _plain(value)
+
+    # Arrays ----------------------------------------------------------------------------------
+
+    def raw(self, k: int) -> np.ndarray:
+        """Read the bytes of an array, and check them."""
+        raw, check = form.read_raw(self.file, self.tensors[k].entry)
+        self.verify(k, raw, check)
+        return raw
+
+    def verify(self, k: int, raw: np.ndarray, check: int) -> None:
+        """Refuse bytes that are not those that were written."""
+        tensor = self.tensors[k]
+        if tensor.check is not None and tensor.check != check:
+            _damaged(f"the array {tensor.name!r} has another checksum than when it was written")
+        form.check_content(tensor.name, tensor.entry.tag, raw)
+
+    def _array(self, said: _Array, like: Array) -> Array:
+        """Return an array of the library of `like`; where `said` is shared, so is the array."""
+        library = (_library(type(like)) if like is not None else None) or "numpy"
+        own = "torch" if library == "torch" else "numpy"
+        tensor = self.tensors[said.tensor]
+        mark = id(said), library
+        if mark not in self._arrays:
+            base = self._bases.get((said.tensor, own))
+            if base is None:
+                raw = self.raw(said.tensor)
+                base = _typed(raw, tensor, own, like)
+                self._bases[said.tensor, own] = base
+            if said.view is not None:
+                base = carry(base, tensor.layout, said.view)
+            self._arrays[mark] = _as_like(base, library, like)
+        return self._arrays[mark]
+
+    # Trees -----------------------------------------------------------------------------------
+
+    def build(self, root: str) -> Tree:
+        """Make a tree of what the file says alone."""
+        nodes = self._below(self.roots[root])
+        classes = {
+            id(node): _CLASSES.get(node.kind) or _named_class(node.name, [*node])
+            for node in nodes
+            if isinstance(node, _Node) and node.kind != "object"
+        }
+        unknown = [
+            node
+            for node in nodes
+            if (isinstance(node, _Node) and classes.get(id(node)) is None)
+            or isinstance(node, _LeftOut)
+        ]
+        if unknown:
+            self._refuse_unknown(root, unknown)
+        rules = {node.rule: self.rule(node.rule) for node in nodes if isinstance(node, _Leaf)}
+        made: dict[int, Any] = {}
+        for node in nodes:
+            if isinstance(node, _Node):
+                values = [made[id(child)] for child in node.values()]
+                made[id(node)] = _built(classes[id(node)], node, values)
+            elif isinstance(node, _Leaf):
+                made[id(node)] = Leaf(rules[node.rule], made[id(node.state)], node.frozen)
+            elif isinstance(node, _Array):
+                made[id(node)] = self._array(node, None)
+            else:
+                made[id(node)] = node.value
+        return _with_ties(made[id(self.roots[root])])
+
+    def _below(self, root: Any) -> list[Any]:
+        """Return the nodes of a tree, children before their parents."""
+        found, stack = {id(root)}, [root]
+        while stack:
+            node = stack.pop()
+            for child in _children(node):
+                if id(child) not in found:
+                    found.add(id(child))
+                    stack.append(child)
+        return [node for node in self._nodes if id(node) in found]
+
+    def _refuse_unknown(self, root: str, unknown: list[Any]) -> NoReturn:
+        wanted = {id(node) for node in unknown}
+        lines = []
+        stack = [(root, self.roots[root])]
+        seen = set()
+        while stack:
+            place, node = stack.pop()
+            if id(node) in seen:
+                continue
+            seen.add(id(node))
+            if id(node) in wanted:
+                what = node.text if isinstance(node, _LeftOut) else node.name.rpartition(":")[2]
+                lines.append(f"  {place}: {what}")
+            for key, child in reversed(node.items()) if isinstance(node, _Node) else ():
+                stack.append((place + _step(node.kind, key), child))
+            if isinstance(node, _Leaf):
+                stack.append((f"{place}.state", node.state))
+        raise ValueError(
+            "the file holds objects, of which it knows no more than their children:\n"
+            + "\n".join(lines)
+            + "\nload(path, like=...) fills trees that have them"
+        )
+
+    def fill(self, wanted: dict[str, Tree]) -> dict[str, Tree]:
+        """Make trees like those given, by the name of their root; these are not changed.
+
+        Raises
+        ------
+        ValueError
+            If they differ; the message names every difference.
+        """
+        differences = [
+            line for root, tree in wanted.items() for line in self._differences(root, tree)
+        ]
+        if differences:
+            raise ValueError(
+                "the file does not fit what was given as `like`:\n"
+                + "\n".join(f"  {line}" for line in differences)
+            )
+        made: dict[int, Leaf] = {}
+
+        def leaf(path: Any, x: Any, y: Any) -> Any:
+            if isinstance(y, _Leaf):
+                if id(y) not in made:
+                    state = filled(x.state, y.state)
+                    made[id(y)] = Leaf(self.rule(y.rule), state, y.frozen)
+                return made[id(y)]
+            if isinstance(y, _Array):
+                return self._array(y, x)
+            return x if isinstance(y, _LeftOut) else y.value
+
+        def filled(tree: Tree, said: Any) -> Tree:
+            return fold(tree, leaf, lambda path, x, values: rebuild(x, values), rest=(said,))
+
+        return {root: _with_ties(filled(tree, self.roots[root])) for root, tree in wanted.items()}
+
+    def _differences(self, root: str, tree: Tree) -> list[str]:
+        found: list[str] = []
+        ties: list[tuple[str, Any, Any]] = []
+        arrays: list[tuple[str, Any, int]] = []
+        stack: list[tuple[str, Any, Any, bool]] = [(root, tree, self.roots[root], False)]
+        seen: set[tuple[int, int]] = set()
+        while stack:
+            place, x, y, is_state = stack.pop()
+            if isinstance(x, Leaf) and isinstance(y, _Leaf):
+                ties.append((place, id(x if x.tie is None else x.tie), id(y)))
+                rule = self.rule(y.rule)
+                if _signature(rule) != _signature(x.rule):
+                    found.append(f"{place}: the file has the rule {rule!r}, `like` has {x.rule!r}")
+                stack.append((f"{place}.state", x.state, y.state, True))
+            elif isinstance(y, _Array) and _library(type(x)) is not None:
+                mine = self.tensors[y.tensor]
+                shape = mine.shape if y.view is None else y.view.shape
+                if shape != tuple(x.shape):
+                    found.append(f"{place}: the file has shape {shape}, `like` {tuple(x.shape)}")
+                if mine.dtype != form.dtype_name(x.dtype):
+                    found.append(f"{place}: the file has dtype {mine.dtype}, `like` {x.dtype}")
+                if not is_state and isnumeric(x):
+                    arrays.append((place, x, y.tensor))
+            elif isinstance(y, _Node) and is_node(x) and kind_of(x) == y.kind:
+                if (id(x), id(y)) in seen:
+                    continue
+                seen.add((id(x), id(y)))
+                below = children(x)
+                for key in [*y, *(key for key in below if key not in y)]:
+                    if key not in below:
+                        has = f"the file has {self._shown(y[key])}, `like` has nothing"
+                    elif key not in y:
+                        has = f"the file has nothing, `like` has {_shown(below[key])}"
+                    else:
+                        continue
+                    found.append(f"{place}{_step(y.kind, key)}: {has}")
+                for key in reversed(below):
+                    if key in y:
+                        there = f"{place}{_step(y.kind, key)}"
+                        stack.append((there, below[key], y[key], is_state))
+            elif not _may_replace(x, y):
+                found.append(f"{place}: the file has {self._shown(y)}, `like` has {_shown(x)}")
+        owner = owners([(place, x) for place, x, _ in arrays])  # type: ignore[misc]
+        ties += [(place, owner[k], t) for k, (place, _, t) in enumerate(arrays)]
+        return found + _tie_differences(ties)
+
+    def _shown(self, node: Any) -> str:
+        if isinstance(node, _Array):
+            shape = self.tensors[node.tensor].shape if node.view is None else node.view.shape
+            return f"an array of shape {shape}"
+        if isinstance(node, _Leaf):
+            return f"a Leaf with {self.rule(node.rule)!r:.60}"
+        if isinstance(node, _Node):
+            return f"a {node.name.rpartition(':')[2] or _CLASSES[node.kind].__name__}"
+        return node.text if isinstance(node, _LeftOut) else f"{node.value!r:.40}"
+
+
+def _shown(x: Any) -> str:
+    if _library(type(x)) is not None:
+        return f"an array of shape {tuple(x.shape)}"
+    if isinstance(x, Leaf):
+        return f"a Leaf with {x.rule!r:.60}"
+    return f"a {type(x).__name__}" if is_node(x) else f"{x!r:.40}"
+
+
+_REPLACEABLE = (bool, int, float, complex, str, bytes, type(None), np.generic, np.dtype)
+
+
+def _may_replace(x: Any, y: Any) -> bool:
+    """Tell whether `y` of a file may stand where the structure given has `x`."""
+    if isinstance(y, _LeftOut):
+        return not is_node(x) and not isinstance(x, Leaf) and _library(type(x)) is None
+    return isinstance(y, _Value) and isinstance(x, _REPLACEABLE)
+
+
+def _step(kind: str, key: Any) -> str:
+    """Return how a path goes on to a child."""
+    is_name = kind in (*WITH_CLASS, "namespace", "state")
+    return f".{key}" if is_name and isinstance(key, str) and key.isidentifier() else f"[{key!r}]"
+
+
+def _children(node: Any) -> Iterable[Any]:
+    if isinstance(node, _Leaf):
+        return (node.state,)
+    return node.values() if isinstance(node, _Node) else ()
+
+
+def _signature(rule: Any) -> tuple[Any, ...]:
+    """Return the class of a rule, and those of the rules that it is made of."""
+    parts = [v for x in attributes(rule).values() for v in (x if isinstance(x, tuple) else (x,))]
+    return type(rule), *(_signature(part) for part in parts if isinstance(part, Rule))
+
+
+def _tie_differences(ties: list[tuple[str, Any, Any]]) -> Iterator[str]:
+    """Say where one side has one parameter and the other has several."""
+    for here, there, where in (
+        (2, 1, "tied in the file and separate in `like`"),
+        (1, 2, "tied in `like` and separate in the file"),
+    ):
+        groups: dict[Any, dict[Any, str]] = {}
+        for tie in ties:
+            groups.setdefault(tie[here], {}).setdefault(tie[there], tie[0])
+        for group in groups.values():
+            if len(group) > 1:
+                yield f"{' and '.join(group.values())} are {where}"
+
+
+def _built(cls: Any, node: _Node, values: list[Any]) -> Any:
+    if cls is list:
+        return values
+    if issubclass(cls, tuple):
+        return tuple.__new__(cls, values)
+    pairs = zip(node, values, strict=True)
+    return cls(pairs) if issubclass(cls, dict) else cls(**dict(pairs))
+
+
+def _with_ties(tree: Tree) -> Tree:
+    """Return a tree whose leaves know their places where these are several, as after `setup`."""
+    places: dict[int, tuple[Leaf, list[str]]] = {}
+    for path, x in walk(tree):
+        if isinstance(x, Leaf):
+            places.setdefault(id(x), (x, []))[1].append(str(path))
+    for leaf, found in places.values():
+        if len(found) > 1:
+            leaf.tie = Tie(tuple(found))
+    return tree
+
+
+# --- arrays of each library --------------------------------------------------------------------
+
+
+def _typed(raw: np.ndarray, tensor: _Tensor, library: str, like: Array) -> Array:
+    """Return the array that these bytes are, laid out in memory as it was."""
+    layout = tensor.layout
+    if library == "torch":
+        torch: Any = sys.modules["torch"]
+        dtype = getattr(torch, tensor.dtype)
+        flat = torch.from_numpy(raw).view(dtype) if raw.size else torch.empty(0, dtype=dtype)
+        x = flat.reshape(tensor.shape)
+        x = layout.seen(layout.unseen(x).contiguous()) if layout != _c_order(x.shape) else x
+        return x.to(like.device)
+    x = form.typed(raw, tensor.dtype, tensor.shape)
+    if layout == _c_order(x.shape):
+        return x
+    return layout.seen(np.array(layout.unseen(x), order="C"))
+
+
+def _as_like(x: Array, library: str, like: Array) -> Array:
+    """Return an array as one of another library, where and as the one given is."""
+    if library == "torch":
+        torch: Any = sys.modules["torch"]
+        if isinstance(like, torch.nn.Parameter):
+            return type(like)(x, like.requires_grad)
+        return x.requires_grad_(like.requires_grad) if like.requires_grad else x
+    if library == "jax":
+        jax: Any = sys.modules["jax"]
+        new = jax.numpy.array(x)
+        return jax.device_put(new, like.sharding) if like.committed else new
+    if library == "cupy":
+        return sys.modules["cupy"].asarray(x)
+    if library == "numba":
+        return sys.modules["numba"].cuda.to_device(x)
+    return x
