@@ -2,34 +2,33 @@
 
 a) All that a file says is checked, and all that is missing or different is named, before an array
    is read: `Archive` on opening, then `build` or `fill`.
-b) Nothing in a file names code that is run. A rule is looked up among the subclasses of `Rule` that
-   exist, a named tuple among the classes that exist; no module is ever imported for a file.
-c) `build` makes trees of built-in nodes. `fill` follows given trees, with their classes and array
+b) `build` makes trees of built-in nodes. `fill` follows given trees, with their classes and array
    libraries.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-import inspect
 import math
-import sys
 import zlib
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
-from types import SimpleNamespace
 from typing import Any, BinaryIO, NoReturn, Self
 
 import numpy as np
 
 from . import _safetensors as form
+from ._arrays import isnumeric
+from ._arrays import library_of as _library
 from ._jax import attributes
+from ._nodes import children, is_node, rebuild
 from ._pytree import Tie
+from ._revive import as_like, c_order, made_rule, named_class, typed
 from ._rule import Rule
 from ._safetensors import FileFormatError
-from ._saved import BY_POSITION, CONTAINERS, DEEPEST, VERSION, WITH_CLASS, class_name, kind_of
+from ._saved import BY_POSITION, CONTAINERS, DEEPEST, VERSION, WITH_CLASS, kind_of
 from ._ties import View, carry, owners
-from ._tree import _library, children, fold, is_node, isnumeric, rebuild, walk
+from ._tree import fold, walk
 from .state import Leaf
 
 Array = Any
@@ -141,10 +140,6 @@ def _plain(value: Any) -> Any:
     _damaged(f"a value is {value!r:.60}")
 
 
-def _c_order(shape: tuple[int, ...]) -> View:
-    return View(shape, tuple(range(len(shape))), ())
-
-
 def _checked_view(shape: Any, order: Any, flips: Any, size: int) -> View:
     """Return a view of an array of this size."""
     axes = range(len(shape)) if form.is_shape(shape) else range(0)
@@ -174,105 +169,6 @@ def _checked_tensor(said: Any, entries: dict[str, form.Entry], check: int) -> _T
     order = said.get("order", [*range(len(shape))])
     layout = _checked_view(shape, order, said.get("flips", []), math.prod(shape))
     return _Tensor(name, dtype, tuple(shape), layout, entry, check)
-
-
-# --- rules and classes, by name --------------------------------------------------------------
-
-
-def _rule_classes() -> Iterator[Any]:
-    """Yield every rule there is, of those with one name the latest last."""
-    stack: list[Any] = [Rule]
-    while stack:
-        cls = stack.pop()
-        yield cls
-        stack += reversed(cls.__subclasses__())
-
-
-def _rule_class(name: str) -> Any:
-    found = [cls for cls in _rule_classes() if not inspect.isabstract(cls)]
-    exact = [cls for cls in found if class_name(cls) == name]
-    if exact:
-        return exact[-1]
-    # A script is `__main__` when it is run, and has a name when it is imported.
-    module, _, qualname = name.rpartition(":")
-    near = {
-        class_name(cls): cls
-        for cls in found
-        if ":" in class_name(cls) and cls.__qualname__ == qualname
-        if "__main__" in (module, cls.__module__)
-    }
-    if len(near) == 1:
-        return near.popitem()[1]
-    if not module:
-        raise FileFormatError(
-            f"the file has the rule {name!r}, which this version of the library does not have"
-        )
-    raise FileFormatError(
-        f"the file has the rule {qualname!r}, which is not known here: import the module that "
-        f"defines it, {module!r}, before you load"
-    )
-
-
-def _made_rule(name: str, fields: dict[str, Any]) -> Rule:
-    """Return a rule with these fields; its limits hold as if it were written by hand."""
-    cls = _rule_class(name)
-    names = {field.name for field in dataclasses.fields(cls)} if _is_data(cls) else set()
-    is_ours = ":" not in name
-    if names - fields.keys() or (is_ours and fields.keys() - names):
-        raise FileFormatError(
-            f"the rule {name} has the fields {', '.join(sorted(names)) or 'none'}; in the file it "
-            f"has {', '.join(sorted(fields)) or 'none'}. It was saved by another version of it"
-        )
-    try:
-        return _constructed(cls, fields) if is_ours else _revived(cls, fields)
-    except (TypeError, ValueError, AttributeError) as error:
-        raise FileFormatError(f"the file has a rule that cannot be: {error}") from error
-
-
-def _is_data(cls: Any) -> bool:
-    return dataclasses.is_dataclass(cls)
-
-
-def _constructed(cls: Any, fields: dict[str, Any]) -> Rule:
-    positional: list[Any] = []
-    named = {}
-    for name, parameter in inspect.signature(cls).parameters.items():
-        if parameter.kind is parameter.VAR_POSITIONAL:
-            positional += fields[name]
-        elif name in fields:
-            named[name] = fields[name]
-    rule: Rule = cls(*positional, **named)
-    return rule
-
-
-def _revived(cls: Any, fields: dict[str, Any]) -> Rule:
-    """Return a user's rule as it was; its `__init__` may want what is not kept."""
-    rule: Rule = object.__new__(cls)
-    for name, value in fields.items():
-        if not name.isidentifier() or name.startswith("__"):
-            raise ValueError(f"{cls.__name__} cannot have a field {name!r:.60}")
-        object.__setattr__(rule, name, value)
-    Rule.__post_init__(rule)
-    return rule
-
-
-def _named_class(name: str, fields: list[Any]) -> type | None:
-    """Return the named tuple of this name and with these fields, if there is one."""
-    found: list[Any] = [
-        cls.State for cls in _rule_classes() if class_name(vars(cls).get("State", cls)) == name
-    ]
-    module, _, qualname = name.rpartition(":")
-    package = f"{__package__}."
-    for known in [module] if module else [m for m in sys.modules if m.startswith(package)]:
-        place: Any = sys.modules.get(known)
-        for part in qualname.split("."):  # what is there: an attribute could be computed
-            place = getattr(place, "__dict__", {}).get(part)
-        found.append(place)
-    for cls in reversed(found):
-        is_named = isinstance(cls, type) and issubclass(cls, tuple)
-        if is_named and list(getattr(cls, "_fields", ())) == fields:
-            return cls
-    return None
 
 
 # --- a file ----------------------------------------------------------------------------------
@@ -308,7 +204,7 @@ class Archive:
 
     def _read_plain(self, header: form.Header) -> None:
         for name, entry in header.entries.items():
-            layout = _c_order(entry.shape)
+            layout = c_order(entry.shape)
             self.tensors.append(_Tensor(name, entry.dtype(), entry.shape, layout, entry, None))
         self._nodes = [_Array(k, None) for k in range(len(self.tensors))]
         names = [tensor.name for tensor in self.tensors]
@@ -409,7 +305,9 @@ class Archive:
             return _Leaf(_index(x, self._rules), self._nodes[k], said["frozen"]), [k]
         return self._checked_inner(said, kind, x)
 
-    def _checked_inner(self, said: dict[str, Any], kind: str, below: Any) -> tuple[_Node, list[int]]:
+    def _checked_inner(
+        self, said: dict[str, Any], kind: str, below: Any
+    ) -> tuple[_Node, list[int]]:
         expected = {kind}
         if kind not in BY_POSITION:
             expected.add("keys")
@@ -439,7 +337,9 @@ class Archive:
         view = said["view"]
         if not isinstance(view, list) or len(view) != 3:
             _damaged(f"a view is {view!r:.60}")
-        return _Array(k, _checked_view(*view, math.prod(self.tensors[k].shape)))
+        shape, order, flips = view
+        size = math.prod(self.tensors[k].shape)
+        return _Array(k, _checked_view(shape, order, flips, size))
 
     # Rules -----------------------------------------------------------------------------------
 
@@ -453,7 +353,7 @@ class Archive:
         for part in sorted(needed - self._rules_made.keys()):  # what it is made of stands above
             said = self._rules[part]
             fields = {name: self._value(value) for name, value in said["fields"].items()}
-            self._rules_made[part] = _made_rule(said["rule"], fields)
+            self._rules_made[part] = made_rule(said["rule"], fields)
         return self._rules_made[k]
 
     def _value(self, value: Any) -> Any:
@@ -493,31 +393,47 @@ class Archive:
             base = self._bases.get((said.tensor, own))
             if base is None:
                 raw = self.raw(said.tensor)
-                base = _typed(raw, tensor, own, like)
+                base = typed(raw, tensor.dtype, tensor.layout, own, like)
                 self._bases[said.tensor, own] = base
             if said.view is not None:
                 base = carry(base, tensor.layout, said.view)
-            self._arrays[mark] = _as_like(base, library, like)
+            self._arrays[mark] = as_like(base, library, like)
         return self._arrays[mark]
 
     # Trees -----------------------------------------------------------------------------------
 
-    def build(self, root: str) -> Tree:
-        """Make a tree of what the file says alone."""
-        nodes = self._below(self.roots[root])
-        classes = {
-            id(node): _CLASSES.get(node.kind) or _named_class(node.name, [*node])
-            for node in nodes
-            if isinstance(node, _Node) and node.kind != "object"
-        }
-        unknown = [
-            node
-            for node in nodes
-            if (isinstance(node, _Node) and classes.get(id(node)) is None)
-            or isinstance(node, _LeftOut)
-        ]
+    def is_tuple(self, root: str) -> bool:
+        """Tell whether a root is a tuple."""
+        node = self.roots[root]
+        return isinstance(node, _Node) and node.kind in ("tuple", "named")
+
+    def anew(self) -> Self:
+        """Return this archive with no array read yet, so that what it makes is no one else's."""
+        new = copy.copy(self)
+        new._rules_made, new._bases, new._arrays = {}, {}, {}
+        return new
+
+    def build(self, *roots: str) -> dict[str, Tree]:
+        """Make trees of what the file says alone.
+
+        Raises
+        ------
+        ValueError
+            If there are nodes that only `fill` can make; the message names each.
+        """
+        nodes = self._below([self.roots[root] for root in roots])
+        classes: dict[int, Any] = {}
+        unknown: set[int] = set()
+        for node in nodes:
+            if isinstance(node, _Node) and node.kind != "object":
+                cls = _CLASSES.get(node.kind) or named_class(node.name, [*node])
+                if cls is not None:
+                    classes[id(node)] = cls
+                    continue
+            if isinstance(node, _Node | _LeftOut):
+                unknown.add(id(node))
         if unknown:
-            self._refuse_unknown(root, unknown)
+            self._refuse_unknown(roots, unknown)
         rules = {node.rule: self.rule(node.rule) for node in nodes if isinstance(node, _Leaf)}
         made: dict[int, Any] = {}
         for node in nodes:
@@ -530,11 +446,11 @@ class Archive:
                 made[id(node)] = self._array(node, None)
             else:
                 made[id(node)] = node.value
-        return _with_ties(made[id(self.roots[root])])
+        return {root: _with_ties(made[id(self.roots[root])]) for root in roots}
 
-    def _below(self, root: Any) -> list[Any]:
-        """Return the nodes of a tree, children before their parents."""
-        found, stack = {id(root)}, [root]
+    def _below(self, roots: list[Any]) -> list[Any]:
+        """Return the nodes of some trees, children before their parents."""
+        found, stack = {*map(id, roots)}, list(roots)
         while stack:
             node = stack.pop()
             for child in _children(node):
@@ -543,27 +459,28 @@ class Archive:
                     stack.append(child)
         return [node for node in self._nodes if id(node) in found]
 
-    def _refuse_unknown(self, root: str, unknown: list[Any]) -> NoReturn:
-        wanted = {id(node) for node in unknown}
+    def _refuse_unknown(self, roots: Iterable[str], unknown: set[int]) -> NoReturn:
         lines = []
-        stack = [(root, self.roots[root])]
-        seen = set()
+        stack = [(root, self.roots[root]) for root in roots][::-1]
+        seen: set[int] = set()
         while stack:
             place, node = stack.pop()
             if id(node) in seen:
                 continue
             seen.add(id(node))
-            if id(node) in wanted:
-                what = node.text if isinstance(node, _LeftOut) else node.name.rpartition(":")[2]
+            if id(node) in unknown:
+                what = node.text if isinstance(node, _LeftOut) else node.name
                 lines.append(f"  {place}: {what}")
-            for key, child in reversed(node.items()) if isinstance(node, _Node) else ():
-                stack.append((place + _step(node.kind, key), child))
             if isinstance(node, _Leaf):
                 stack.append((f"{place}.state", node.state))
+            elif isinstance(node, _Node):
+                for key, child in reversed(node.items()):
+                    stack.append((f"{place}{_step(node.kind, key)}", child))
         raise ValueError(
-            "the file holds objects, of which it knows no more than their children:\n"
+            "a file does not say how these are made:\n"
             + "\n".join(lines)
-            + "\nload(path, like=...) fills trees that have them"
+            + "\nGive load trees that have them, load(path, like=(state, model)); of named tuples "
+            "it is enough to import the module that defines them"
         )
 
     def fill(self, wanted: dict[str, Tree]) -> dict[str, Tree]:
@@ -602,7 +519,7 @@ class Archive:
     def _differences(self, root: str, tree: Tree) -> list[str]:
         found: list[str] = []
         ties: list[tuple[str, Any, Any]] = []
-        arrays: list[tuple[str, Any, int]] = []
+        arrays: list[tuple[Any, Any, int]] = []
         stack: list[tuple[str, Any, Any, bool]] = [(root, tree, self.roots[root], False)]
         seen: set[tuple[int, int]] = set()
         while stack:
@@ -641,9 +558,9 @@ class Archive:
                         stack.append((there, below[key], y[key], is_state))
             elif not _may_replace(x, y):
                 found.append(f"{place}: the file has {self._shown(y)}, `like` has {_shown(x)}")
-        owner = owners([(place, x) for place, x, _ in arrays])  # type: ignore[misc]
+        owner = owners([(place, x) for place, x, _ in arrays])
         ties += [(place, owner[k], t) for k, (place, _, t) in enumerate(arrays)]
-        return found + _tie_differences(ties)
+        return [*found, *_tie_differences(ties)]
 
     def _shown(self, node: Any) -> str:
         if isinstance(node, _Array):
@@ -725,40 +642,3 @@ def _with_ties(tree: Tree) -> Tree:
         if len(found) > 1:
             leaf.tie = Tie(tuple(found))
     return tree
-
-
-# --- arrays of each library --------------------------------------------------------------------
-
-
-def _typed(raw: np.ndarray, tensor: _Tensor, library: str, like: Array) -> Array:
-    """Return the array that these bytes are, laid out in memory as it was."""
-    layout = tensor.layout
-    if library == "torch":
-        torch: Any = sys.modules["torch"]
-        dtype = getattr(torch, tensor.dtype)
-        flat = torch.from_numpy(raw).view(dtype) if raw.size else torch.empty(0, dtype=dtype)
-        x = flat.reshape(tensor.shape)
-        x = layout.seen(layout.unseen(x).contiguous()) if layout != _c_order(x.shape) else x
-        return x.to(like.device)
-    x = form.typed(raw, tensor.dtype, tensor.shape)
-    if layout == _c_order(x.shape):
-        return x
-    return layout.seen(np.array(layout.unseen(x), order="C"))
-
-
-def _as_like(x: Array, library: str, like: Array) -> Array:
-    """Return an array as one of another library, where and as the one given is."""
-    if library == "torch":
-        torch: Any = sys.modules["torch"]
-        if isinstance(like, torch.nn.Parameter):
-            return type(like)(x, like.requires_grad)
-        return x.requires_grad_(like.requires_grad) if like.requires_grad else x
-    if library == "jax":
-        jax: Any = sys.modules["jax"]
-        new = jax.numpy.array(x)
-        return jax.device_put(new, like.sharding) if like.committed else new
-    if library == "cupy":
-        return sys.modules["cupy"].asarray(x)
-    if library == "numba":
-        return sys.modules["numba"].cuda.to_device(x)
-    return x

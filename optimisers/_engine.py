@@ -1,20 +1,17 @@
 """The engine: updates leaves, all or none, each by the backend that suits it.
 
 This is the only place that chooses a backend. The CPU kernels (`_kernels.pyx`) take what is a
-plain float32 or float64 NumPy array with a rule whose steps they hold; everything else is
-evaluated by the array library of the parameter, with the same steps. Whatever can be refused is
-refused before anything is written: first everything is gathered and checked, then the leaves on
-the array path are evaluated into new arrays, then the kernels run (a norm that throws does so
-before they write), and only then is the rest stored.
+plain float32 or float64 NumPy array, or a tensor that can be seen as one, with a rule whose steps
+they hold or can have compiled; everything else goes the array path (`_arraypath`), with the same
+steps. Whatever can be refused is refused before anything is written: first everything is gathered
+and checked, then the leaves on the array path are evaluated into new arrays, then the kernels run
+(a norm that throws does so before they write), and only then is the rest stored.
 """
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import importlib
-import numbers
-import operator
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -26,12 +23,11 @@ import numpy as np
 
 from . import _kernels as baseline
 from . import _torch, rules, words
-from ._jax import Number, attributes, holds_traced, is_jax, is_tracer, settled, with_attributes
-from ._rule import ElementwiseRule, Rule, as_like, read_only
-from ._ties import carry
-from ._tree import isnumeric, maywrite
+from ._arraypath import blank, checked_gradient, evaluate, write
+from ._arrays import isnumeric, maywrite
+from ._jax import attributes, holds_traced, is_jax, is_tracer, settled, with_attributes
+from ._rule import ElementwiseRule, Rule
 from .compose import AccumGrad, ClipNorm, MixedPrecision, OptimiserChain
-from .words import is_complex, namespace
 
 Array = Any
 
@@ -163,175 +159,6 @@ def _compiled(rule: Any, is_double: bool) -> tuple[int, int] | None:
     return address, coefs
 
 
-# --- the array path --------------------------------------------------------------------------
-
-
-def checked_gradient(g: Any, x: Array, where: Callable[[], str]) -> Array | None:
-    """Return `g` as an array like `x`, or None where it says that there is no gradient.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If `g` is no gradient for `x`; the message names the place, from `where()`.
-    """
-    if g is None or (type(g) is tuple and not g) or _is_symbolic_zero(g):
-        return None
-    wanted = f"expected an array of shape {tuple(x.shape)} and dtype {x.dtype}"
-    if not hasattr(g, "dtype") and (not isinstance(g, numbers.Number) or x.shape != ()):
-        raise TypeError(f"gradient at {where()}: {wanted}, got {g!r:.60} ({type(g).__name__})")
-    if _torch.is_tensor(x):
-        return _torch.gradient(g, x, where)
-    if is_jax(x) or is_tracer(g):
-        return _jax_gradient(g, x, wanted, where)
-    if isinstance(x, np.ndarray):
-        a = _torch.as_numpy(g, where) if _torch.is_tensor(g) else _as_numpy(g)
-        if a.dtype.kind not in "biufc" and not isnumeric(a):
-            raise TypeError(f"gradient at {where()}: {wanted}, got dtype {a.dtype}")
-        if a.dtype.kind == "c" and x.dtype.kind != "c":
-            raise TypeError(
-                f"gradient at {where()}: {wanted}, got complex numbers ({a.dtype}); "
-                "take the real part if that is what is meant"
-            )
-    else:
-        xp = namespace(x)
-        a = g if hasattr(g, "shape") and hasattr(g, "dtype") else xp.asarray(g, dtype=x.dtype)
-    if tuple(a.shape) != tuple(x.shape):
-        raise ValueError(f"gradient at {where()}: {wanted}, got shape {tuple(a.shape)}")
-    if isinstance(x, np.ndarray):
-        return _plain(a, x.dtype.newbyteorder("="))
-    return as_like(x, a)
-
-
-def _jax_gradient(g: Any, x: Array, wanted: str, where: Callable[[], str]) -> Array:
-    """Return `g` as an array of JAX like `x`, which may be NumPy's if `g` is traced."""
-    xp = namespace(g if is_jax(g) else x)
-    a = g if hasattr(g, "dtype") else np.asarray(g)
-    if tuple(a.shape) != tuple(x.shape):
-        raise ValueError(f"gradient at {where()}: {wanted}, got shape {tuple(a.shape)}")
-    kind = str(a.dtype).removeprefix("torch.")
-    if kind.startswith("complex") and not is_complex(x):
-        raise TypeError(
-            f"gradient at {where()}: {wanted}, got complex numbers ({a.dtype}); "
-            "take the real part if that is what is meant"
-        )
-    if not kind.startswith(("bool", "int", "uint", "float", "bfloat", "complex")):
-        raise TypeError(f"gradient at {where()}: {wanted}, got dtype {a.dtype}")
-    return as_like(x, a) if is_jax(a) else xp.asarray(_as_numpy(a).astype(x.dtype))
-
-
-def _is_symbolic_zero(g: Any) -> bool:
-    """Tell whether `g` is JAX's way to say that there is no gradient."""
-    if type(g).__name__ in ("SymbolicZero", "Zero") and type(g).__module__.startswith("jax"):
-        return True
-    return getattr(getattr(g, "dtype", None), "names", None) == ("float0",)
-
-
-def _as_numpy(g: Any) -> np.ndarray:
-    if isinstance(g, np.ndarray):
-        return g
-    return np.asarray(g.detach() if hasattr(g, "detach") else g)
-
-
-def _plain(a: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Return `a` as an aligned array in native byte order, itself if it is one."""
-    with np.errstate(all="ignore"):
-        return np.require(a, dtype, "A").view(np.ndarray)
-
-
-def evaluate(
-    rule: Rule, state: Any, x: Array, gs: Sequence[Array | None]
-) -> tuple[Any, Array | None]:
-    """Return new state and parameter by the array library of `x`; write into nothing given.
-
-    The parameter is None where the rule makes no step.
-    """
-    given = x
-    if isinstance(x, np.ndarray):
-        x = _plain(x, x.dtype.newbyteorder("="))
-    elif _torch.is_tensor(x):
-        x = x.detach()
-    if type(rule).apply is not ElementwiseRule.apply:
-        state, rule = fresh(state), opened(rule)
-    dx, *higher = map(read_only, gs)
-    with np.errstate(all="ignore"), _torch.unrecorded(x):
-        state, new = rule.move(state, read_only(x), dx, *higher)
-    if new is not None:
-        if tuple(new.shape) != tuple(x.shape):
-            raise ValueError(
-                f"{type(rule).__name__}.apply returned a step that makes the parameter's shape "
-                f"{tuple(new.shape)} out of {tuple(x.shape)}"
-            )
-        if isinstance(given, np.ndarray) and not is_tracer(new):
-            new = np.asarray(new, given.dtype)  # its byte order too
-    return _apart(state, [given, *gs]), new
-
-
-def opened(value: Any) -> Any:
-    """Return a rule with ordinary numbers, as a user's `apply` expects them.
-
-    Rules with a `step` keep the two parts of theirs: they compute with both (see `_jax`).
-    """
-    if type(value) is tuple or type(value) is list:
-        new = [opened(v) for v in value]
-        return value if all(map(operator.is_, new, value)) else type(value)(new)
-    if type(value) is Number:
-        return value.value()
-    if isinstance(value, Rule) and type(value).apply is not ElementwiseRule.apply:
-        return with_attributes(value, opened)
-    return value
-
-
-def _apart(state: Any, given: list[Array]) -> Any:
-    """Return a state that shares no memory with arrays that were `given` to the rule."""
-    if isinstance(state, np.ndarray):
-        shared = any(isinstance(a, np.ndarray) and np.may_share_memory(state, a) for a in given)
-        return fresh(state) if shared else state
-    if type(state) is tuple:
-        return tuple(_apart(part, given) for part in state)
-    if isinstance(state, tuple) and hasattr(state, "_make"):
-        return type(state)._make(_apart(part, given) for part in state)
-    return state
-
-
-def fresh(state: Any) -> Any:
-    """Return a copy of a state that shares no memory with it."""
-    if isinstance(state, np.ndarray):
-        return np.array(state, order="K", subok=True)
-    if type(state) is tuple:
-        return tuple(map(fresh, state))
-    if isinstance(state, tuple) and hasattr(state, "_make"):
-        return type(state)._make(map(fresh, state))
-    if _torch.is_tensor(state):
-        return _torch.fresh(state)
-    if isnumeric(state) or is_jax(state):
-        return state
-    return copy.deepcopy(state)
-
-
-def _blank(state: Any) -> Any:
-    """Return a state of the same form whose arrays are still empty."""
-    if isinstance(state, np.ndarray):
-        return np.empty_like(state)
-    if type(state) is tuple:
-        return tuple(map(_blank, state))
-    return type(state)._make(map(_blank, state)) if hasattr(state, "_make") else state
-
-
-def write(x: Array, new: Array) -> None:
-    """Write into a parameter."""
-    if _torch.is_tensor(x):
-        _torch.write(x, new)
-    else:
-        x[...] = new
-
-
-def shown(new: Array, x: Array, other: Array) -> Array:
-    """Return `new`, which takes the place of `x`, as what takes that of its other view `other`."""
-    if _torch.is_tensor(other) and other.is_leaf:
-        return _torch.like(other, carry(new.detach(), x, other))
-    return carry(new, x, other)
-
-
 # --- all leaves ------------------------------------------------------------------------------
 
 _watchers: list[list[tuple[int, str]]] = []
@@ -373,7 +200,7 @@ def advance(
     (new_x, new_state)
         By place, what was not written in place: parameters, and the states that leaves are to get.
     """
-    batch = kernels.Batch(None if in_place else _blank)
+    batch = kernels.Batch(None if in_place else blank)
     rest = batch.gather(leaves, xs, gs, lower)
     tensors = _torch.places(xs, rest) if rest else []
     if tensors:
@@ -390,17 +217,8 @@ def advance(
                 f"({type(x).__name__}); call setup anew for this model"
             )
         g = checked_gradient(gs[k], x, partial(where, k))
-        if g is None:
+        if g is None or _take(batch, k, leaf, x, g):
             continue
-        plan = None if is_jax(x) or is_jax(g) else lower(leaf.rule)
-        if plan is not None and isinstance(x, np.ndarray):
-            ordered = np.ascontiguousarray if x.flags.c_contiguous else np.asfortranarray
-            if batch.take(k, plan, leaf.state, np.asarray(x), ordered(g).reshape(x.shape)):
-                continue
-        elif plan is not None and _torch.is_tensor(x):
-            sight = _torch.arrays(leaf.state, x, g)
-            if sight is not None and batch.take(k, plan, *sight):
-                continue
         others = [checked_gradient(h[k], x, partial(where, k)) for h in higher]
         try:
             new_state[k], new = evaluate(leaf.rule, leaf.state, x, [g, *others])
@@ -432,6 +250,20 @@ def advance(
         seen.extend((k, "kernels") for k in batch.places())
         seen.extend((k, "arrays") for k in rest if k in new_state and k not in batch.places())
     return new_x, new_state
+
+
+def _take(batch: Any, k: int, leaf: Any, x: Array, g: Array) -> bool:
+    """Let the kernels have a leaf after all, now that its gradient is plain; tell whether."""
+    plan = None if is_jax(x) or is_jax(g) else lower(leaf.rule)
+    if plan is None:
+        return False
+    sight: tuple[Any, np.ndarray, np.ndarray] | None
+    if isinstance(x, np.ndarray):
+        ordered = np.ascontiguousarray if x.flags.c_contiguous else np.asfortranarray
+        sight = leaf.state, np.asarray(x), ordered(g).reshape(x.shape)
+    else:
+        sight = _torch.arrays(leaf.state, x, g) if _torch.is_tensor(x) else None
+    return sight is not None and bool(batch.take(k, plan, *sight))
 
 
 def _give_tensors(

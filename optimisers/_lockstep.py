@@ -15,7 +15,9 @@ from itertools import islice
 from types import SimpleNamespace
 from typing import Any, Protocol, TypeVar
 
-from ._tree import KeyPath, children, is_node, rebuild, walk
+from ._nodes import children, is_node, rebuild
+from ._path import KeyPath
+from ._tree import child_path, walk
 
 Array = Any
 Tree = Any
@@ -93,7 +95,7 @@ def places(
             except _MisfitError as error:
                 raise error.kind(f"at {path}: {error}") from None
             keys = _keys(children(s), children(m), s) or ()
-            paths = [path.child(m, key) for key in keys]
+            paths = [child_path(path, m, key) for key in keys]
             stack += reversed([(p, *b) for p, b in zip(paths, below, strict=True)])
 
 

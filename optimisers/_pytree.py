@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from ._jax import Number, attributes, is_jax, number_of, parts_of
+from ._nodes import Namespace
 from ._rule import Rule
-from ._tree import Namespace
 
 # --- ties ------------------------------------------------------------------------------------
 

@@ -68,13 +68,18 @@ def _extended(kind: type) -> str:
 
 
 _EXTENDED = {"g": _extended(np.longdouble), "G": _extended(np.clongdouble)}
-_FROM_ML_DTYPES = ("bfloat16", "float8", "float6", "float4", "int4", "uint4", "int2", "uint2")
+_FROM_ML_DTYPES = {"bfloat16", *_ONE_BYTE, *(name for name in _TAGS if name.startswith("float8"))}
+
+
+def _is_extended(dtype: np.dtype[Any]) -> bool:
+    """Tell whether these are longdoubles; `ml_dtypes` gives the same letters to other dtypes."""
+    return dtype.kind in "fc" and dtype.char in _EXTENDED
 
 
 def dtype_name(dtype: Any) -> str | None:
     """Return the name under which a dtype (NumPy's or PyTorch's) is saved, None if it cannot be."""
     if isinstance(dtype, np.dtype):
-        if dtype.char in _EXTENDED:
+        if _is_extended(dtype):
             return _EXTENDED[dtype.char]
         name = dtype.name
     else:
@@ -110,7 +115,7 @@ def numpy_dtype(name: str) -> np.dtype[Any]:
     for char, known in _EXTENDED.items():
         if name == known:
             return np.dtype(char)
-    if name.startswith(_FROM_ML_DTYPES):
+    if name in _FROM_ML_DTYPES:
         try:
             import ml_dtypes
         except ImportError:
@@ -120,7 +125,8 @@ def numpy_dtype(name: str) -> np.dtype[Any]:
             ) from None
         if not hasattr(ml_dtypes, name):
             raise FileFormatError(f"the ml_dtypes installed here has no {name}")
-        return np.dtype(getattr(ml_dtypes, name))
+        found: np.dtype[Any] = np.dtype(getattr(ml_dtypes, name))
+        return found
     return np.dtype(name)
 
 
@@ -129,12 +135,13 @@ def typed(raw: np.ndarray, name: str, shape: Sequence[int]) -> np.ndarray:
     dtype = numpy_dtype(name)
     if sys.byteorder != "little" and dtype.itemsize > 1:
         raw = raw.view(dtype.newbyteorder("<")).astype(dtype).view(np.uint8)
-    return raw.view(dtype).reshape(shape)
+    x: np.ndarray = raw.view(dtype).reshape(shape)
+    return x
 
 
 def untyped(x: np.ndarray) -> np.ndarray:
     """Return the bytes of an array in the order of the file."""
-    if x.dtype.char == "g" or x.dtype.char == "G":
+    if _is_extended(x.dtype):
         x = _without_padding(x)
     elif x.dtype.byteorder == ">" or (sys.byteorder != "little" and x.dtype.byteorder == "="):
         x = x.astype(x.dtype.newbyteorder("<"))
@@ -204,7 +211,7 @@ def _item_bytes(tensor: Tensor) -> int:
 
 
 def _copied(tensor: Tensor, size: int, file: BinaryIO) -> int:
-    data = memoryview(tensor.read())
+    data = tensor.read().data
     assert data.nbytes == size
     check = 0
     for at in range(0, size, _CHUNK):
@@ -336,7 +343,7 @@ def is_shape(numbers: Any) -> bool:
 def read_raw(file: BinaryIO, entry: Entry) -> tuple[np.ndarray, int]:
     """Read the bytes of an array, and their checksum."""
     raw = np.empty(entry.stop - entry.start, np.uint8)
-    data = memoryview(raw)
+    data = raw.data
     check = 0
     file.seek(entry.start)
     for at in range(0, len(data), _CHUNK):

@@ -7,9 +7,9 @@ b) a child can only be something that stands above: a file cannot hold a tree th
 c) what is shared stays shared: one `Leaf`, one array, one list at several places is one entry.
 
     {"dict": [0, 1], "keys": ["w", "b"]}     a node and its children; with a "class" if it has one
-    {"array": 3}, {"array": 3, "view": ...}  an array, or another view of one that is there already
+    {"array": 3}                             an array; {"array": 3, "view": ...} another view of it
     {"leaf": 0, "state": 7, "frozen": false} a `Leaf` with the rule of that number
-    {"value": 1.5}                           what JSON has; {"float": "inf"} and such where it has not
+    {"value": 1.5}                           what JSON has; else {"float": "inf"} and such
 
 `_archive` reads what is written here.
 """
@@ -21,17 +21,21 @@ import math
 import sys
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
 
 from . import _safetensors as form
+from ._arrays import library_of as _library
 from ._jax import Number, attributes, is_tracer
+from ._nodes import Namespace, children, is_node
+from ._path import KeyPath
 from ._rule import Rule
 from ._safetensors import Tensor
 from ._ties import View, owners
-from ._tree import KeyPath, Namespace, _library, children, fold, is_node
+from ._tree import fold
 from .state import Leaf
 
 Array = Any
@@ -122,7 +126,7 @@ class Encoder:
             assert dtype is not None, place
             name = _unlike(self.names[k], names)
             number[k] = len(tensors)
-            tensors.append(Tensor(name, dtype, tuple(x.shape), lambda x=x: _raw(x)))
+            tensors.append(Tensor(name, dtype, tuple(x.shape), partial(_raw, x)))
             said.append({"name": name, "dtype": dtype, "shape": list(x.shape)})
             said[-1].update(_layout(x, k in with_views))
         for node in self._array_nodes:
@@ -233,7 +237,9 @@ class Encoder:
         if isinstance(x, np.dtype) and form.dtype_name(x) is not None:
             return {"dtype": form.dtype_name(x)}
         if cls is tuple or cls is list:
-            found = [self._value(f"{place}[{i}]", f"{name}.{i}", v, deeper) for i, v in enumerate(x)]
+            found = [
+                self._value(f"{place}[{i}]", f"{name}.{i}", v, deeper) for i, v in enumerate(x)
+            ]
             return {cls.__name__: found}
         if cls is dict and all(type(key) is str for key in x):
             found = [self._value(f"{place}[{k!r}]", f"{name}.{k}", v, deeper) for k, v in x.items()]

@@ -19,7 +19,10 @@ from typing import Any, Literal, NamedTuple, cast, overload
 
 import numpy as np
 
-from ._tree import KeyPath, fold, isnumeric, trainable_keys
+from ._arrays import isnumeric
+from ._nodes import trainable_keys
+from ._path import KeyPath
+from ._tree import fold
 
 Array = Any
 Tree = Any

@@ -25,20 +25,14 @@ from typing import Any, Generic, NamedTuple, TypeVar, overload
 
 import numpy as np
 
-from ._engine import checked_gradient
+from ._arraypath import checked_gradient
+from ._arrays import isnumeric, maywrite
 from ._lockstep import gather, place
 from ._lockstep import places as walk_places
+from ._nodes import mirror, rebuild, register_leaf, trainable_keys
+from ._path import KeyPath
 from ._ties import View, carry, owners, parameters
-from ._tree import (
-    KeyPath,
-    fold,
-    isnumeric,
-    maywrite,
-    mirror,
-    rebuild,
-    register_leaf,
-    trainable_keys,
-)
+from ._tree import fold
 from .words import namespace
 
 Array = Any

@@ -23,6 +23,7 @@ come back as they were; an extended number only on a machine that has the same k
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import operator
 import os
@@ -41,7 +42,7 @@ from ._archive import Archive
 from ._atomic import sweep
 from ._safetensors import FileFormatError
 from ._saved import Encoder
-from ._tree import is_node, walk
+from ._tree import walk
 from .state import Leaf
 
 __all__ = ["Checkpoint", "Checkpointer", "File", "FileFormatError", "load", "save"]
@@ -177,26 +178,21 @@ def load(path: str | os.PathLike[str], like: Tree = None) -> Tree:
       model.weight: the file has shape (2, 3), `like` (2, 4)
       model.bias: the file has shape (3,), `like` (4,)
     """
-    with _named(path), open(path, "rb", buffering=0) as file:
+    with _naming(path), open(path, "rb", buffering=0) as file:
         return _loaded(Archive(file), like)
 
 
 def _loaded(archive: Archive, like: Tree) -> Tree:
     has_model = "model" in archive.roots
     if like is None:
-        if not has_model:
-            return archive.build("state")
-        archive.refuse_unknown("state", "model")
-        return archive.build("state"), archive.build("model")
-    if not _is_pair(like) or archive.is_plain:
-        return archive.fill({"state": like})["state"]
-    if not has_model:
-        state = archive.roots["state"]
-        if state.is_pair():
-            return archive.fill({"state": like})["state"]
+        made = archive.build("state", "model") if has_model else archive.build("state")
+    elif has_model and _is_pair(like):
+        made = archive.fill({"state": like[0], "model": like[1]})
+    elif _is_pair(like) and not archive.is_tuple("state"):
         raise ValueError("the file holds no model: load it with like=state")
-    made = archive.fill({"state": like[0], "model": like[1]})
-    return made["state"], made["model"]
+    else:
+        made = archive.fill({"state": like})
+    return (made["state"], made["model"]) if "model" in made else made["state"]
 
 
 def _is_pair(like: Tree) -> bool:
@@ -208,14 +204,279 @@ def _is_pair(like: Tree) -> bool:
     return not any(isinstance(x, Leaf) for _, x in walk(like[0]))
 
 
-class _named:
-    """Puts the path of a file before what is wrong with it."""
+@contextlib.contextmanager
+def _naming(path: Name) -> Iterator[None]:
+    """Put the path of a file before what is wrong with it."""
+    try:
+        yield
+    except FileFormatError as error:
+        raise FileFormatError(f"{os.fspath(path)}: {error}") from None
 
-    def __init__(self, path: Name) -> None:
-        self.path = path
 
-    def __enter__(self) -> None: ...
+# --- single arrays ---------------------------------------------------------------------------
 
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        if kind in (FileFormatError, ValueError):
-            raise kind(f"{os.fspath(self.path)}: {error}") from error
+
+class File(Mapping[str, np.ndarray]):
+    """The arrays of a file by name, read when they are asked for.
+
+    Arrays are read-only windows into the file, which the system reads as they are looked at.
+
+    Parameters
+    ----------
+    path : str or path
+        A file of `save`, or any safetensors file.
+    verify : bool
+        Whether to check an array against its checksum when it is first asked for, which reads it
+        whole. Files of other programs have no checksums.
+
+    Raises
+    ------
+    FileFormatError
+        If the file is damaged or none of this format; from ``file[name]`` if the array is damaged.
+    OSError
+        If it cannot be read.
+
+    Notes
+    -----
+    The windows stay good after `close`, and when another file takes the place of this one, as
+    `save` does it. They do not if another program cuts the file short.
+
+    Examples
+    --------
+    >>> import tempfile, numpy as np, optimisers
+    >>> from optimisers.io import File, save
+    >>> path = tempfile.mkdtemp() + "/model.safetensors"
+    >>> save(path, {"encoder": np.ones((1000, 3)), "decoder": [np.arange(4.0)]})
+    >>> with File(path) as file:
+    ...     print(list(file), file.shape("state.encoder"), file["state.decoder.0"][1:3])
+    ['state.encoder', 'state.decoder.0'] (1000, 3) [1. 2.]
+    """
+
+    def __init__(self, path: str | os.PathLike[str], verify: bool = True) -> None:
+        self.path = Path(path)
+        self._verify = verify
+        file = open(path, "rb", buffering=0)  # noqa: SIM115 (closed by `close`)
+        try:
+            with _naming(path):
+                self._archive = Archive(file)
+            self._map = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), "u1")
+        except BaseException:
+            file.close()
+            raise
+        self._numbers = {tensor.name: k for k, tensor in enumerate(self._archive.tensors)}
+        self._seen: set[int] = set()
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        k = self._numbers[name]
+        tensor = self._archive.tensors[k]
+        raw = self._map[tensor.entry.start : tensor.entry.stop]
+        if self._verify and k not in self._seen:
+            with _naming(self.path):
+                self._archive.verify(k, raw, zlib.crc32(raw.data))
+            self._seen.add(k)
+        return form.typed(raw, tensor.dtype, tensor.shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._numbers)
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __repr__(self) -> str:
+        return f"File({str(self.path)!r}, {len(self)} arrays)"
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of an array, which is not read for that."""
+        return self._archive.tensors[self._numbers[name]].shape
+
+    def dtype(self, name: str) -> np.dtype[Any]:
+        """Return the dtype of an array, which is not read for that."""
+        return form.numpy_dtype(self._archive.tensors[self._numbers[name]].dtype)
+
+    @property
+    def metadata(self) -> Any:
+        """What `save` was given as metadata, or None; the strings of another program's file."""
+        if self._archive.is_plain:
+            return dict(self._archive.strings)
+        with _naming(self.path):
+            has_any = "metadata" in self._archive.roots
+            return self._archive.build("metadata")["metadata"] if has_any else None
+
+    def verify(self) -> None:
+        """Read the whole file and check it against its checksums.
+
+        Raises
+        ------
+        FileFormatError
+            If an array is damaged.
+        """
+        with _naming(self.path):
+            for k in range(len(self)):
+                self._archive.raw(k)
+
+    def load(self, like: Tree = None) -> Tree:
+        """Do what `load` does, with this file."""
+        with _naming(self.path):
+            return _loaded(self._archive.anew(), like)
+
+    def close(self) -> None:
+        """Close the file; arrays taken from it stay good."""
+        self._archive.file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+# --- the files of a long run -----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One file of a `Checkpointer`: of which step, and where."""
+
+    step: int
+    path: Path
+
+    @property
+    def metadata(self) -> Any:
+        """What was saved as metadata; None if nothing was."""
+        with File(self.path) as file:
+            return file.metadata
+
+    def load(self, like: Tree = None) -> Tree:
+        """Return the state, or state and model, as `load` does."""
+        return load(self.path, like)
+
+
+_STEP = re.compile(r"step-(\d+)\.safetensors", re.ASCII)
+
+
+class Checkpointer:
+    """Numbered files in a folder, of which the newest are kept: for runs that may be cut off.
+
+    Parameters
+    ----------
+    folder : str or path
+        Where the files are; made if it is not there. Only one process may save into it at a time.
+    keep : int
+        How many files to keep: when one more is safe on the disk, the oldest is removed.
+    every : int
+        `save` writes if the step is a multiple of this.
+
+    Raises
+    ------
+    ValueError
+        If `keep` or `every` is below 1.
+    OSError
+        If the folder cannot be made.
+
+    Notes
+    -----
+    A file has the state of the rules and the model. What else a run depends on, such as the state
+    of a random generator, belongs into its metadata: then a run that was cut off and resumed ends
+    at the same bits as one that was not.
+
+    Examples
+    --------
+    >>> import tempfile, numpy as np, optimisers
+    >>> from optimisers.io import Checkpointer
+    >>> model = {"w": np.zeros(3)}
+    >>> state = optimisers.setup(optimisers.Adam(), model)
+    >>> rng = np.random.default_rng(0)
+    >>> checkpoints = Checkpointer(tempfile.mkdtemp(), keep=2, every=10)
+    >>> start = 0
+    >>> if (checkpoint := checkpoints.latest()) is not None:
+    ...     state, model = checkpoint.load(like=(state, model))
+    ...     rng.bit_generator.state = checkpoint.metadata["rng"]
+    ...     start = checkpoint.step
+    >>> for step in range(start + 1, 36):
+    ...     state, model = optimisers.update_(state, model, {"w": rng.normal(size=3)})
+    ...     _ = checkpoints.save(step, state, model, {"rng": rng.bit_generator.state})
+    >>> checkpoints.steps()
+    [20, 30]
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], keep: int = 3, every: int = 1) -> None:
+        self.folder = Path(folder)
+        self.keep = _at_least_one("keep", keep)
+        self.every = _at_least_one("every", every)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        sweep(os.fspath(self.folder), _STEP)
+
+    def __repr__(self) -> str:
+        return f"Checkpointer({str(self.folder)!r}, keep={self.keep}, every={self.every})"
+
+    def save(
+        self,
+        step: int,
+        state: Tree,
+        model: Tree = None,
+        metadata: Tree = None,
+        *,
+        force: bool = False,
+        leave_out: bool = False,
+    ) -> Path | None:
+        """Save a step, if it is its turn, and then remove what is older than the last few.
+
+        Parameters
+        ----------
+        step : int
+            The number of the step; a file of this step is replaced. Files of later steps, which
+            are there if a run went back, are not touched.
+        state, model, metadata, leave_out
+            As in `save`.
+        force : bool
+            Whether to save also if `step` is no multiple of `every`.
+
+        Returns
+        -------
+        path or None
+            The file; None if it was not the turn of this step.
+        """
+        step = operator.index(step)
+        if step < 0:
+            raise ValueError(f"a step is at least 0; got {step}")
+        if step % self.every and not force:
+            return None
+        path = self._path(step)
+        save(path, state, model, metadata, leave_out=leave_out)
+        sweep(os.fspath(self.folder), _STEP)
+        for old in [s for s in self.steps() if s <= step][: -self.keep]:
+            with contextlib.suppress(FileNotFoundError):
+                self._path(old).unlink()
+        return path
+
+    def steps(self) -> list[int]:
+        """Return the steps of which there are files, good or not, in order."""
+        found = (_STEP.fullmatch(entry.name) for entry in os.scandir(self.folder))
+        return sorted(step for m in found if m and self._path(step := int(m[1])).name == m[0])
+
+    def latest(self) -> Checkpoint | None:
+        """Return the newest file that is whole, None if there is none.
+
+        Files are read and checked against their checksums, newest first. One that is damaged is
+        passed over with a warning.
+        """
+        for step in reversed(self.steps()):
+            path = self._path(step)
+            try:
+                with File(path) as file:
+                    file.verify()
+            except (FileFormatError, OSError) as error:
+                warnings.warn(f"passed over a checkpoint: {error}", stacklevel=2)
+            else:
+                return Checkpoint(step, path)
+        return None
+
+    def _path(self, step: int) -> Path:
+        return self.folder / f"step-{step:012d}.safetensors"
+
+
+def _at_least_one(name: str, number: int) -> int:
+    number = operator.index(number)
+    if number < 1:
+        raise ValueError(f"Checkpointer: {name} must be at least 1; got {number}")
+    return number

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ._engine import checked_gradient
+from ._arraypath import checked_gradient
 from ._jax import Maybe, double, is_tracer
 from ._rule import Rule, as_like
 

@@ -11,26 +11,19 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 
 from . import _engine, _pytree
+from ._arraypath import checked_gradient, fresh, shown, write
+from ._arrays import isnumeric, maywrite
 from ._lockstep import gather, place, places
+from ._nodes import mirror, rebuild, register_leaf, trainable_keys
+from ._path import KeyPath
 from ._rule import Rule, read_only
 from ._ties import carry, laid_out, parameters, same_elements
-from ._tree import (
-    KeyPath,
-    fmap,
-    fold,
-    isnumeric,
-    maywrite,
-    mirror,
-    rebuild,
-    register_leaf,
-    trainable_keys,
-    walk,
-)
+from ._tree import fmap, fold, walk
 
 Array = Any
 Tree = Any
@@ -273,7 +266,7 @@ def _step(
         state = _renewed(state, held, leaves, new_state)
         for k, x in enumerate(xs):
             if k not in new_x:
-                new_x[k] = _engine.fresh(x)
+                new_x[k] = fresh(x)
     return state, _replaced(state, model, xs, new_x)
 
 
@@ -289,7 +282,7 @@ def _replaced(state: Tree, model: Model, xs: list[Array], new_x: dict[int, Array
             lambda path, x: by_path.get(path, x),
             lambda path, x, results: rebuild(x, results),
         )
-    return new_model
+    return cast("Model", new_model)
 
 
 def _renewed(state: Tree, held: list[Leaf], leaves: list[Leaf], new_state: dict[int, Any]) -> Tree:
@@ -297,7 +290,7 @@ def _renewed(state: Tree, held: list[Leaf], leaves: list[Leaf], new_state: dict[
     made: dict[int, Leaf] = {}
     for k, leaf in enumerate(leaves):
         if k in new_state or id(leaf) not in made:
-            new = new_state[k] if k in new_state else _engine.fresh(leaf.state)
+            new = new_state[k] if k in new_state else fresh(leaf.state)
             made[id(leaf)] = leaf.renewed(leaf.rule, new)
     for leaf, other in zip(leaves, held, strict=True) if leaves is not held else ():
         made[id(other)] = made[id(leaf)]
@@ -343,20 +336,20 @@ class _Tied:
             x = self.xs[group[0]]
             new = first.get(j)
             if new is None and not in_place:
-                new = _engine.fresh(x)
+                new = fresh(x)
             if isinstance(new, np.ndarray) and any(self.xs[k] is not x for k in group):
                 new = laid_out(new, x)  # so that each view of x has its like
             for k in group:
                 other = self.xs[k]
                 if other is x or same_elements(x, other):
                     if new is not None:
-                        new_x[k] = new if other is x else _engine.shown(new, x, other)
+                        new_x[k] = new if other is x else shown(new, x, other)
                 elif not moved:
                     continue
                 elif in_place and maywrite(other):
-                    _engine.write(other, x if new is None else new)
+                    write(other, x if new is None else new)
                 else:
-                    new_x[k] = _engine.fresh(x if new is None else new)
+                    new_x[k] = fresh(x if new is None else new)
         return new_x, {self.groups[j][0]: state for j, state in states.items()}
 
     def _primary(self, group: list[int]) -> Array:
@@ -371,7 +364,7 @@ class _Tied:
             return gs[first]  # which the engine checks
         total = None
         for k in group:
-            g = _engine.checked_gradient(gs[k], self.xs[k], partial(self.where, k))
+            g = checked_gradient(gs[k], self.xs[k], partial(self.where, k))
             if g is not None:
                 g = self._seen_from(first, k, g)
                 with np.errstate(over="ignore", invalid="ignore"):
@@ -460,7 +453,7 @@ def adjust(state: Tree, eta: float | None = None, /, **fields: Any) -> Tree:
     """
     leaves = _leaves(state)
     rules = _adjusted(leaves, eta, fields)
-    made = {id(leaf): leaf.renewed(rules[id(leaf)], _engine.fresh(leaf.state)) for leaf in leaves}
+    made = {id(leaf): leaf.renewed(rules[id(leaf)], fresh(leaf.state)) for leaf in leaves}
     return fmap(lambda x: made.get(id(x), x), state)
 
 

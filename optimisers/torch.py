@@ -12,8 +12,8 @@ except ImportError as error:  # pragma: no cover
     raise ImportError("optimisers.torch needs PyTorch: install the package torch") from error
 
 from . import _engine
+from ._arrays import maywrite
 from ._rule import Rule
-from ._tree import maywrite
 from .compose import MixedPrecision, OptimiserChain
 from .rules import Descent
 

@@ -27,15 +27,19 @@ PACKAGE = ROOT / "optimisers"
 
 # A module imports from floors below its own, nothing else.
 FLOORS = [
-    {"_dlpack"},
-    {"words", "_language", "_numba", "_tree", "_jax", "_torch"}
+    {"_dlpack", "_atomic", "_arrays", "_path"},
+    {"words", "_language", "_numba", "_nodes", "_jax", "_torch", "_safetensors"}
     | {"_kernels", "_kernels_avx2", "_kernels_avx512"},
-    {"_rule", "_ties"},
-    {"rules", "_pytree"},
+    {"_rule", "_tree"},
+    {"rules", "_pytree", "_ties", "_lockstep"},
     {"compose"},
+    {"_arraypath"},
     {"_engine"},
     {"state", "destructure"},
-    {"_info", "minimise", "optax", "scipy", "torch"},
+    {"_info", "minimise", "optax", "scipy", "torch", "_saved"},
+    {"_revive"},
+    {"_archive"},
+    {"io"},
     {"__init__"},
     {"__main__"},
 ]

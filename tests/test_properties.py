@@ -35,7 +35,8 @@ from optimisers import (
     update,
     update_,
 )
-from optimisers._tree import is_node, rebuild, walk
+from optimisers._nodes import is_node, rebuild
+from optimisers._tree import walk
 
 quick = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 

@@ -18,28 +18,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from optimisers import _tree
-from optimisers._tree import (
-    KeyPath,
+from optimisers import _arrays, _nodes, _path, _tree
+from optimisers._arrays import isnumeric, maywrite
+from optimisers._nodes import (
     Namespace,
     children,
-    fmap,
-    fold,
     functor,
-    getkeypath,
-    haskeypath,
     is_node,
-    isnumeric,
-    maywrite,
     mirror,
     rebuild,
     register_leaf,
     register_node,
-    setkeypath_,
     trainable,
     trainable_keys,
-    walk,
 )
+from optimisers._path import KeyPath
+from optimisers._tree import child_path, fmap, fold, getkeypath, haskeypath, setkeypath_, walk
 
 
 class Point(NamedTuple):
@@ -406,7 +400,7 @@ def test_a_path_from_a_walk_knows_dictionaries_from_attributes():
         "['layers'][1].x",
         "['layers'][1].y['a']",
     ]
-    path = KeyPath().child(tree, "layers").child(tree["layers"], 0)
+    path = child_path(child_path(KeyPath(), tree, "layers"), tree["layers"], 0)
     assert str(path) == "['layers'][0]"
     assert path == KeyPath("layers", 0)
     assert hash(path) == hash(KeyPath("layers", 0))
@@ -964,7 +958,7 @@ LEAVES = st.one_of(
 NAMES = st.text("abcdef_", min_size=1, max_size=4)
 
 
-def _nodes(inner):
+def _branches(inner):
     return st.one_of(
         st.lists(inner, max_size=4),
         st.lists(inner, max_size=4).map(tuple),
@@ -977,7 +971,7 @@ def _nodes(inner):
     )
 
 
-TREES = st.recursive(LEAVES, _nodes, max_leaves=20)
+TREES = st.recursive(LEAVES, _branches, max_leaves=20)
 
 
 def nodes_of(tree):
@@ -1049,6 +1043,7 @@ def test_maywrite_is_false_wherever_two_elements_share_memory(shape, steps):
         assert maywrite(view)
 
 
-@pytest.mark.parametrize("name", _tree.__all__)
-def test_what_is_exported_is_documented(name):
-    assert getattr(_tree, name).__doc__
+@pytest.mark.parametrize("module", [_arrays, _path, _nodes, _tree])
+def test_what_is_exported_is_documented(module):
+    for name in module.__all__:
+        assert getattr(module, name).__doc__, name

@@ -12,22 +12,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from optimisers._tree import (
-    KeyPath,
-    children,
-    fmap,
-    fold,
-    getkeypath,
-    is_node,
-    isnumeric,
-    maywrite,
-    mirror,
-    rebuild,
-    register_leaf,
-    register_node,
-    setkeypath_,
-    walk,
-)
+from optimisers._arrays import isnumeric, maywrite
+from optimisers._nodes import children, is_node, mirror, rebuild, register_leaf, register_node
+from optimisers._path import KeyPath
+from optimisers._tree import fmap, fold, getkeypath, setkeypath_, walk
 
 
 @pytest.fixture(scope="module")
@@ -491,7 +479,8 @@ def test_device_arrays_of_numba_in_the_simulator():
     code = """
 import numpy as np
 from numba import cuda
-from optimisers._tree import isnumeric, maywrite, is_node
+from optimisers._arrays import isnumeric, maywrite
+from optimisers._nodes import is_node
 x = cuda.to_device(np.ones((2, 3), np.float32))
 assert isnumeric(x) and maywrite(x) and not is_node(x), type(x).__mro__
 assert not isnumeric(cuda.to_device(np.arange(2)))
@@ -523,10 +512,10 @@ def test_arrays_of_cupy_by_their_class(monkeypatch):
 def test_no_library_is_imported():
     code = """
 import sys
-from optimisers import _tree
+from optimisers import fmap, isnumeric, maywrite
 import numpy as np
 class A: pass
-_tree.fmap(lambda x: _tree.isnumeric(x) or _tree.maywrite(x), {"a": [np.ones(1), A(), 1.0]})
+fmap(lambda x: isnumeric(x) or maywrite(x), {"a": [np.ones(1), A(), 1.0]})
 found = {"jax", "torch", "optree", "autograd", "cupy", "numba", "ml_dtypes"} & set(sys.modules)
 assert not found, found
 """

@@ -1,0 +1,66 @@
+"""Where does a second thread begin to pay? Prints one thread's time over two threads', by size.
+
+The crossing gives `work_per_thread` in optimisers/_kernels.pyx: run it when nothing else runs.
+
+    python asv_bench/threads.py
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+import optimisers
+from optimisers import _engine
+
+RULES = (optimisers.Descent(), optimisers.Momentum(), optimisers.Adam())
+SIZES = (2_000, 5_000, 10_000, 20_000, 50_000, 100_000, 200_000, 1_000_000)
+REPEATS = 31
+
+
+def seconds(step: Callable[[], object], loops: int) -> float:
+    """Return the time of one step, from several in a row."""
+    begin = time.perf_counter()
+    for _ in range(loops):
+        step()
+    return (time.perf_counter() - begin) / loops
+
+
+def compare(rule: optimisers.Rule, n: int) -> tuple[float, float]:
+    """Return the median times of a step of `n` float32 numbers with one thread and with two."""
+    rng = np.random.default_rng(0)
+    x, g = rng.standard_normal((2, n), dtype=np.float32)
+    state = optimisers.setup(rule, x)
+
+    def step() -> object:
+        return optimisers.update_(state, x, g)
+
+    times: dict[int, list[float]] = {1: [], 2: []}
+    for _ in range(REPEATS):
+        for threads, seen in times.items():
+            optimisers.set_num_threads(threads)
+            step()
+            seen.append(seconds(step, max(1, 400_000 // n)))
+    return statistics.median(times[1]), statistics.median(times[2])
+
+
+def main() -> None:
+    """Print the table."""
+    _engine.kernels.set_work_per_thread(1)
+    print(f"{'rule':<10} {'numbers':>9} {'moved':>9} {'one':>10} {'two':>10} {'gain':>6}")
+    for rule in RULES:
+        slots = len(rule.slots)
+        for n in SIZES:
+            one, two = compare(rule, n)
+            moved = 4 * n * (3 + 2 * slots) / 1e6
+            print(
+                f"{type(rule).__name__:<10} {n:>9,} {moved:>6.2f} MB "
+                f"{one * 1e6:>7.1f} µs {two * 1e6:>7.1f} µs {one / two:>6.2f}"
+            )
+
+
+if __name__ == "__main__":
+    main()

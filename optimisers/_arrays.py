@@ -1,0 +1,113 @@
+"""Arrays: what is one, of which library, whether it is numeric, whether it may be written.
+
+No array library but NumPy is imported: a foreign array can only be met once its library is loaded.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import numpy as np
+
+__all__ = ["isnumeric", "library_of", "maywrite"]
+
+
+def isnumeric(x: object) -> bool:
+    """Whether `x` is an array of real or complex floating numbers, of any dimension, 0 included.
+
+    These arrays are the parameters of a model: NumPy arrays (also of ``ml_dtypes`` floats such as
+    ``bfloat16``), PyTorch tensors, JAX arrays and tracers, CuPy and Numba device arrays, boxes of
+    HIPS autograd. Python and NumPy scalars, and arrays of integers or booleans, are not.
+
+    Examples
+    --------
+    >>> isnumeric(np.ones(3)), isnumeric(np.array(1j)), isnumeric(np.arange(3)), isnumeric(1.0)
+    (True, True, False, False)
+    """
+    dtype: Any
+    if type(x) is np.ndarray:  # quick, since asked of every leaf
+        dtype = x.dtype
+    elif (library := library_of(type(x))) is None:
+        return False
+    else:
+        if library == "autograd":  # a box is what it holds, which may be a plain number
+            return isnumeric(cast(Any, x)._value)
+        dtype = getattr(x, "dtype", None)
+        if library == "torch":
+            return bool(dtype.is_floating_point or dtype.is_complex)
+    kind = getattr(dtype, "kind", "")
+    return kind in _FLOATING or (kind == "V" and _is_named_float(dtype))
+
+
+def maywrite(x: object) -> bool:
+    """Whether the elements of the array `x` may be written in place, each on its own.
+
+    False for what is no array, for read-only and immutable arrays (JAX, traced ones), and for
+    arrays that store one element at several places, as a broadcast view does.
+
+    Examples
+    --------
+    >>> maywrite(np.ones(3)), maywrite(np.broadcast_to(1.0, 3)), maywrite(1.0)
+    (True, False, False)
+    """
+    library = "numpy" if type(x) is np.ndarray else library_of(type(x))
+    array = cast(Any, x)
+    if library == "numpy":
+        flags = array.flags
+        if flags.c_contiguous or not flags.writeable:
+            return bool(flags.writeable)
+        return not _overlaps(array.shape, array.strides, array.itemsize)
+    if library == "torch":
+        is_strided = array.layout is sys.modules["torch"].strided
+        return not (is_strided and _overlaps(array.shape, array.stride(), 1))
+    if library in ("cupy", "numba"):
+        return not _overlaps(array.shape, array.strides, array.dtype.itemsize)
+    return False
+
+
+_FLOATING = frozenset("fc")
+
+
+@functools.lru_cache(maxsize=256)
+def _is_named_float(dtype: object) -> bool:
+    """Whether an extension dtype is a float: those of ``ml_dtypes`` are of NumPy's kind "V"."""
+    return getattr(dtype, "name", "").startswith(("float", "bfloat"))
+
+
+def _find_library(cls: type) -> str | None:
+    """Name the library whose arrays `cls` belongs to; an instance proves that it is loaded."""
+    if issubclass(cls, np.ndarray):
+        return "numpy"
+    for library, module, name in (
+        ("torch", "torch", "Tensor"),
+        ("jax", "jax", "Array"),
+        ("jax", "jax.core", "Tracer"),
+        ("cupy", "cupy", "ndarray"),
+        ("autograd", "autograd.numpy.numpy_boxes", "ArrayBox"),
+    ):
+        base = getattr(sys.modules.get(module), name, None)
+        if isinstance(base, type) and issubclass(cls, base):
+            return library
+    # By name, since numba and numba-cuda keep these classes in different modules.
+    for base in cls.__mro__:
+        if base.__name__ in ("DeviceNDArrayBase", "FakeCUDAArray") and "numba" in base.__module__:
+            return "numba"
+    return None
+
+
+library_of: Callable[[type], str | None] = functools.lru_cache(maxsize=4096)(_find_library)
+
+
+def _overlaps(shape: Sequence[int], strides: Sequence[int], itemsize: int) -> bool:
+    """Whether two elements may share memory: each stride must pass all that lies below it."""
+    if 0 in shape:
+        return False
+    reach = itemsize
+    for stride, n in sorted((abs(s), n) for s, n in zip(strides, shape, strict=True) if n > 1):
+        if stride < reach:
+            return True
+        reach += stride * (n - 1)
+    return False
