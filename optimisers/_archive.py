@@ -18,8 +18,7 @@ from typing import Any, BinaryIO, NoReturn, Self
 import numpy as np
 
 from . import _safetensors as form
-from ._arrays import isnumeric
-from ._arrays import library_of as _library
+from ._arrays import isnumeric, library_of
 from ._jax import attributes
 from ._nodes import children, is_node, rebuild
 from ._pytree import Tie
@@ -321,6 +320,7 @@ class Archive:
         name = said.get("class", "")
         if not isinstance(keys, list) or len(keys) != len(numbers) or not isinstance(name, str):
             _damaged(f"a node is {said!r:.60}")
+        keys = [key if isinstance(key, str) else _plain(key) for key in keys]
         only_texts = kind in ("namespace", "state", "named")
         allowed = (str,) if only_texts else (str, int, bool, type(None))
         if not {*map(type, keys)} <= {*allowed}:
@@ -385,7 +385,7 @@ class Archive:
 
     def _array(self, said: _Array, like: Array) -> Array:
         """Return an array of the library of `like`; where `said` is shared, so is the array."""
-        library = (_library(type(like)) if like is not None else None) or "numpy"
+        library = (library_of(type(like)) if like is not None else None) or "numpy"
         own = "torch" if library == "torch" else "numpy"
         tensor = self.tensors[said.tensor]
         mark = id(said), library
@@ -530,7 +530,7 @@ class Archive:
                 if _signature(rule) != _signature(x.rule):
                     found.append(f"{place}: the file has the rule {rule!r}, `like` has {x.rule!r}")
                 stack.append((f"{place}.state", x.state, y.state, True))
-            elif isinstance(y, _Array) and _library(type(x)) is not None:
+            elif isinstance(y, _Array) and library_of(type(x)) is not None:
                 mine = self.tensors[y.tensor]
                 shape = mine.shape if y.view is None else y.view.shape
                 if shape != tuple(x.shape):
@@ -574,7 +574,7 @@ class Archive:
 
 
 def _shown(x: Any) -> str:
-    if _library(type(x)) is not None:
+    if library_of(type(x)) is not None:
         return f"an array of shape {tuple(x.shape)}"
     if isinstance(x, Leaf):
         return f"a Leaf with {x.rule!r:.60}"
@@ -587,7 +587,7 @@ _REPLACEABLE = (bool, int, float, complex, str, bytes, type(None), np.generic, n
 def _may_replace(x: Any, y: Any) -> bool:
     """Tell whether `y` of a file may stand where the structure given has `x`."""
     if isinstance(y, _LeftOut):
-        return not is_node(x) and not isinstance(x, Leaf) and _library(type(x)) is None
+        return not is_node(x) and not isinstance(x, Leaf) and library_of(type(x)) is None
     return isinstance(y, _Value) and isinstance(x, _REPLACEABLE)
 
 

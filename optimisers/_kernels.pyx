@@ -10,7 +10,7 @@ c) A `Batch` gathers leaves: for each a *segment* (parameter, gradient, length) 
    untouched; nothing that the caller can see is written while gathering.
 d) `Batch.run` cuts every segment into blocks that fit the first cache and runs the whole chain on
    a block before it goes to the next, so that a chain of any length moves each array through
-   memory once. The last thing it does with a block is to subtract. Blocks are independent, so the
+   memory once. The last step of the chain subtracts as it goes. Blocks are independent, so the
    bits depend neither on their size nor on the number of threads.
 e) A *barrier* (a norm) needs all of a leaf before its step can run. The steps ahead of it are then
    evaluated on copies of their slots, block by block, only to be reduced; the barrier itself
@@ -181,6 +181,7 @@ cdef struct StepInfo:
     int slots
     int coefs
     Step run[2]             # for float and for double
+    Step finish[2]          # the same, which subtracts too: x comes and goes in place of dx
 
 cdef enum:
     MAX_STEPS = 256
@@ -190,7 +191,8 @@ max_slots = MAX_SLOTS
 step_index = {}
 """Where the step of each class of rules.py stands in the table, by the name of the class."""
 
-cdef int add_step(str name, int slots, int coefs, Step single, Step double_) except -1:
+cdef int add_step(str name, int slots, int coefs, Step single, Step double_,
+                  Step single_finish, Step double_finish) except -1:
     cdef int k = len(step_index)
     if k == MAX_STEPS or slots > MAX_SLOTS:
         raise ImportError(f"no room for the step of {name}")
@@ -198,6 +200,8 @@ cdef int add_step(str name, int slots, int coefs, Step single, Step double_) exc
     step_table[k].coefs = coefs
     step_table[k].run[0] = single
     step_table[k].run[1] = double_
+    step_table[k].finish[0] = single_finish
+    step_table[k].finish[1] = double_finish
     step_index[name] = k
     return 0
 
@@ -209,6 +213,7 @@ fill_table()
 
 cdef struct Stage:          # one step on one leaf
     Step run
+    Step finish             # may be NULL
     int slots
     char* old[MAX_SLOTS]    # where the slots are read ...
     char* new[MAX_SLOTS]    # ... and where they are written; the same for an update in place
@@ -484,6 +489,7 @@ cdef class LatePlan(StepPlan):
     def __init__(self, rule, int slots, bint counts, find):
         self.step.slots = slots
         self.step.run[0] = self.step.run[1] = NULL
+        self.step.finish[0] = self.step.finish[1] = NULL
         self.counts = counts
         self.coefs = rule.coefs
         self.find = find
@@ -763,7 +769,7 @@ cdef class Batch:
         cdef cnp.ndarray a, b
         cdef int k
         cdef int kind = cnp.NPY_DOUBLE if leaf.is_double else cnp.NPY_FLOAT
-        stage.run = step.run[leaf.is_double]
+        stage.run, stage.finish = step.run[leaf.is_double], step.finish[leaf.is_double]
         stage.slots = step.slots
         for k in range(step.slots):
             if not cnp.PyArray_CheckExact(item(old, k)):
@@ -953,7 +959,9 @@ cdef class Batch:
                 start = (first - before) * block
                 n = min(block, leaf.n - start)
                 dx = self.chain(leaf, leaf.first + leaf.stages, start, n, <char*> scratch, False)
-                if leaf.is_double:
+                if dx is NULL:
+                    pass
+                elif leaf.is_double:
                     subtract[double](leaf.x, leaf.out, dx, start, n, leaf.swallowed)
                 else:
                     subtract[float](leaf.x, leaf.out, dx, start, n, leaf.swallowed)
@@ -969,6 +977,8 @@ cdef class Batch:
                            char* scratch, bint dry) noexcept nogil:
         """Run the stages before `end` on one block; return where the step then lies.
 
+        That is NULL if the last stage has subtracted it from the parameter.
+
         `scratch` holds three blocks: two that the stages use by turns and one for a gradient made
         wider. A dry run stores no slots; it needs MAX_SLOTS blocks more.
         """
@@ -980,6 +990,7 @@ cdef class Batch:
         cdef void* slots[MAX_SLOTS]
         cdef double* coefs
         cdef Stage* stage
+        cdef Py_ssize_t last = -1 if dry or leaf.swallowed else end - 1
         cdef Py_ssize_t k
         cdef int j
         if leaf.narrow:
@@ -992,6 +1003,11 @@ cdef class Batch:
                 if slots[j] != stage.old[j] + offset:
                     memcpy(slots[j], stage.old[j] + offset, n * size)
             coefs = <double*> self.work.numbers.data + stage.coefs
+            if k == last and stage.finish is not NULL:
+                if leaf.out != leaf.x:
+                    memcpy(leaf.out + offset, leaf.x + offset, n * size)
+                stage.finish(NULL, g, leaf.out + offset, slots, coefs, n)
+                return NULL
             stage.run(leaf.x + offset, g, dx, slots, coefs, n)
             g = dx
             dx = scratch + room if dx == scratch else scratch

@@ -28,7 +28,7 @@ from typing import Any, cast
 import numpy as np
 
 from . import _safetensors as form
-from ._arrays import library_of as _library
+from ._arrays import library_of
 from ._jax import Number, attributes, is_tracer
 from ._nodes import Namespace, children, is_node
 from ._path import KeyPath
@@ -159,7 +159,7 @@ class Encoder:
         if isinstance(x, Leaf):
             one = x if x.tie is None else x.tie  # JAX makes several leaves of one that is tied
             return self._number("leaf", one, lambda: self._state_leaf(place, name, x))
-        if _library(type(x)) is not None:
+        if library_of(type(x)) is not None:
             return self._number("array", x, lambda: self._array_node(place, name, x))
         try:
             return self._new({"value": self._value(place, name, x)})
@@ -244,7 +244,7 @@ class Encoder:
         if cls is dict and all(type(key) is str for key in x):
             found = [self._value(f"{place}[{k!r}]", f"{name}.{k}", v, deeper) for k, v in x.items()]
             return {"dict": [list(x), found]}
-        if _library(cls) is not None:
+        if library_of(cls) is not None:
             node = {"array": self._number("field", x, lambda: self._array(place, name, x))}
             self._array_nodes.append(node)
             return node
@@ -257,8 +257,8 @@ class Encoder:
 def _key(place: str, key: Any) -> Any:
     if type(key) is str or type(key) is bool or key is None:
         return key
-    if type(key) is int and abs(key) < 2**63:
-        return key
+    if type(key) is int:
+        return key if abs(key) < 2**63 else {"int": hex(key)}
     raise TypeError(
         f"cannot save {place}: its key {key!r:.60} is of class {type(key).__name__}; "
         "strings and whole numbers can be saved as keys"
@@ -266,7 +266,7 @@ def _key(place: str, key: Any) -> Any:
 
 
 def _refuse_unsavable(place: str, x: Array) -> None:
-    library = _library(type(x))
+    library = library_of(type(x))
     why = ""
     if library == "autograd" or is_tracer(x):
         why = "it is being traced: save outside the function that is differentiated or compiled"
@@ -295,7 +295,7 @@ def _unlike(name: str, names: set[str]) -> str:
 
 def _layout(x: Array, with_flips: bool) -> dict[str, list[int]]:
     """Return how the elements follow each other in memory, if not in C order."""
-    if _library(type(x)) not in ("numpy", "torch", "cupy") or 0 in x.shape:
+    if library_of(type(x)) not in ("numpy", "torch", "cupy") or 0 in x.shape:
         return {}
     view = View.of(x)
     found = {}
@@ -308,7 +308,7 @@ def _layout(x: Array, with_flips: bool) -> dict[str, list[int]]:
 
 def _raw(x: Array) -> np.ndarray:
     """Return the bytes of an array of any library, in C order."""
-    library = _library(type(x))
+    library = library_of(type(x))
     if library == "torch":
         torch: Any = sys.modules["torch"]
         flat = x.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)

@@ -152,4 +152,4 @@ def test_what_a_step_may_say():
     text = emit_steps.generate(source)
     assert "cdef void Good_float_loop" in text
     assert "d = where(c < one, a, +a) + where(c >= one, b, b)" in text
-    assert "add_step('Good', 2, 4, Good_float, Good_double)" in text
+    assert "add_step('Good', 2, 4,\n             Good_float, Good_double," in text

@@ -25,6 +25,7 @@ HEADER = """\
 # Written by tools/emit_steps.py from the steps in rules.py. Do not edit.
 
 # A block step: x, g and the old slots are read, dx and the new slots written, n numbers each.
+# One that finishes a chain finds x in place of dx, and leaves there x - dx.
 """
 
 
@@ -40,14 +41,21 @@ def read_steps(source: str) -> list[Step]:
     return found
 
 
-def emit_loop(step: Step, real: str) -> str:
-    """Return the Cython functions of one step for one type: the loop, and its unpacking."""
-    name = f"{step.rule}_{real}"
+def emit_loop(step: Step, real: str, finish: bool) -> str:
+    """Return the Cython functions of one step for one type: the loop, and its unpacking.
+
+    A step that finishes a chain reads x where it stands and subtracts from it, so that x passes
+    through the processor together with all else.
+    """
+    name = f"{step.rule}_{real}{'_finish' * finish}"
     assigned = {statement.targets[0].id for statement in step.body}
     local = [*sorted({"x", "dx", *step.slots, *assigned}), *(f"new_{slot}" for slot in step.slots)]
+    target = "x_out" if finish else "dx_out"
+    x_in = f"const_{real}_p x_in, " * (not finish)
+    dx = ast.unparse(step.dx)
     lines = [
         f"cdef void {name}_loop(",
-        f"    const_{real}_p x_in, const_{real}_p dx_in, {real}_p dx_out,",
+        f"    {x_in}const_{real}_p dx_in, {real}_p {target},",
         *(f"    {real}_p slot_{slot}," for slot in step.slots),
         f"    const_{real}_p coefs, Py_ssize_t length,",
         ") noexcept nogil:",
@@ -55,7 +63,7 @@ def emit_loop(step: Step, real: str) -> str:
         f"    cdef {real} {', '.join(local)}",
         *(f"    cdef {real} {coef} = coefs[{k}]" for k, coef in enumerate(step.coefs)),
         "    for index in range(length):",
-        "        x = x_in[index]",
+        f"        x = {'x_out' if finish else 'x_in'}[index]",
         "        dx = dx_in[index]",
         *(f"        {slot} = slot_{slot}[index]" for slot in step.slots),
         *(f"        {ast.unparse(statement)}" for statement in step.body),
@@ -63,7 +71,7 @@ def emit_loop(step: Step, real: str) -> str:
             f"        new_{slot} = {ast.unparse(value)}"
             for slot, value in zip(step.slots, step.new, strict=True)
         ),
-        f"        dx_out[index] = {ast.unparse(step.dx)}",
+        f"        {target}[index] = " + (f"x - ({dx})" if finish else dx),
         *(f"        slot_{slot}[index] = new_{slot}" for slot in step.slots),
         "",
         "",
@@ -71,7 +79,7 @@ def emit_loop(step: Step, real: str) -> str:
         "    const void* x, const void* g, void* dx, void** slots, const void* coefs, Py_ssize_t n",
         ") noexcept nogil:",
         f"    {name}_loop(",
-        f"        <const {real}*> x, <const {real}*> g, <{real}*> dx,",
+        f"        {f'<const {real}*> x, ' * (not finish)}<const {real}*> g, <{real}*> dx,",
         *(f"        <{real}*> slots[{k}]," for k in range(len(step.slots))),
         f"        <const {real}*> coefs, n,",
         "    )",
@@ -82,12 +90,18 @@ def emit_loop(step: Step, real: str) -> str:
 def generate(rules_source: str) -> str:
     """Return the text of _steps.pxi for the text of rules.py."""
     steps = read_steps(rules_source)
-    loops = [emit_loop(step, real) for step in steps for real in ("float", "double")]
+    loops = [
+        emit_loop(step, real, finish)
+        for step in steps
+        for real in ("float", "double")
+        for finish in (False, True)
+    ]
     table = [
         "cdef void fill_table() noexcept:",
         *(
-            f"    add_step({step.rule!r}, {len(step.slots)}, {len(step.coefs)},"
-            f" {step.rule}_float, {step.rule}_double)"
+            f"    add_step({step.rule!r}, {len(step.slots)}, {len(step.coefs)},\n"
+            f"             {step.rule}_float, {step.rule}_double,\n"
+            f"             {step.rule}_float_finish, {step.rule}_double_finish)"
             for step in steps
         ),
     ]
