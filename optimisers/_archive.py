@@ -634,11 +634,11 @@ def _built(cls: Any, node: _Node, values: list[Any]) -> Any:
 
 def _with_ties(tree: Tree) -> Tree:
     """Return a tree whose leaves know their places where these are several, as after `setup`."""
-    places: dict[int, tuple[Leaf, list[str]]] = {}
+    places: dict[int, tuple[Leaf, list[Any]]] = {}
     for path, x in walk(tree):
         if isinstance(x, Leaf):
-            places.setdefault(id(x), (x, []))[1].append(str(path))
+            places.setdefault(id(x), (x, []))[1].append(path)
     for leaf, found in places.values():
         if len(found) > 1:
-            leaf.tie = Tie(tuple(found))
+            leaf.tie = Tie(tuple(map(str, found)))
     return tree

@@ -187,7 +187,7 @@ _pending: dict[str, Any] = {
 
 def announce(cls: type) -> None:
     """Register `cls`, the class of leaves, with JAX and optree, once they are loaded."""
-    for module in _pending.copy():
+    for module in [*_pending]:
         if module in sys.modules:
             name, register = _pending[module]
             if hasattr(sys.modules[module], name) and _pending.pop(module, ()):

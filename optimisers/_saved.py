@@ -106,7 +106,7 @@ class Encoder:
             fold(
                 tree,
                 lambda path, x: self._leaf(at(root, path), ".".join([name, *map(str, path)]), x),
-                lambda path, x, results: self._node(at(root, path), x, results),
+                lambda path, x, results: self._node(partial(at, root, path), x, results),
             ),
         )
 
@@ -176,7 +176,7 @@ class Encoder:
         state = self._add(f"{place}.state", name, leaf.state)
         return self._new({"leaf": rule, "state": state, "frozen": bool(leaf.frozen)})
 
-    def _node(self, place: str, x: Any, results: list[int]) -> int:
+    def _node(self, place: Callable[[], str], x: Any, results: list[int]) -> int:
         kind = kind_of(x)
         node: dict[str, Any] = {kind: results}
         if kind in WITH_CLASS:
@@ -254,13 +254,13 @@ class Encoder:
         )
 
 
-def _key(place: str, key: Any) -> Any:
+def _key(place: Callable[[], str], key: Any) -> Any:
     if type(key) is str or type(key) is bool or key is None:
         return key
     if type(key) is int:
         return key if abs(key) < 2**63 else {"int": hex(key)}
     raise TypeError(
-        f"cannot save {place}: its key {key!r:.60} is of class {type(key).__name__}; "
+        f"cannot save {place()}: its key {key!r:.60} is of class {type(key).__name__}; "
         "strings and whole numbers can be saved as keys"
     )
 
