@@ -9,16 +9,29 @@ b) `build` makes trees of built-in nodes. `fill` follows given trees, with their
 from __future__ import annotations
 
 import copy
-import dataclasses
 import math
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any, BinaryIO, NoReturn, Self
 
 import numpy as np
 
 from . import _safetensors as form
 from ._arrays import isnumeric, library_of
+from ._entries import (
+    ArrayNode,
+    LeafNode,
+    LeftOut,
+    Node,
+    StoredTensor,
+    ValueNode,
+    checked_tensor,
+    checked_view,
+    damaged,
+    index_of,
+    only,
+    plain,
+)
 from ._jax import attributes
 from ._nodes import children, is_node, rebuild
 from ._pytree import Tie
@@ -26,7 +39,7 @@ from ._revive import as_like, c_order, made_rule, named_class, typed
 from ._rule import Rule
 from ._safetensors import FileFormatError
 from ._saved import BY_POSITION, CONTAINERS, DEEPEST, VERSION, WITH_CLASS, kind_of
-from ._ties import View, carry, owners
+from ._ties import carry, owners
 from ._tree import fold, walk
 from .state import Leaf
 
@@ -36,139 +49,6 @@ Tree = Any
 _CLASSES = {kind: cls for cls, kind in CONTAINERS.items()}
 _MOST_PARTS = 10_000
 """Rules that one rule may be made of."""
-
-# --- what a file holds -----------------------------------------------------------------------
-
-
-class _Node(dict[Any, Any]):
-    """A node: its children by key, and what it was."""
-
-    kind: str
-    name: str
-
-    @classmethod
-    def of(cls, kind: str, found: Iterable[tuple[Any, Any]], name: str = "") -> Self:
-        node = cls(found)
-        node.kind, node.name = kind, name
-        return node
-
-
-@dataclasses.dataclass(eq=False, slots=True)
-class _Leaf:
-    rule: int
-    state: Any
-    frozen: bool
-
-
-@dataclasses.dataclass(eq=False, slots=True)
-class _Array:
-    tensor: int
-    view: View | None
-
-
-@dataclasses.dataclass(eq=False, slots=True)
-class _Value:
-    value: Any
-
-
-@dataclasses.dataclass(eq=False, slots=True)
-class _LeftOut:
-    text: str
-
-
-@dataclasses.dataclass(eq=False, slots=True)
-class _Tensor:
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    layout: View
-    entry: form.Entry
-    check: int | None
-
-
-def _damaged(what: str) -> NoReturn:
-    raise FileFormatError(f"the file is damaged: {what}")
-
-
-def _index(k: Any, table: Sequence[Any]) -> int:
-    """Return `k` if it is the number of an entry of this table."""
-    if type(k) is not int or not 0 <= k < len(table):
-        _damaged(f"{k!r:.40} is no number of an entry")
-    return k
-
-
-def _only(value: Any) -> tuple[str, Any]:
-    """Return what a value is, and of what: its one key; "" for what JSON has."""
-    if isinstance(value, dict):
-        if value.keys() == {"array", "view"}:
-            return "array", value["array"]
-        if len(value) == 1:
-            kind, x = next(iter(value.items()))
-            return kind, x
-    elif not isinstance(value, list):
-        return "", value
-    _damaged(f"a value is {value!r:.60}")
-
-
-def _plain(value: Any) -> Any:
-    """Return the number, text, ... that a value stands for."""
-    kind, x = _only(value)
-    if not kind:
-        return x
-    try:
-        if kind == "int":
-            return int(x, 16)
-        if kind == "float" and x in ("nan", "inf", "-inf"):
-            return float(x)
-        if kind == "complex":
-            real, imag = map(float.fromhex, x)
-            return complex(real, imag)
-        if kind == "bytes":
-            return bytes.fromhex(x)
-        if kind == "dtype":
-            form.stored(x, ())
-            return form.numpy_dtype(x)
-        if kind == "scalar":
-            name, text = x
-            form.stored(name, ())
-            raw = np.frombuffer(bytearray.fromhex(text), np.uint8)
-            return form.typed(raw, name, ())[()]
-    except (TypeError, ValueError, OverflowError) as error:
-        if isinstance(error, FileFormatError):
-            raise
-    _damaged(f"a value is {value!r:.60}")
-
-
-def _checked_view(shape: Any, order: Any, flips: Any, size: int) -> View:
-    """Return a view of an array of this size."""
-    axes = range(len(shape)) if form.is_shape(shape) else range(0)
-    for numbers in (order, flips):
-        if not isinstance(numbers, list) or not all(type(n) is int for n in numbers):
-            _damaged(f"a layout is {numbers!r:.60}")
-    is_order = sorted(order) == [*axes] and {*flips} <= {*axes} and len({*flips}) == len(flips)
-    if not form.is_shape(shape) or not is_order or math.prod(shape) != size:
-        _damaged(f"a view of {size} elements is {[shape, order, flips]!r:.80}")
-    return View(tuple(shape), tuple(order), tuple(flips))
-
-
-def _checked_tensor(said: Any, entries: dict[str, form.Entry], check: int) -> _Tensor:
-    wanted, allowed = {"name", "dtype", "shape"}, {"order", "flips"}
-    if not isinstance(said, dict) or not wanted <= said.keys() <= wanted | allowed:
-        _damaged(f"an array is {said!r:.80}")
-    name, dtype, shape = said["name"], said["dtype"], said["shape"]
-    are_texts = isinstance(name, str) and isinstance(dtype, str)
-    if not are_texts or not form.is_shape(shape) or name not in entries:
-        _damaged(f"an array is {said!r:.80}")
-    entry = entries[name]
-    if form.stored(dtype, shape) != (entry.tag, entry.shape):
-        _damaged(
-            f"the array {name!r} should have dtype {dtype} and shape {shape!r:.80}, and lies there "
-            f"as {entry.tag} of shape {list(entry.shape)!r:.80}"
-        )
-    order = said.get("order", [*range(len(shape))])
-    layout = _checked_view(shape, order, said.get("flips", []), math.prod(shape))
-    return _Tensor(name, dtype, tuple(shape), layout, entry, check)
-
 
 # --- a file ----------------------------------------------------------------------------------
 
@@ -182,7 +62,7 @@ class Archive:
         said = header.metadata
         self.is_plain = form.KEY not in said and form.CHECKSUMS not in said
         self.strings = said
-        self.tensors: list[_Tensor] = []
+        self.tensors: list[StoredTensor] = []
         self.roots: dict[str, Any] = {}
         self._nodes: list[Any] = []
         self._rules: list[dict[str, Any]] = []
@@ -194,20 +74,20 @@ class Archive:
             self._read_plain(header)
             return
         if form.KEY not in said or form.CHECKSUMS not in said:
-            _damaged(f"of {form.KEY!r} and {form.CHECKSUMS!r} in its metadata, one is missing")
+            damaged(f"of {form.KEY!r} and {form.CHECKSUMS!r} in its metadata, one is missing")
         text = said[form.KEY]
         checks = form.checksums(said, len(header.entries))
         if checks[0] != zlib.crc32(text.encode("utf-8", "surrogatepass")):
-            _damaged("the text in its header has another checksum than when it was written")
+            damaged("the text in its header has another checksum than when it was written")
         self._read(form.parse(text, "the text in the header"), header.entries, checks[1:])
 
     def _read_plain(self, header: form.Header) -> None:
         for name, entry in header.entries.items():
             layout = c_order(entry.shape)
-            self.tensors.append(_Tensor(name, entry.dtype(), entry.shape, layout, entry, None))
-        self._nodes = [_Array(k, None) for k in range(len(self.tensors))]
+            self.tensors.append(StoredTensor(name, entry.dtype(), entry.shape, layout, entry, None))
+        self._nodes = [ArrayNode(k, None) for k in range(len(self.tensors))]
         names = [tensor.name for tensor in self.tensors]
-        self.roots["state"] = _Node.of("dict", zip(names, self._nodes, strict=True))
+        self.roots["state"] = Node.of("dict", zip(names, self._nodes, strict=True))
         self._nodes.append(self.roots["state"])
 
     # The text is checked whole ---------------------------------------------------------------
@@ -217,7 +97,7 @@ class Archive:
     ) -> None:
         version = told.get("version")
         if type(version) is not int or version < 1:
-            _damaged(f"its version is {version!r:.40}")
+            damaged(f"its version is {version!r:.40}")
         if version > VERSION:
             raise FileFormatError(
                 f"the file has version {version} of the format, and this library reads versions "
@@ -225,53 +105,55 @@ class Archive:
             )
         for name, cls in (("roots", dict), ("nodes", list), ("rules", list), ("tensors", list)):
             if not isinstance(told.get(name), cls):
-                _damaged(f"its {name} are missing")
+                damaged(f"its {name} are missing")
         if len(told["tensors"]) != len(entries):
-            _damaged(f"it has {len(entries)} arrays and should have {len(told['tensors'])}")
+            damaged(f"it has {len(entries)} arrays and should have {len(told['tensors'])}")
         for said, check in zip(told["tensors"], checks, strict=True):
-            self.tensors.append(_checked_tensor(said, entries, check))
+            self.tensors.append(checked_tensor(said, entries, check))
         if len({tensor.name for tensor in self.tensors}) != len(entries):
-            _damaged("an array is named twice")
+            damaged("an array is named twice")
         self._read_rules(told["rules"])
         self._read_nodes(told["nodes"], told["roots"])
 
     def _read_rules(self, rules: list[Any]) -> None:
         sizes: list[int] = []
+        depths: list[int] = []
         for said in rules:
             is_rule = isinstance(said, dict) and said.keys() == {"rule", "fields"}
             if not is_rule or not isinstance(said["rule"], str):
-                _damaged(f"a rule is {said!r:.60}")
+                damaged(f"a rule is {said!r:.60}")
             parts: list[int] = []
             self._check_values(said["fields"], parts)
             sizes.append(1 + sum(sizes[k] for k in parts))
-            if sizes[-1] > _MOST_PARTS:
-                _damaged("a rule is made of too many rules")
+            depths.append(1 + max((depths[k] for k in parts), default=0))
+            if sizes[-1] > _MOST_PARTS or depths[-1] > DEEPEST:
+                damaged("a rule is made of too many rules")
             self._rules.append(said)
             self._parts.append(parts)
 
     def _check_values(self, fields: Any, parts: list[int]) -> None:
         """Check the fields of a rule, and note the rules that they hold."""
         if not isinstance(fields, dict):
-            _damaged(f"the fields of a rule are {fields!r:.60}")
+            damaged(f"the fields of a rule are {fields!r:.60}")
         stack = [(value, 0) for value in fields.values()]
         while stack:
             value, depth = stack.pop()
-            kind, x = _only(value)
+            kind, x = only(value)
             if kind == "rule":
-                parts.append(_index(x, self._rules))
+                parts.append(index_of(x, self._rules))
             elif kind == "array":
                 self._checked_array(value)
             elif kind in ("tuple", "list", "dict"):
                 if kind == "dict":
                     are_pairs = isinstance(x, list) and [*map(type, x)] == [list, list]
                     if not are_pairs or [*map(type, x[0])] != [str] * len(x[1]):
-                        _damaged(f"a value is {value!r:.60}")
+                        damaged(f"a value is {value!r:.60}")
                     x = x[1]
                 if not isinstance(x, list) or depth > DEEPEST:
-                    _damaged(f"a value is {value!r:.60}")
+                    damaged(f"a value is {value!r:.60}")
                 stack += [(v, depth + 1) for v in x]
             else:
-                _plain(value)
+                plain(value)
 
     def _read_nodes(self, nodes: list[Any], roots: dict[str, Any]) -> None:
         sizes: list[int] = []
@@ -281,32 +163,30 @@ class Archive:
             self._nodes.append(node)
         most = max(1_000_000, 100 * len(nodes))
         for name, k in roots.items():
-            self.roots[name] = self._nodes[_index(k, self._nodes)]
+            self.roots[name] = self._nodes[index_of(k, self._nodes)]
             if sizes[k] > most:
-                _damaged(f"its {name} has more than {most:,} places, made of {len(nodes)} nodes")
+                damaged(f"its {name} has more than {most:,} places, made of {len(nodes)} nodes")
         if "state" not in roots or not roots.keys() <= {"state", "model", "metadata"}:
-            _damaged(f"it holds {', '.join(map(repr, roots))}")
+            damaged(f"it holds {', '.join(map(repr, roots))}")
 
     def _checked_node(self, said: Any) -> tuple[Any, list[int]]:
         """Return a node, and the numbers of its children."""
         if not isinstance(said, dict) or not said:
-            _damaged(f"a node is {said!r:.60}")
+            damaged(f"a node is {said!r:.60}")
         kind, x = next(iter(said.items()))
         others = said.keys() - {kind}
         if kind == "value" and not others:
-            return _Value(_plain(x)), []
+            return ValueNode(plain(x)), []
         if kind == "array" and others <= {"view"}:
             return self._checked_array(said), []
         if kind == "left_out" and not others and isinstance(x, str):
-            return _LeftOut(x), []
+            return LeftOut(x), []
         if kind == "leaf" and others == {"state", "frozen"} and type(said["frozen"]) is bool:
-            k = _index(said["state"], self._nodes)
-            return _Leaf(_index(x, self._rules), self._nodes[k], said["frozen"]), [k]
+            k = index_of(said["state"], self._nodes)
+            return LeafNode(index_of(x, self._rules), self._nodes[k], said["frozen"]), [k]
         return self._checked_inner(said, kind, x)
 
-    def _checked_inner(
-        self, said: dict[str, Any], kind: str, below: Any
-    ) -> tuple[_Node, list[int]]:
+    def _checked_inner(self, said: dict[str, Any], kind: str, below: Any) -> tuple[Node, list[int]]:
         expected = {kind}
         if kind not in BY_POSITION:
             expected.add("keys")
@@ -314,32 +194,32 @@ class Archive:
             expected.add("class")
         is_known = kind in _CLASSES or kind in WITH_CLASS
         if not is_known or said.keys() != expected or not isinstance(below, list):
-            _damaged(f"a node is {said!r:.60}")
-        numbers = [_index(k, self._nodes) for k in below]
+            damaged(f"a node is {said!r:.60}")
+        numbers = [index_of(k, self._nodes) for k in below]
         keys = said.get("keys", [*range(len(numbers))])
         name = said.get("class", "")
         if not isinstance(keys, list) or len(keys) != len(numbers) or not isinstance(name, str):
-            _damaged(f"a node is {said!r:.60}")
-        keys = [key if isinstance(key, str) else _plain(key) for key in keys]
+            damaged(f"a node is {said!r:.60}")
+        keys = [key if isinstance(key, str) else plain(key) for key in keys]
         only_texts = kind in ("namespace", "state", "named")
         allowed = (str,) if only_texts else (str, int, bool, type(None))
         if not {*map(type, keys)} <= {*allowed}:
-            _damaged(f"a node is {said!r:.60}")
-        node = _Node.of(kind, zip(keys, (self._nodes[k] for k in numbers), strict=True), name)
+            damaged(f"a node is {said!r:.60}")
+        node = Node.of(kind, zip(keys, (self._nodes[k] for k in numbers), strict=True), name)
         if len(node) != len(numbers):
-            _damaged(f"a node has a key twice: {said!r:.60}")
+            damaged(f"a node has a key twice: {said!r:.60}")
         return node, numbers
 
-    def _checked_array(self, said: dict[str, Any]) -> _Array:
-        k = _index(said["array"], self.tensors)
+    def _checked_array(self, said: dict[str, Any]) -> ArrayNode:
+        k = index_of(said["array"], self.tensors)
         if "view" not in said:
-            return _Array(k, None)
+            return ArrayNode(k, None)
         view = said["view"]
         if not isinstance(view, list) or len(view) != 3:
-            _damaged(f"a view is {view!r:.60}")
+            damaged(f"a view is {view!r:.60}")
         shape, order, flips = view
         size = math.prod(self.tensors[k].shape)
-        return _Array(k, _checked_view(shape, order, flips, size))
+        return ArrayNode(k, checked_view(shape, order, flips, size))
 
     # Rules -----------------------------------------------------------------------------------
 
@@ -356,8 +236,20 @@ class Archive:
             self._rules_made[part] = made_rule(said["rule"], fields)
         return self._rules_made[k]
 
+    def _rule_of(self, leaf: LeafNode) -> Rule:
+        """Return the rule of a leaf; if the library knows it, the state must be one it makes."""
+        rule = self.rule(leaf.rule)
+        is_open, stack = False, [leaf.rule]
+        while stack and not is_open:
+            k = stack.pop()
+            is_open = ":" in self._rules[k]["rule"]  # a user's rule may keep anything
+            stack += self._parts[k]
+        if not is_open and not _is_state(rule.init(np.zeros(())), leaf.state):
+            damaged(f"it has a state that is none of {rule!r:.80}")
+        return rule
+
     def _value(self, value: Any) -> Any:
-        kind, x = _only(value)
+        kind, x = only(value)
         if kind == "rule":
             return self._rules_made[x]
         if kind == "array":
@@ -366,7 +258,7 @@ class Archive:
             return dict(zip(x[0], map(self._value, x[1]), strict=True))
         if kind in BY_POSITION:
             return (list if kind == "list" else tuple)(map(self._value, x))
-        return _plain(value)
+        return plain(value)
 
     # Arrays ----------------------------------------------------------------------------------
 
@@ -380,10 +272,10 @@ class Archive:
         """Refuse bytes that are not those that were written."""
         tensor = self.tensors[k]
         if tensor.check is not None and tensor.check != check:
-            _damaged(f"the array {tensor.name!r} has another checksum than when it was written")
+            damaged(f"the array {tensor.name!r} has another checksum than when it was written")
         form.check_content(tensor.name, tensor.entry.tag, raw)
 
-    def _array(self, said: _Array, like: Array) -> Array:
+    def _array(self, said: ArrayNode, like: Array) -> Array:
         """Return an array of the library of `like`; where `said` is shared, so is the array."""
         library = (library_of(type(like)) if like is not None else None) or "numpy"
         own = "torch" if library == "torch" else "numpy"
@@ -405,7 +297,7 @@ class Archive:
     def is_tuple(self, root: str) -> bool:
         """Tell whether a root is a tuple."""
         node = self.roots[root]
-        return isinstance(node, _Node) and node.kind in ("tuple", "named")
+        return isinstance(node, Node) and node.kind in ("tuple", "named")
 
     def anew(self) -> Self:
         """Return this archive with no array read yet, so that what it makes is no one else's."""
@@ -425,24 +317,24 @@ class Archive:
         classes: dict[int, Any] = {}
         unknown: set[int] = set()
         for node in nodes:
-            if isinstance(node, _Node) and node.kind != "object":
+            if isinstance(node, Node) and node.kind != "object":
                 cls = _CLASSES.get(node.kind) or named_class(node.name, [*node])
                 if cls is not None:
                     classes[id(node)] = cls
                     continue
-            if isinstance(node, _Node | _LeftOut):
+            if isinstance(node, Node | LeftOut):
                 unknown.add(id(node))
         if unknown:
             self._refuse_unknown(roots, unknown)
-        rules = {node.rule: self.rule(node.rule) for node in nodes if isinstance(node, _Leaf)}
+        rules = {id(node): self._rule_of(node) for node in nodes if isinstance(node, LeafNode)}
         made: dict[int, Any] = {}
         for node in nodes:
-            if isinstance(node, _Node):
+            if isinstance(node, Node):
                 values = [made[id(child)] for child in node.values()]
                 made[id(node)] = _built(classes[id(node)], node, values)
-            elif isinstance(node, _Leaf):
-                made[id(node)] = Leaf(rules[node.rule], made[id(node.state)], node.frozen)
-            elif isinstance(node, _Array):
+            elif isinstance(node, LeafNode):
+                made[id(node)] = Leaf(rules[id(node)], made[id(node.state)], node.frozen)
+            elif isinstance(node, ArrayNode):
                 made[id(node)] = self._array(node, None)
             else:
                 made[id(node)] = node.value
@@ -469,11 +361,11 @@ class Archive:
                 continue
             seen.add(id(node))
             if id(node) in unknown:
-                what = node.text if isinstance(node, _LeftOut) else node.name
+                what = node.text if isinstance(node, LeftOut) else node.name
                 lines.append(f"  {place}: {what}")
-            if isinstance(node, _Leaf):
+            if isinstance(node, LeafNode):
                 stack.append((f"{place}.state", node.state))
-            elif isinstance(node, _Node):
+            elif isinstance(node, Node):
                 for key, child in reversed(node.items()):
                     stack.append((f"{place}{_step(node.kind, key)}", child))
         raise ValueError(
@@ -502,14 +394,14 @@ class Archive:
         made: dict[int, Leaf] = {}
 
         def leaf(path: Any, x: Any, y: Any) -> Any:
-            if isinstance(y, _Leaf):
+            if isinstance(y, LeafNode):
                 if id(y) not in made:
                     state = filled(x.state, y.state)
                     made[id(y)] = Leaf(self.rule(y.rule), state, y.frozen)
                 return made[id(y)]
-            if isinstance(y, _Array):
+            if isinstance(y, ArrayNode):
                 return self._array(y, x)
-            return x if isinstance(y, _LeftOut) else y.value
+            return x if isinstance(y, LeftOut) else y.value
 
         def filled(tree: Tree, said: Any) -> Tree:
             return fold(tree, leaf, lambda path, x, values: rebuild(x, values), rest=(said,))
@@ -524,13 +416,13 @@ class Archive:
         seen: set[tuple[int, int]] = set()
         while stack:
             place, x, y, is_state = stack.pop()
-            if isinstance(x, Leaf) and isinstance(y, _Leaf):
+            if isinstance(x, Leaf) and isinstance(y, LeafNode):
                 ties.append((place, id(x if x.tie is None else x.tie), id(y)))
-                rule = self.rule(y.rule)
+                rule = self._rule_of(y)
                 if _signature(rule) != _signature(x.rule):
                     found.append(f"{place}: the file has the rule {rule!r}, `like` has {x.rule!r}")
                 stack.append((f"{place}.state", x.state, y.state, True))
-            elif isinstance(y, _Array) and library_of(type(x)) is not None:
+            elif isinstance(y, ArrayNode) and library_of(type(x)) is not None:
                 mine = self.tensors[y.tensor]
                 shape = mine.shape if y.view is None else y.view.shape
                 if shape != tuple(x.shape):
@@ -539,7 +431,7 @@ class Archive:
                     found.append(f"{place}: the file has dtype {mine.dtype}, `like` {x.dtype}")
                 if not is_state and isnumeric(x):
                     arrays.append((place, x, y.tensor))
-            elif isinstance(y, _Node) and is_node(x) and kind_of(x) == y.kind:
+            elif isinstance(y, Node) and is_node(x) and kind_of(x) == y.kind:
                 if (id(x), id(y)) in seen:
                     continue
                 seen.add((id(x), id(y)))
@@ -563,14 +455,14 @@ class Archive:
         return [*found, *_tie_differences(ties)]
 
     def _shown(self, node: Any) -> str:
-        if isinstance(node, _Array):
+        if isinstance(node, ArrayNode):
             shape = self.tensors[node.tensor].shape if node.view is None else node.view.shape
             return f"an array of shape {shape}"
-        if isinstance(node, _Leaf):
+        if isinstance(node, LeafNode):
             return f"a Leaf with {self.rule(node.rule)!r:.60}"
-        if isinstance(node, _Node):
+        if isinstance(node, Node):
             return f"a {node.name.rpartition(':')[2] or _CLASSES[node.kind].__name__}"
-        return node.text if isinstance(node, _LeftOut) else f"{node.value!r:.40}"
+        return node.text if isinstance(node, LeftOut) else f"{node.value!r:.40}"
 
 
 def _shown(x: Any) -> str:
@@ -586,9 +478,9 @@ _REPLACEABLE = (bool, int, float, complex, str, bytes, type(None), np.generic, n
 
 def _may_replace(x: Any, y: Any) -> bool:
     """Tell whether `y` of a file may stand where the structure given has `x`."""
-    if isinstance(y, _LeftOut):
+    if isinstance(y, LeftOut):
         return not is_node(x) and not isinstance(x, Leaf) and library_of(type(x)) is None
-    return isinstance(y, _Value) and isinstance(x, _REPLACEABLE)
+    return isinstance(y, ValueNode) and isinstance(x, _REPLACEABLE)
 
 
 def _step(kind: str, key: Any) -> str:
@@ -598,9 +490,9 @@ def _step(kind: str, key: Any) -> str:
 
 
 def _children(node: Any) -> Iterable[Any]:
-    if isinstance(node, _Leaf):
+    if isinstance(node, LeafNode):
         return (node.state,)
-    return node.values() if isinstance(node, _Node) else ()
+    return node.values() if isinstance(node, Node) else ()
 
 
 def _signature(rule: Any) -> tuple[Any, ...]:
@@ -623,7 +515,17 @@ def _tie_differences(ties: list[tuple[str, Any, Any]]) -> Iterator[str]:
                 yield f"{' and '.join(group.values())} are {where}"
 
 
-def _built(cls: Any, node: _Node, values: list[Any]) -> Any:
+def _is_state(example: Any, node: Any) -> bool:
+    """Tell whether a node is made of tuples and arrays as a state that a rule makes."""
+    if not isinstance(example, tuple):
+        return isinstance(node, ArrayNode | ValueNode)
+    if not isinstance(node, Node) or kind_of(example) != node.kind:
+        return False
+    same = [*children(example)] == [*node]
+    return same and all(map(_is_state, example, node.values()))
+
+
+def _built(cls: Any, node: Node, values: list[Any]) -> Any:
     if cls is list:
         return values
     if issubclass(cls, tuple):

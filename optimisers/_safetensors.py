@@ -93,6 +93,8 @@ def stored(name: str, shape: Sequence[int]) -> tuple[str, tuple[int, ...]]:
     complex128 is written as float64 with real and imaginary part along one more axis, an extended
     number as its bytes along one more axis, a float of less than two bytes as one byte.
     """
+    if not isinstance(name, str):
+        raise FileFormatError(f"the file has {name!r:.40} for a dtype")
     if name in _TAGS:
         return _TAGS[name], tuple(shape)
     if name == "complex128":

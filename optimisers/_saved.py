@@ -196,10 +196,10 @@ class Encoder:
         self.names.append(name)
         return len(self.arrays) - 1
 
-    def _rule(self, place: str, name: str, rule: Any) -> int:
+    def _rule(self, place: str, name: str, rule: Any, depth: int = 0) -> int:
         def make() -> int:
             fields = {
-                key: self._value(f"{place}.{key}", f"{name}.{key}", value)
+                key: self._value(f"{place}.{key}", f"{name}.{key}", value, depth)
                 for key, value in attributes(rule).items()
             }
             self.rules.append({"rule": class_name(type(rule)), "fields": fields})
@@ -212,7 +212,7 @@ class Encoder:
     def _value(self, place: str, name: str, x: Any, depth: int = 0) -> Any:
         """Return what JSON has for `x`, or an object with one key that says what `x` is."""
         if depth > DEEPEST:
-            raise TypeError(f"cannot save {place}: it stands {DEEPEST} tuples deep")
+            raise TypeError(f"cannot save {place:.80}...: there are tuples or rules {DEEPEST} deep")
         deeper = depth + 1
         cls = type(x)
         if x is None or cls is bool or cls is str:
@@ -233,7 +233,7 @@ class Encoder:
         if cls is Number and not x.is_traced and x.is_scalar:
             return self._value(place, name, float(x))
         if isinstance(x, Rule):
-            return {"rule": self._rule(place, name, x)}
+            return {"rule": self._rule(place, name, x, deeper)}
         if isinstance(x, np.dtype) and form.dtype_name(x) is not None:
             return {"dtype": form.dtype_name(x)}
         if cls is tuple or cls is list:

@@ -346,7 +346,7 @@ def test_a_rule_saved_by_a_script_is_found_in_the_module_of_that_script(
     path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Signs, "__module__", "__main__")
-    save(path, setup(Signs(), np.ones(1)).rule and Leaf(Signs(), ()))
+    save(path, Leaf(Signs(), ()))
     monkeypatch.undo()
     assert type(load(path).rule) is Signs
 
@@ -587,6 +587,17 @@ def test_a_rule_with_a_function_is_refused_by_path(path: str) -> None:
     state = setup(OptimiserChain(Decayed(weights=[np.tanh])), {"x": np.ones(2)})
     with pytest.raises(TypeError, match=r"ufunc at state\['x'\].rule.rules\[0\].weights\[0\]"):
         save(path, state)
+
+
+def test_rules_in_rules_are_kept_up_to_a_depth_that_can_be_read(path: str) -> None:
+    rule: Any = Adam()
+    for _ in range(30):
+        rule = OptimiserChain(rule)
+    assert there_and_back(path, setup(rule, np.ones(1))).rule == rule
+    for _ in range(100):
+        rule = OptimiserChain(rule)
+    with pytest.raises(TypeError, match="rules 100 deep"):
+        save(path, setup(rule, np.ones(1)))
 
 
 def test_a_tree_that_contains_itself_is_refused(path: str) -> None:

@@ -26,6 +26,7 @@ from optimisers import (
     AccumGrad,
     Adam,
     ClipNorm,
+    Leaf,
     MixedPrecision,
     Momentum,
     OptimiserChain,
@@ -257,6 +258,13 @@ def nested_values(told: dict[str, Any]) -> None:
     in_rule("Adam", "eta", value)(told)
 
 
+def rules_in_rules(told: dict[str, Any]) -> None:
+    for _ in range(200):
+        fields = {"rules": {"tuple": [{"rule": len(told["rules"]) - 1}]}}
+        told["rules"].append({"rule": "OptimiserChain", "fields": fields})
+    find(told, "leaf")["leaf"] = len(told["rules"]) - 1
+
+
 CHANGES: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "no version": (lambda told: told.pop("version"), "version"),
     "version as text": (setting("version")("1"), "version"),
@@ -280,6 +288,7 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "too few keys": (in_node("dict", "keys", []), "node"),
     "keys no list": (in_node("dict", "keys", "ab"), "node"),
     "a key is a list": (lambda t: find(t, "dict")["keys"].__setitem__(0, [1]), "value"),
+    "a key of no number": (in_node("dict", "keys", [{"int": 3}]), "value"),
     "a key is a float": (lambda t: find(t, "dict")["keys"].__setitem__(0, 1.5), "node"),
     "a key twice": (lambda t: find(t, "dict").update(dict=[0, 0], keys=["a", "a"]), "twice"),
     "a key more in a node": (in_node("list", "class", "builtins:eval"), "node"),
@@ -297,7 +306,9 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "a scalar too short": (in_node("value", "value", {"scalar": ["float32", "00"]}), "value"),
     "a scalar too long": (in_node("value", "value", {"scalar": ["float32", "00" * 8]}), "value"),
     "a scalar of objects": (in_node("value", "value", {"scalar": ["object", "00" * 8]}), "dtype"),
-    "a scalar of a list": (in_node("value", "value", {"scalar": [[], "00"]}), "value"),
+    "a scalar of nothing": (in_node("value", "value", {"scalar": [None, ""]}), "dtype"),
+    "a dtype of nothing": (in_node("value", "value", {"dtype": None}), "dtype"),
+    "a scalar of a list": (in_node("value", "value", {"scalar": [[], "00"]}), "dtype"),
     "a dtype that is none": (in_node("value", "value", {"dtype": "object"}), "dtype"),
     "a rule in a tree": (in_node("value", "value", {"rule": 0}), "value"),
     "a view too small": (in_node("view", "view", [[1], [0], []]), "view"),
@@ -340,6 +351,7 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "a dictionary with keys left": (in_rule("Adam", "eta", {"dict": [["a", "b"], [2]]}), "value"),
     "values nested deep": (nested_values, "value"),
     "places without end": (many_places, "places"),
+    "rules in rules in rules": (rules_in_rules, "too many rules"),
     "rules without end": (many_rules, "too many rules"),
 }  # fmt: skip
 
@@ -400,6 +412,15 @@ def test_a_state_that_does_not_fit_its_rule_is_an_error_not_a_crash(
     state, model = load(path)
     with pytest.raises(ValueError, match="shape"):
         update_(state, model, {name: np.ones_like(x) for name, x in model.items()})
+
+
+@pytest.mark.parametrize("state", [3, None, (), (np.ones(2),), [np.ones(2)] * 3, {"m": 1}])
+@pytest.mark.parametrize("rule", [Adam(), MixedPrecision(Adam()), OptimiserChain(Adam())])
+def test_a_state_that_its_rule_does_not_make_is_refused(rule: Any, state: Any, path: Path) -> None:
+    save(path, Leaf(rule, state))
+    for like in (None, setup(rule, np.ones(2))):
+        with pytest.raises(FileFormatError, match="a state that is none of"):
+            load(path, like=like)
 
 
 # --- bytes -----------------------------------------------------------------------------------

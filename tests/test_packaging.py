@@ -37,7 +37,7 @@ FLOORS = [
     {"_engine"},
     {"state", "destructure"},
     {"_info", "minimise", "optax", "scipy", "torch", "_saved"},
-    {"_revive"},
+    {"_revive", "_entries"},
     {"_archive"},
     {"io"},
     {"__init__"},

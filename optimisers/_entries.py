@@ -1,0 +1,164 @@
+"""What the tables of a file are made of, checked one entry at a time.
+
+Whatever stands in a file, an entry comes out of here as one of the classes below, or not at all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, NoReturn, Self
+
+import numpy as np
+
+from . import _safetensors as form
+from ._safetensors import FileFormatError
+from ._ties import View
+
+# --- the entries -----------------------------------------------------------------------------
+
+
+class Node(dict[Any, Any]):
+    """A node: its children by key, and what it was."""
+
+    kind: str
+    name: str
+
+    @classmethod
+    def of(cls, kind: str, found: Iterable[tuple[Any, Any]], name: str = "") -> Self:
+        node = cls(found)
+        node.kind, node.name = kind, name
+        return node
+
+
+@dataclasses.dataclass(eq=False, slots=True)
+class LeafNode:
+    """A `Leaf`, by the number of its rule."""
+
+    rule: int
+    state: Any
+    frozen: bool
+
+
+@dataclasses.dataclass(eq=False, slots=True)
+class ArrayNode:
+    """An array, by its number; the one that it shows in another way, if there is a view."""
+
+    tensor: int
+    view: View | None
+
+
+@dataclasses.dataclass(eq=False, slots=True)
+class ValueNode:
+    """A number, a text, ..., None."""
+
+    value: Any
+
+
+@dataclasses.dataclass(eq=False, slots=True)
+class LeftOut:
+    """Something that was not saved, and what it was."""
+
+    text: str
+
+
+@dataclasses.dataclass(eq=False, slots=True)
+class StoredTensor:
+    """An array of the file: what it is, where its bytes lie, and their checksum if they have one."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    layout: View
+    entry: form.Entry
+    check: int | None
+
+
+# --- checks --------------------------------------------------------------------------------------
+
+
+def damaged(what: str) -> NoReturn:
+    """Refuse the file."""
+    raise FileFormatError(f"the file is damaged: {what}")
+
+
+def index_of(k: Any, table: Sequence[Any]) -> int:
+    """Return `k` if it is the number of an entry of this table."""
+    if type(k) is not int or not 0 <= k < len(table):
+        damaged(f"{k!r:.40} is no number of an entry")
+    return k
+
+
+def only(value: Any) -> tuple[str, Any]:
+    """Return what a value is, and of what: its one key; "" for what JSON has."""
+    if isinstance(value, dict):
+        if value.keys() == {"array", "view"}:
+            return "array", value["array"]
+        if len(value) == 1:
+            kind, x = next(iter(value.items()))
+            return kind, x
+    elif not isinstance(value, list):
+        return "", value
+    damaged(f"a value is {value!r:.60}")
+
+
+def plain(value: Any) -> Any:
+    """Return the number, text, ... that a value stands for."""
+    kind, x = only(value)
+    if not kind:
+        return x
+    try:
+        if kind == "int":
+            return int(x, 16)
+        if kind == "float" and x in ("nan", "inf", "-inf"):
+            return float(x)
+        if kind == "complex":
+            real, imag = map(float.fromhex, x)
+            return complex(real, imag)
+        if kind == "bytes":
+            return bytes.fromhex(x)
+        if kind == "dtype":
+            form.stored(x, ())
+            return form.numpy_dtype(x)
+        if kind == "scalar":
+            name, text = x
+            form.stored(name, ())
+            raw = np.frombuffer(bytearray.fromhex(text), np.uint8)
+            return form.typed(raw, name, ())[()]
+    except (TypeError, ValueError, OverflowError) as error:
+        if isinstance(error, FileFormatError):
+            raise
+    damaged(f"a value is {value!r:.60}")
+
+
+def checked_view(shape: Any, order: Any, flips: Any, size: int) -> View:
+    """Return a view of an array of this size."""
+    axes = range(len(shape)) if form.is_shape(shape) else range(0)
+    for numbers in (order, flips):
+        if not isinstance(numbers, list) or not all(type(n) is int for n in numbers):
+            damaged(f"a layout is {numbers!r:.60}")
+    is_order = sorted(order) == [*axes] and {*flips} <= {*axes} and len({*flips}) == len(flips)
+    if not form.is_shape(shape) or not is_order or math.prod(shape) != size:
+        damaged(f"a view of {size} elements is {[shape, order, flips]!r:.80}")
+    return View(tuple(shape), tuple(order), tuple(flips))
+
+
+def checked_tensor(said: Any, entries: dict[str, form.Entry], check: int) -> StoredTensor:
+    """Return an array of the text, if the header has it where and as the text says."""
+    wanted, allowed = {"name", "dtype", "shape"}, {"order", "flips"}
+    if not isinstance(said, dict) or not wanted <= said.keys() <= wanted | allowed:
+        damaged(f"an array is {said!r:.80}")
+    name, dtype, shape = said["name"], said["dtype"], said["shape"]
+    are_texts = isinstance(name, str) and isinstance(dtype, str)
+    if not are_texts or not form.is_shape(shape) or name not in entries:
+        damaged(f"an array is {said!r:.80}")
+    entry = entries[name]
+    if form.stored(dtype, shape) != (entry.tag, entry.shape):
+        damaged(
+            f"the array {name!r} should have dtype {dtype} and shape {shape!r:.80}, and lies there "
+            f"as {entry.tag} of shape {list(entry.shape)!r:.80}"
+        )
+    order = said.get("order", [*range(len(shape))])
+    layout = checked_view(shape, order, said.get("flips", []), math.prod(shape))
+    return StoredTensor(name, dtype, tuple(shape), layout, entry, check)
