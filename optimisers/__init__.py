@@ -47,6 +47,7 @@ from .state import update as update
 from .state import update_ as update_
 
 if _typing.TYPE_CHECKING:
+    from . import io as io
     from . import optax as optax
     from . import scipy as scipy
     from . import torch as torch
@@ -57,7 +58,7 @@ else:
     globals().update({rule.__name__: rule for rule in _registry()})
 
     def __getattr__(name):
-        if name in ("optax", "scipy", "torch"):  # modules for those who have that library
+        if name in ("io", "optax", "scipy", "torch"):  # modules that not everybody needs
             from importlib import import_module
 
             return import_module(f"{__name__}.{name}")

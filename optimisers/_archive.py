@@ -69,7 +69,7 @@ class Archive:
         self._parts: list[list[int]] = []
         self._rules_made: dict[int, Rule] = {}
         self._bases: dict[tuple[int, str], Any] = {}
-        self._arrays: dict[tuple[int, str], Any] = {}
+        self._arrays: dict[tuple[int, str], tuple[Any, ArrayNode]] = {}
         if self.is_plain:
             self._read_plain(header)
             return
@@ -289,8 +289,8 @@ class Archive:
                 self._bases[said.tensor, own] = base
             if said.view is not None:
                 base = carry(base, tensor.layout, said.view)
-            self._arrays[mark] = as_like(base, library, like)
-        return self._arrays[mark]
+            self._arrays[mark] = as_like(base, library, like), said  # an id is good while it lives
+        return self._arrays[mark][0]
 
     # Trees -----------------------------------------------------------------------------------
 

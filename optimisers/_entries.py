@@ -65,7 +65,7 @@ class LeftOut:
 
 @dataclasses.dataclass(eq=False, slots=True)
 class StoredTensor:
-    """An array of the file: what it is, where its bytes lie, and their checksum if they have one."""
+    """An array of the file: what it is, where its bytes lie, their checksum if there is one."""
 
     name: str
     dtype: str

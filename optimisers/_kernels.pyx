@@ -717,7 +717,9 @@ cdef class Batch:
         leaf.narrow = NO
         if isinstance(plan, MixedPlan):
             leaf.narrow = narrow_kind(xa)
-            if leaf.narrow == NO or not cnp.PyArray_CheckExact(item(state, 0)):
+            if leaf.narrow == NO or PyTuple_GET_SIZE(state) != 2:
+                return False
+            if not cnp.PyArray_CheckExact(item(state, 0)) or not PyTuple_Check(item(state, 1)):
                 return False
             old, new = <cnp.ndarray> item(state, 0), <cnp.ndarray> item(made, 0)
             kind = cnp.NPY_FLOAT

@@ -150,7 +150,7 @@ def as_like(x: Array, library: str, like: Array) -> Array:
     if library == "jax":
         jax: Any = sys.modules["jax"]
         new = jax.numpy.array(x)
-        return jax.device_put(new, like.sharding) if like.committed else new
+        return jax.device_put(new, like.sharding) if getattr(like, "committed", False) else new
     if library == "cupy":
         return sys.modules["cupy"].asarray(x)
     if library == "numba":

@@ -18,6 +18,7 @@ from optimisers import (
     ClipNorm,
     Descent,
     ElementwiseRule,
+    Leaf,
     MixedPrecision,
     Momentum,
     OptimiserChain,
@@ -275,6 +276,19 @@ def test_a_parameter_of_another_shape_than_the_state(call, rule):
         with pytest.raises(ValueError):  # noqa: PT011 (the words are NumPy's, or ours)
             call(state, other, {"a": np.ones(2), "b": np.ones(new)})
         assert snapshot([state, other]) == before
+
+
+@pytest.mark.parametrize("call", [update, update_])
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("rule", [Adam(), MixedPrecision(Adam()), OptimiserChain(Adam())])
+def test_a_state_of_another_rule(call, dtype, rule):
+    """Whoever makes a leaf by hand gets an error, not a crash."""
+    x = np.ones(2, dtype)
+    master = np.ones(2, np.float32)
+    for wrong in [(), (master,), (master, None), (1, 2), (master, (1,)), ((),), None, 3]:
+        with pytest.raises((AttributeError, IndexError, TypeError, ValueError)):
+            call(Leaf(rule, wrong), x, np.ones(2, dtype))
+        np.testing.assert_array_equal(x, 1)
 
 
 @pytest.mark.parametrize("call", [update, update_])

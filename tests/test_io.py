@@ -328,6 +328,13 @@ def test_rules_of_users_come_back(path: str) -> None:
         assert "state.x.rule.rules.0.weights" in file
 
 
+def test_arrays_in_rules_come_back_each_as_itself(path: str) -> None:
+    fields = [{"weights": [np.full(3, float(k)), np.full(3, -float(k))]} for k in range(20)]
+    state = [setup(Decayed(**more), np.ones(3)) for more in fields]
+    assert_equal(there_and_back(path, state), state)
+    assert_equal(load(path, like=state), state)
+
+
 def test_a_rule_defined_twice_is_the_latest(path: str) -> None:
     def define() -> Any:
         @dataclass(frozen=True)
