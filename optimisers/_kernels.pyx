@@ -131,7 +131,7 @@ cdef enum:
     MAX_SLOTS = 8
     STRETCHES = 256         # most partial sums of a norm
     STRETCH = 16384         # fewest numbers in one of them
-    LANES = 8               # running sums side by side, so that a reduction fills a vector
+    LANES = 32              # running sums side by side, so that a reduction fills a vector
 
 ctypedef fused real:
     float
@@ -1131,26 +1131,39 @@ cdef void accumulate(const void* g_, Py_ssize_t n, double* lanes, Reduction kind
                      double unit, real unused=0) noexcept nogil:
     """Combine number i of a block into lane i % LANES."""
     cdef const real* g = <const real*> g_
-    cdef Py_ssize_t i
+    cdef double sums[LANES]             # a copy, which stays in registers
+    cdef Py_ssize_t whole = n // LANES, i
     cdef int j
     cdef double v
+    memcpy(sums, lanes, sizeof(sums))
     if kind == SQUARES:
-        for i in range(n // LANES):
+        for i in range(whole):
             for j in range(LANES):
-                lanes[j] += <double> g[LANES * i + j] * <double> g[LANES * i + j]
-        for i in range(n - n % LANES, n):
-            lanes[i % LANES] += <double> g[i] * <double> g[i]
-        return
-    for i in range(n):
+                v = g[LANES * i + j]
+                sums[j] += v * v
+    elif kind == ABSOLUTE:
+        for i in range(whole):
+            for j in range(LANES):
+                sums[j] += fabs(<double> g[LANES * i + j])
+    elif kind == LARGEST:
+        for i in range(whole):
+            for j in range(LANES):
+                sums[j] = maximum(sums[j], fabs(<double> g[LANES * i + j]))
+    else:
+        whole = 0
+    for i in range(LANES * whole, n):
         j = i % LANES
-        v = absolute(<double> g[i])
-        if kind == LARGEST:
-            lanes[j] = maximum(lanes[j], v)
-        elif kind == SMALLEST:
-            lanes[j] = minimum(lanes[j], v)
-        elif kind == NONZERO:
-            lanes[j] += v != 0
+        v = fabs(<double> g[i])
+        if kind == SQUARES:
+            sums[j] += v * v
         elif kind == ABSOLUTE:
-            lanes[j] += v
+            sums[j] += v
+        elif kind == LARGEST:
+            sums[j] = maximum(sums[j], v)
+        elif kind == SMALLEST:
+            sums[j] = minimum(sums[j], v)
+        elif kind == NONZERO:
+            sums[j] += v != 0
         else:
-            lanes[j] += pow(v / unit, p)
+            sums[j] += pow(v / unit, p)
+    memcpy(lanes, sums, sizeof(sums))

@@ -98,7 +98,7 @@ def expected():
 # --- same bits -------------------------------------------------------------------------------
 
 
-@parametrize("block", [8, 24, BLOCK, 4096])
+@parametrize("block", [32, 96, BLOCK, 4096])
 def test_block_size_changes_no_bit(block, expected):
     _engine.kernels.set_block(block)
     assert_same_bits(trained(), expected)
@@ -126,8 +126,8 @@ def test_threads_on_a_long_norm(threads):
 
 
 def test_block_must_fit_and_fill_vectors():
-    for wrong in (0, 7, 12, 4104):
-        with pytest.raises(ValueError, match="multiple of 8 numbers, at most 4096"):
+    for wrong in (0, 7, 48, 4128):
+        with pytest.raises(ValueError, match="multiple of 32 numbers, at most 4096"):
             _engine.kernels.set_block(wrong)
 
 

@@ -170,7 +170,7 @@ def test_numbers_do_not_depend_on_threads_and_blocks(numba):
     block, work = kernels.settings()
     expected = update(setup(rule, x), x, g)
     try:
-        kernels.set_block(8)
+        kernels.set_block(32)
         kernels.set_work_per_thread(1)
         kernels.set_num_threads(3)
         assert_same_bits(update(setup(rule, x), x, g), expected)
