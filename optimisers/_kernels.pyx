@@ -355,7 +355,7 @@ cdef void* push(Vector* v, size_t size, Py_ssize_t more=1) except NULL:
 
 # --- settings --------------------------------------------------------------------------------
 
-cdef Py_ssize_t block = 1024            # numbers in a block
+cdef Py_ssize_t block = 512             # numbers in a block; a page of each array, 1024, is slower
 cdef Py_ssize_t work_per_thread = 200_000   # bytes read and written: see set_work_per_thread
 cdef int threads_wanted = 0             # 0: as OpenMP says
 cdef bint forked = False
@@ -986,7 +986,7 @@ cdef class Batch:
         """
         cdef Py_ssize_t size = 8 if leaf.is_double else 4
         cdef Py_ssize_t offset = start * size
-        cdef Py_ssize_t room = MAX_BLOCK * size
+        cdef Py_ssize_t room = block * size
         cdef const char* g = leaf.g + offset
         cdef char* dx = scratch
         cdef void* slots[MAX_SLOTS]
