@@ -148,10 +148,13 @@ def test_norms_agree(p, dtype, shape):
     size = np.abs(g.astype(np.longdouble)).ravel()
     exact = np.linalg.norm(size, p) if size.size else 0
     expected = (-g * min(1e-3 / exact, 1) if exact else -g).astype(dtype)
-    # A root of order below 1 multiplies what the sum is off by.
-    places = 1 if dtype == "float32" else 16 if 0 < abs(p) < 1 else 8
-    for a, b in [(by_kernels, by_numpy), (by_kernels, expected), (by_numpy, expected)]:
-        np.testing.assert_array_max_ulp(a, b, maxulp=places)
+    places = 1 if dtype == "float32" else 8
+    for found in (by_kernels, by_numpy):
+        np.testing.assert_array_max_ulp(found, expected, maxulp=places)
+    # They may be off to different sides; in float32 both are rounded from nearly the same double.
+    np.testing.assert_array_max_ulp(
+        by_kernels, by_numpy, maxulp=1 if dtype == "float32" else 2 * places
+    )
 
 
 @kernel_dtypes
