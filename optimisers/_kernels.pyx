@@ -236,6 +236,7 @@ cdef struct Segment:        # one leaf
     Py_ssize_t first        # of its stages
     Py_ssize_t stages
     Py_ssize_t blocks       # in all segments up to and including this one
+    Py_ssize_t block        # numbers in each of its own
     bint is_double
     bint c_order
     bint swallowed          # its rule makes no step this time
@@ -355,7 +356,10 @@ cdef void* push(Vector* v, size_t size, Py_ssize_t more=1) except NULL:
 
 # --- settings --------------------------------------------------------------------------------
 
-cdef Py_ssize_t block = 512             # numbers in a block; a page of each array, 1024, is slower
+# Numbers in a block. Those of a chain are shorter, so that the processor can fetch the next one
+# while it is still busy with steps that find all they need in the cache.
+cdef Py_ssize_t block = 512
+cdef Py_ssize_t chain_block = 256
 cdef Py_ssize_t work_per_thread = 200_000   # bytes read and written: see set_work_per_thread
 cdef int threads_wanted = 0             # 0: as OpenMP says
 cdef bint forked = False
@@ -366,12 +370,14 @@ def instruction_sets():
     return ["avx512"] * bool(runs_avx512()) + ["avx2"] * bool(runs_avx2())
 
 
-def set_block(Py_ssize_t numbers):
-    """Set how many numbers a block has; for tests and measurements."""
-    global block
-    if not LANES <= numbers <= MAX_BLOCK or numbers % LANES:
-        raise ValueError(f"a block has a multiple of {LANES} numbers, at most {MAX_BLOCK}")
-    block = numbers
+def set_block(Py_ssize_t alone, Py_ssize_t in_chain=0):
+    """Set how many numbers a block has for one step, and for a chain; for tests, measurements."""
+    global block, chain_block
+    in_chain = in_chain or alone
+    for numbers in (alone, in_chain):
+        if not LANES <= numbers <= MAX_BLOCK or numbers % LANES:
+            raise ValueError(f"a block has a multiple of {LANES} numbers, at most {MAX_BLOCK}")
+    block, chain_block = alone, in_chain
 
 
 def set_work_per_thread(Py_ssize_t bytes):
@@ -385,8 +391,8 @@ def set_work_per_thread(Py_ssize_t bytes):
 
 
 def settings():
-    """Return (numbers in a block, bytes that each thread must have to move)."""
-    return block, work_per_thread
+    """Return numbers in a block, in a block of a chain, bytes that a thread must have to move."""
+    return block, chain_block, work_per_thread
 
 
 def set_num_threads(int n):
@@ -901,7 +907,8 @@ cdef class Batch:
         for k in range(self.work.segments.length):
             leaf = <Segment*> self.work.segments.data + k
             total += self.traffic(leaf, leaf.first + leaf.stages)
-            blocks += (leaf.n + block - 1) // block
+            leaf.block = chain_block if leaf.stages > 1 or leaf.narrow else block
+            blocks += (leaf.n + leaf.block - 1) // leaf.block
             leaf.blocks = blocks
         for k in range(self.work.norms.length):
             norm = <Norm*> self.work.norms.data + k
@@ -958,8 +965,8 @@ cdef class Batch:
             leaf = leaves + low
             before = leaves[low - 1].blocks if low else 0
             while first < last and first < leaf.blocks:
-                start = (first - before) * block
-                n = min(block, leaf.n - start)
+                start = (first - before) * leaf.block
+                n = min(leaf.block, leaf.n - start)
                 dx = self.chain(leaf, leaf.first + leaf.stages, start, n, <char*> scratch, False)
                 if dx is NULL:
                     pass
@@ -986,7 +993,7 @@ cdef class Batch:
         """
         cdef Py_ssize_t size = 8 if leaf.is_double else 4
         cdef Py_ssize_t offset = start * size
-        cdef Py_ssize_t room = block * size
+        cdef Py_ssize_t room = leaf.block * size
         cdef const char* g = leaf.g + offset
         cdef char* dx = scratch
         cdef void* slots[MAX_SLOTS]
@@ -1067,13 +1074,15 @@ cdef class Batch:
         cdef double lanes[LANES]
         cdef double total = INFINITY if kind == SMALLEST else 0
         cdef Py_ssize_t end = min(start + n, leaf.n)
+        # A gradient that reaches the norm as it is needs no scratch, and so no blocks.
+        cdef Py_ssize_t most = n if stage == leaf.first and not leaf.narrow else leaf.block
         cdef Py_ssize_t m
         cdef const char* g
         cdef int j
         for j in range(LANES):
             lanes[j] = total
         while start < end:
-            m = min(block, end - start)
+            m = min(most, end - start)
             g = self.chain(leaf, stage, start, m, <char*> scratch, True)
             if leaf.is_double:
                 accumulate[double](g, m, lanes, kind, p, unit)

@@ -46,7 +46,7 @@ from optimisers import (
     update_,
 )
 
-BLOCK, WORK_PER_THREAD = _engine.kernels.settings()
+BLOCK, CHAIN_BLOCK, WORK_PER_THREAD = _engine.kernels.settings()
 SIZES = [(), (0,), 1, 8, BLOCK - 1, BLOCK + 1, 9 * BLOCK + 5, (3, BLOCK)]
 NORMS = [ClipNorm(1e-3, p) for p in (2, 1, 0, 0.5, 3, -1, np.inf, -np.inf)]
 RULES = [
@@ -62,7 +62,7 @@ def _settings():
     """Leave the settings of the kernels as they were."""
     yield
     for kernels in _engine.available.values():
-        kernels.set_block(BLOCK)
+        kernels.set_block(BLOCK, CHAIN_BLOCK)
         kernels.set_work_per_thread(WORK_PER_THREAD)
         kernels.set_num_threads(0)
 
@@ -98,9 +98,9 @@ def expected():
 # --- same bits -------------------------------------------------------------------------------
 
 
-@parametrize("block", [32, 96, BLOCK, 4096])
-def test_block_size_changes_no_bit(block, expected):
-    _engine.kernels.set_block(block)
+@parametrize("blocks", [(32, 32), (96, 64), (BLOCK, BLOCK), (4096, 32), (4096, 4096)])
+def test_block_size_changes_no_bit(blocks, expected):
+    _engine.kernels.set_block(*blocks)
     assert_same_bits(trained(), expected)
 
 

@@ -167,7 +167,7 @@ def test_numbers_do_not_depend_on_threads_and_blocks(numba):
     x, g = normal(50_001, np.float32), normal(50_001, np.float32, 1)
     rule = OptimiserChain(SignMomentum(), OwnAdam())
     kernels = _engine.kernels
-    block, work = kernels.settings()
+    *blocks, work = kernels.settings()
     expected = update(setup(rule, x), x, g)
     try:
         kernels.set_block(32)
@@ -175,7 +175,7 @@ def test_numbers_do_not_depend_on_threads_and_blocks(numba):
         kernels.set_num_threads(3)
         assert_same_bits(update(setup(rule, x), x, g), expected)
     finally:
-        kernels.set_block(block)
+        kernels.set_block(*blocks)
         kernels.set_work_per_thread(work)
         kernels.set_num_threads(0)
 
