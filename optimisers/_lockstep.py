@@ -2,8 +2,8 @@
 
 A *template* has the structure of a model, as `mirror` makes it, with a *mark* at each parameter
 and ``()`` for what holds none. A state tree is one, its marks are its leaves. `gather` is the
-quick walk, which keeps no paths; only if something does not fit are the trees walked again, by
-`places`, for an error that says where.
+quick walk, which keeps no paths; only if something does not fit are the trees walked again, for
+an error that says where.
 
 A gradient may be less than the model: ``None``, ``()`` or a missing key says that there is none.
 """
@@ -60,38 +60,76 @@ def gather(
     marks: list[M] = []
     xs: list[Array] = []
     gs: list[Any] = []
-    stack: list[Iterator[tuple[Any, Any, Any]]] = [iter(((template, model, grad),))]
+    items: Iterator[tuple[Any, Any]] = iter(enumerate((template,)))
+    ms, grads = [model], [grad]  # what stands beside them, under the same keys
+    above = []
     try:
-        while stack:
-            for s, m, g in stack[-1]:
-                if s.__class__ is mark:
+        while True:
+            for key, s in items:
+                kind = s.__class__
+                if kind is mark:
                     marks.append(s)
-                    xs.append(m)
-                    gs.append(g)
-                elif s.__class__ is not tuple or s:
-                    stack.append(_beside(mark, s, m, g, misfit))
+                    xs.append(ms[key])
+                    gs.append(grads[key])
+                elif kind is not tuple or s:
+                    above.append((items, ms, grads))
+                    ms, grads = ms[key], grads[key]
+                    plain = kind is dict or kind is list
+                    plain = plain and kind is ms.__class__ is grads.__class__
+                    if not plain or len(s) != len(ms) or len(s) != len(grads):
+                        s, ms, grads = _beside(mark, s, ms, grads, misfit)
+                    elif len(s) >= _MANY and _add_all(mark, s, ms, grads, marks, xs, gs):
+                        s = ()
+                    items = iter(s.items() if s.__class__ is dict else enumerate(s))
                     break
             else:
-                stack.pop()
-    except _MisfitError:
-        for _ in places(mark, template, model, grad, misfit):  # raises the same with its path
-            pass
-        raise
-    return marks, xs, gs
+                if not above:
+                    return marks, xs, gs
+                items, ms, grads = above.pop()
+    except (_MisfitError, KeyError):  # tell where; or nobody looks at gradients there
+        rows = [row for _, *row in _rows(mark, template, model, grad, misfit)]
+        return [s for s, _, _ in rows], [m for _, m, _ in rows], [g for _, _, g in rows]
+
+
+_MANY = 8
+"""From how many children on it pays to ask whether they are all marks."""
+
+
+def _add_all(
+    mark: type[M], s: Any, m: Any, g: Any, marks: list[M], xs: list[Array], gs: list[Any]
+) -> bool:
+    """Add what stands below three nodes at one stroke, if all are marks and the keys in order."""
+    if {*map(type, s.values() if type(s) is dict else s)} != {mark}:
+        return False
+    if type(s) is dict:
+        if not [*s] == [*m] == [*g]:
+            return False
+        s, m, g = s.values(), m.values(), g.values()
+    marks += s
+    xs += m
+    gs += g
+    return True
 
 
 def places(
-    mark: type[M], template: Tree, model: Tree, grad: Tree = None, misfit: str = _STATE
+    mark: type[M], template: Tree, model: Tree, misfit: str = _STATE
 ) -> Iterator[tuple[KeyPath, M]]:
     """Yield the marks that `gather` finds, with their paths."""
+    return ((path, s) for path, s, _, _ in _rows(mark, template, model, None, misfit))
+
+
+def _rows(
+    mark: type[M], template: Tree, model: Tree, grad: Tree, misfit: str
+) -> Iterator[tuple[KeyPath, M, Array, Any]]:
+    """Yield what `gather` finds, with paths, or raise its error with the path."""
     stack = [(KeyPath(), template, model, grad)]
     while stack:
         path, s, m, g = stack.pop()
         if isinstance(s, mark):
-            yield path, s
+            yield path, s, m, g
         elif s.__class__ is not tuple or s:
             try:
-                below = list(_beside(mark, s, m, g, misfit))
+                below = list(zip(*_beside(mark, s, m, g, misfit), strict=True))
             except _MisfitError as error:
                 raise error.kind(f"at {path}: {error}") from None
             keys = _keys(children(s), children(m), s) or ()
@@ -114,14 +152,10 @@ class _MisfitError(Exception):
 
 def _beside(
     mark: type[M], s: Tree, m: Tree, g: Tree, misfit: str
-) -> Iterator[tuple[Any, Any, Any]]:
-    """Yield the children of a node of the template, beside those of the model and gradient."""
-    kind = type(m)
-    if kind is type(s) is type(g):
-        if kind is dict and s.keys() == m.keys() and g.keys() <= m.keys():
-            return zip(s.values(), map(m.__getitem__, s), map(g.get, s), strict=True)
-        if kind is list and len(s) == len(m) == len(g):
-            return zip(s, m, g, strict=True)
+) -> tuple[list[Any], list[Any], list[Any]]:
+    """Return the children of a node of the template, those of the model and of the gradient."""
+    if type(s) is type(m) is type(g) is dict and s.keys() == m.keys() and g.keys() <= m.keys():
+        return [*s.values()], [m[key] for key in s], [g.get(key) for key in s]
     if not is_node(s):
         raise _MisfitError(
             TypeError,
@@ -139,9 +173,7 @@ def _beside(
         if any(isinstance(x, mark) and not x.frozen for _, x in walk(s)):
             raise
         below_g = {}  # nobody looks at gradients below frozen marks
-    return zip(
-        below_s.values(), [below_m[k] for k in keys], [below_g.get(k) for k in keys], strict=True
-    )
+    return [*below_s.values()], [below_m[k] for k in keys], [below_g.get(k) for k in keys]
 
 
 def _keys(below_s: dict[Any, Any], below_m: dict[Any, Any], s: Tree) -> list[Any] | None:
