@@ -676,6 +676,7 @@ cdef class Batch:
         cdef Py_ssize_t place
         cdef Plan plan = None
         last = self             # no rule
+        self.kept += xs, gs
         for place in range(len(leaves)):
             leaf, x, g = leaves[place], xs[place], gs[place]
             if g is None or leaf.frozen:
@@ -684,9 +685,14 @@ cdef class Batch:
             if rule is not last:
                 last = rule
                 plan = self.plan(rule, lower)
-            if plan is None or not self.take(place, plan, leaf.state, x, g):
+            if plan is None or not self.add(place, plan, leaf.state, x, g):
                 rest.append(place)
         return rest
+
+    def take(self, Py_ssize_t place, Plan plan, state, x, g):
+        """Take one leaf if the kernels can; tell whether."""
+        self.kept += x, g
+        return self.add(place, plan, state, x, g)
 
     cdef Plan plan(self, rule, lower):
         cdef Plan plan
@@ -703,8 +709,11 @@ cdef class Batch:
             self.work.rule, self.work.plan = <PyObject*> rule, <PyObject*> plan
         return plan
 
-    cpdef bint take(self, Py_ssize_t place, Plan plan, state, x, g) except -1:
-        """Take one leaf if the kernels can; tell whether."""
+    cdef bint add(self, Py_ssize_t place, Plan plan, state, x, g) except -1:
+        """Add a segment for one leaf if the kernels can take it; tell whether.
+
+        `x` and `g` are to be kept by the caller.
+        """
         cdef cnp.ndarray xa, ga, old, new
         cdef Segment leaf
         cdef int kind
@@ -768,7 +777,7 @@ cdef class Batch:
         leaf.out = cnp.PyArray_BYTES(new if leaf.narrow else xa)
         leaf.rounded = <uint16_t*> cnp.PyArray_BYTES(xa)
         (<Segment*> push(&self.work.segments, sizeof(Segment)))[0] = leaf
-        self.kept += x, g, state
+        self.kept.append(state)
         return True
 
     cdef Stage* add_stage(self, Segment* leaf, StepInfo* step, old, new) except? NULL:
