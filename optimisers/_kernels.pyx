@@ -23,7 +23,7 @@ from cpython.ref cimport Py_INCREF, Py_XDECREF, PyObject
 from cpython.tuple cimport PyTuple_Check, PyTuple_GET_ITEM, PyTuple_GET_SIZE
 from cython.parallel cimport prange
 from libc.math cimport INFINITY, fabs, fabsf, isfinite, pow
-from libc.stdint cimport int64_t, uint16_t, uintptr_t
+from libc.stdint cimport INT64_MAX, int64_t, uint16_t, uintptr_t
 from libc.stdlib cimport calloc, free, realloc
 from libc.string cimport memcpy
 
@@ -466,7 +466,7 @@ cdef class StepPlan(Plan):
             t = batch.read_count(item(old, self.step.slots)) + 1
             if t == 0:
                 return False
-            batch.store_count(item(new, self.step.slots), t)
+            batch.store_count(new, self.step.slots, t, leaf.place)
         if self.known[kind] < 0 or self.known_t[kind] != t:
             numbers = self.coefs(t) if self.counts else self.coefs()
             if len(numbers) != self.step.coefs:
@@ -548,7 +548,10 @@ cdef class NormPlan(Plan):
         self.p = p
 
     cdef bint stack(self, Batch batch, Segment* leaf, old, new) except -1:
-        cdef Stage* stage = batch.add_stage(leaf, &self.step, (), ())
+        cdef Stage* stage
+        if PyTuple_GET_SIZE(old):       # not this rule's; a new one would stay empty
+            return False
+        stage = batch.add_stage(leaf, &self.step, (), ())
         stage.coefs = batch.add_numbers((1.0,), leaf.is_double)
         batch.add_norm(self.rule, self.p)
         return True
@@ -576,7 +579,7 @@ cdef class AccumulatePlan(Plan):
         if held < 0:
             return False
         leaf.swallowed = held + 1 < self.n
-        batch.store_count(item(new, 1), held + 1 if leaf.swallowed else 0)
+        batch.store_count(new, 1, held + 1 if leaf.swallowed else 0, leaf.place)
         return (self.hold if leaf.swallowed else self.release).stack(batch, leaf, old[:1], new[:1])
 
 cdef class MixedPlan(Plan):
@@ -641,7 +644,7 @@ cdef class Batch:
     cdef readonly dict new_state
     """Place: state that takes the place of the leaf's, where it was not written in place."""
     cdef readonly Py_ssize_t failed
-    """Place of the leaf at which `run` raised."""
+    """Place of the leaf at which `gather` or `run` raised."""
 
     def __cinit__(self, blank=None):
         self.work = borrow()
@@ -674,12 +677,14 @@ cdef class Batch:
             leaf, x, g = leaves[place], xs[place], gs[place]
             if g is None or leaf.frozen:
                 continue
+            self.failed = place
             rule = leaf.rule
             if rule is not last:
                 last = rule
                 plan = self.plan(rule, lower)
             if plan is None or not self.take(place, plan, leaf.state, x, g):
                 rest.append(place)
+        self.failed = -1
         return rest
 
     cdef Plan plan(self, rule, lower):
@@ -804,20 +809,30 @@ cdef class Batch:
         return 0
 
     cdef int64_t read_count(self, a) except? -1:
-        """Return the count in the 0-d array `a`; -1 if it is no such thing."""
+        """Return the count in the 0-d array `a`; -1 if it is no such thing, or cannot go on."""
+        cdef cnp.ndarray count
+        cdef int64_t value
         if not cnp.PyArray_CheckExact(a):
             return -1
-        cdef cnp.ndarray count = <cnp.ndarray> a
+        count = <cnp.ndarray> a
         if cnp.PyArray_NDIM(count) or not ready(count, cnp.NPY_INT64, True):
             return -1
         if not cnp.PyArray_ISWRITEABLE(count):
             return -1
-        return (<int64_t*> cnp.PyArray_DATA(count))[0]
+        value = (<int64_t*> cnp.PyArray_DATA(count))[0]
+        return value if value < INT64_MAX else -1
 
-    cdef int store_count(self, a, int64_t value) except -1:
+    cdef int store_count(self, state, Py_ssize_t k, int64_t value, Py_ssize_t place) except -1:
+        """See to it that the run stores a count into item `k` of a state."""
+        cdef PyObject* held = PyTuple_GET_ITEM(state, k)
+        cdef cnp.ndarray a = <cnp.ndarray> held
         cdef Count* count = <Count*> push(&self.work.counts, sizeof(Count))
-        count.where = <int64_t*> cnp.PyArray_DATA(<cnp.ndarray> a)
+        count.where = <int64_t*> cnp.PyArray_DATA(a)
         count.value = value
+        # One that owns its memory, and that only the state and `a` hold, overlaps with nothing:
+        # who sees that memory holds it too.
+        if held.ob_refcnt > 2 or not cnp.PyArray_CHKFLAGS(a, cnp.NPY_ARRAY_OWNDATA):
+            self.add_span(&self.work.spans, a, place)
         return 0
 
     cdef int carry_over(self, old, new) except -1:
@@ -843,20 +858,21 @@ cdef class Batch:
     def settle(self):
         """See to it that nothing is written which is read elsewhere.
 
-        Gradients that lie in memory which the run writes are copied. Where two leaves would write
-        the same memory, their places are returned, else None.
+        Gradients and read-only parameters that lie in memory which the run writes are copied.
+        Where two leaves would write the same memory, or one leaf twice, their places are returned,
+        else None.
         """
-        cdef Py_ssize_t n = self.work.parameters.length + self.work.spans.length
+        cdef Py_ssize_t parameters = self.work.parameters.length
+        cdef Py_ssize_t n = parameters + self.work.spans.length
         cdef Span* spans
         cdef Segment* leaf
         cdef Py_ssize_t k
         cdef Py_ssize_t bytes
-        cdef cnp.ndarray copy
-        push(&self.work.spans, sizeof(Span), 1 + n + self.work.parameters.length)   # to sort in
+        push(&self.work.spans, sizeof(Span), 1 + n + parameters)    # as many again to sort in
         spans = <Span*> self.work.spans.data
         self.work.spans.length = n
-        memcpy(spans + n - self.work.parameters.length, self.work.parameters.data,
-               self.work.parameters.length * sizeof(Span))
+        if parameters:                  # else `data` may be NULL
+            memcpy(spans + n - parameters, self.work.parameters.data, parameters * sizeof(Span))
         sort_spans(spans, spans + n, n)
         for k in range(1, self.work.spans.length):
             if spans[k].low < spans[k - 1].high:
@@ -864,12 +880,23 @@ cdef class Batch:
         for k in range(self.work.segments.length):
             leaf = <Segment*> self.work.segments.data + k
             bytes = leaf.n * (2 if leaf.narrow else 8 if leaf.is_double else 4)
-            if self.is_written(<uintptr_t> leaf.g, bytes):
-                copy = cnp.PyArray_SimpleNew(1, <cnp.npy_intp*> &bytes, cnp.NPY_BYTE)
-                memcpy(cnp.PyArray_DATA(copy), leaf.g, bytes)
-                leaf.g = cnp.PyArray_BYTES(copy)
-                self.kept.append(copy)
+            leaf.g = self.apart(leaf.g, bytes)
+            if leaf.narrow:
+                if leaf.rounded != leaf.unrounded:
+                    leaf.unrounded = <uint16_t*> self.apart(<char*> leaf.unrounded, bytes)
+            elif leaf.out != leaf.x:
+                leaf.x = self.apart(leaf.x, bytes)
         return None
+
+    cdef const char* apart(self, const char* numbers, Py_ssize_t bytes) except NULL:
+        """Return where these numbers are not written over: as they lie, or in a copy."""
+        cdef cnp.ndarray copy
+        if not self.is_written(<uintptr_t> numbers, bytes):
+            return numbers
+        copy = cnp.PyArray_SimpleNew(1, <cnp.npy_intp*> &bytes, cnp.NPY_BYTE)
+        memcpy(cnp.PyArray_DATA(copy), numbers, bytes)
+        self.kept.append(copy)
+        return cnp.PyArray_BYTES(copy)
 
     cdef bint is_written(self, uintptr_t low, Py_ssize_t bytes) noexcept:
         """Tell whether the run writes any of these bytes (spans are sorted and apart)."""
