@@ -179,9 +179,7 @@ def blank(state: Any) -> Any:
     """Return a state of the same form whose arrays are still empty."""
     if isinstance(state, np.ndarray):
         return np.empty_like(state)
-    if type(state) is tuple:
-        return tuple(map(blank, state))
-    return type(state)._make(map(blank, state)) if hasattr(state, "_make") else state
+    return tuple.__new__(type(state), map(blank, state)) if isinstance(state, tuple) else state
 
 
 def write(x: Array, new: Array) -> None:
