@@ -33,7 +33,7 @@ Named = TypeVar("Named")
 _Pair = tuple[tuple[Named, Array], tuple[Named, Array]]
 
 FEW = 32  # arrays of NumPy that are compared pair by pair
-PATIENCE = 10_000  # what NumPy may try out for a pair
+PATIENCE: Any = 10_000  # what NumPy may try out for a pair; its stubs know of 0 and -1 alone
 
 # --- the parameters of a model ---------------------------------------------------------------
 
@@ -342,9 +342,9 @@ def _overlap(arrays: Sequence[tuple[Named, Array]]) -> _Pair[Named] | None:
         count = found.size
     holder = np.full(count, -1, np.int32)
     for k, cells in enumerate(touched):
-        other = int(holder[cells].max())
-        if other >= 0:
-            return arrays[other], arrays[k]
+        holding = int(holder[cells].max())
+        if holding >= 0:
+            return arrays[holding], arrays[k]
         holder[cells] = k
     return None
 
