@@ -21,7 +21,7 @@ e) A *barrier* (a norm) needs all of a leaf before its step can run. The steps a
 cimport numpy as cnp
 from cpython.ref cimport Py_INCREF, Py_XDECREF, PyObject
 from cpython.tuple cimport PyTuple_Check, PyTuple_GET_ITEM, PyTuple_GET_SIZE
-from cython.parallel cimport prange
+from cython.parallel cimport prange, threadid
 from libc.math cimport INFINITY, fabs, fabsf, isfinite, pow
 from libc.stdint cimport INT64_MAX, int64_t, uint16_t, uintptr_t
 from libc.stdlib cimport calloc, free, realloc
@@ -127,8 +127,10 @@ ctypedef void (*Step)(
 ) noexcept nogil
 
 cdef enum:
-    MAX_BLOCK = 4096        # numbers in the scratch buffers
+    MAX_BLOCK = 4096        # numbers; more would not fit the first cache
     MAX_SLOTS = 8
+    RUNNING = 3             # blocks of scratch memory that `chain` needs ...
+    REDUCING = 3 + MAX_SLOTS    # ... and that it needs in a dry run
     STRETCHES = 256         # most partial sums of a norm
     STRETCH = 16384         # fewest numbers in one of them
     LANES = 32              # running sums side by side, so that a reduction fills a vector
@@ -306,11 +308,12 @@ cdef struct Work:           # the memory of a batch, lent from one to the next
     Vector counts
     Vector spans            # of slots, then of all that is written
     Vector parameters       # spans of parameters
+    Vector scratch          # blocks for each thread: see Batch.scratch
     PyObject* rule          # the last rule met and its plan: the next batch often has the same
     PyObject* plan
 
 cdef enum:
-    VECTORS = 7
+    VECTORS = 8
 
 cdef Work* spare = NULL
 
@@ -636,6 +639,7 @@ cdef class Batch:
     cdef object blank
     cdef Work* work
     cdef Py_ssize_t hint
+    cdef Py_ssize_t threads     # the most that this run uses
     cdef list norm_rules
     cdef cnp.ndarray like       # the parameter that is being taken
     cdef list kept              # the objects that own the memory in use
@@ -925,6 +929,8 @@ cdef class Batch:
         cdef Norm* norm
         cdef Count* count
         cdef double value
+        cdef char* scratch
+        self.threads = most_threads()
         for k in range(self.work.segments.length):
             leaf = <Segment*> self.work.segments.data + k
             total += self.traffic(leaf, leaf.first + leaf.stages)
@@ -933,22 +939,35 @@ cdef class Batch:
         for k in range(self.work.norms.length):
             norm = <Norm*> self.work.norms.data + k
             leaf = <Segment*> self.work.segments.data + norm.segment
+            scratch = self.scratch(self.threads, REDUCING)
             with nogil:
-                value = self.norm(leaf, norm.stage, norm.p)
+                value = self.norm(leaf, norm.stage, norm.p, scratch)
             self.failed = leaf.place
             self.set_number(leaf, norm.stage, self.norm_rules[k].factor(value))
         self.failed = -1
+        threads = max(1, min(self.threads, total // work_per_thread))
+        scratch = self.scratch(threads, RUNNING)
         with nogil:
-            threads = min(<Py_ssize_t> most_threads(), total // work_per_thread)
             if threads < 2:
-                self.run_blocks(0, blocks)
+                self.run_blocks(0, blocks, scratch)
             else:
                 # The same stretch for the same thread, so that it stays in that core's cache.
                 for k in prange(threads, num_threads=threads, schedule="static"):
-                    self.run_blocks(k * blocks // threads, (k + 1) * blocks // threads)
+                    self.run_blocks(k * blocks // threads, (k + 1) * blocks // threads,
+                                    scratch + k * RUNNING * block * sizeof(double))
             for k in range(self.work.counts.length):
                 count = <Count*> self.work.counts.data + k
                 count.where[0] = count.value
+
+    cdef char* scratch(self, Py_ssize_t threads, Py_ssize_t blocks) except NULL:
+        """Return memory for so many blocks for each thread, from the start of a cache line.
+
+        It does not lie on their stacks, which Python and OpenMP let users make small.
+        """
+        cdef uintptr_t start
+        self.work.scratch.length = 0
+        start = <uintptr_t> push(&self.work.scratch, sizeof(double), threads * blocks * block + 8)
+        return <char*> ((start + 63) & ~<uintptr_t> 63)
 
     cdef Py_ssize_t traffic(self, Segment* leaf, Py_ssize_t end) noexcept nogil:
         """Return how many bytes the stages before `end` and the subtraction move."""
@@ -966,9 +985,8 @@ cdef class Batch:
             (<float*> cell)[0] = <float> value
         return 0
 
-    cdef void run_blocks(self, Py_ssize_t first, Py_ssize_t last) noexcept nogil:
+    cdef void run_blocks(self, Py_ssize_t first, Py_ssize_t last, char* scratch) noexcept nogil:
         """Update the blocks first <= k < last, counted over all segments."""
-        cdef double scratch[3 * MAX_BLOCK]
         cdef Segment* leaves = <Segment*> self.work.segments.data
         cdef Segment* leaf
         cdef Py_ssize_t low = 0, high = self.work.segments.length, middle, before, start, n
@@ -987,7 +1005,7 @@ cdef class Batch:
             while first < last and first < leaf.blocks:
                 start = (first - before) * block
                 n = min(block, leaf.n - start)
-                dx = self.chain(leaf, leaf.first + leaf.stages, start, n, <char*> scratch, False)
+                dx = self.chain(leaf, leaf.first + leaf.stages, start, n, scratch, False)
                 if dx is NULL:
                     pass
                 elif leaf.is_double:
@@ -1042,55 +1060,59 @@ cdef class Batch:
             dx = scratch + room if dx == scratch else scratch
         return g
 
-    cdef double norm(self, Segment* leaf, Py_ssize_t stage, double p) noexcept nogil:
+    cdef double norm(self, Segment* leaf, Py_ssize_t stage, double p,
+                     char* scratch) noexcept nogil:
         """Return the p-norm of what reaches `stage`, in double."""
         cdef double value, largest, root
         if p == INFINITY:
-            return self.reduce(leaf, stage, LARGEST, 0, 1)
+            return self.reduce(leaf, stage, LARGEST, 0, 1, scratch)
         if p == -INFINITY:
-            return self.reduce(leaf, stage, SMALLEST, 0, 1)
+            return self.reduce(leaf, stage, SMALLEST, 0, 1, scratch)
         if p == 0:
-            return self.reduce(leaf, stage, NONZERO, 0, 1)
+            return self.reduce(leaf, stage, NONZERO, 0, 1, scratch)
         if p == 1:
-            return self.reduce(leaf, stage, ABSOLUTE, 0, 1)
+            return self.reduce(leaf, stage, ABSOLUTE, 0, 1, scratch)
         if p == 2:
-            value = c_sqrt(self.reduce(leaf, stage, SQUARES, 0, 1))
+            value = c_sqrt(self.reduce(leaf, stage, SQUARES, 0, 1, scratch))
             if not leaf.is_double or 1e-140 < value < 1e150 or value != value:
                 return value            # no square overflowed or lost its digits
-        largest = self.reduce(leaf, stage, LARGEST if p > 0 else SMALLEST, 0, 1)
+        largest = self.reduce(leaf, stage, LARGEST if p > 0 else SMALLEST, 0, 1, scratch)
         if largest == 0 or not isfinite(largest):
             return largest
-        value = self.reduce(leaf, stage, POWERS, p, largest)
+        value = self.reduce(leaf, stage, POWERS, p, largest, scratch)
         if fabs(p) >= 1:
             return largest * pow(value, 1 / p)
         root = pow(value, 0.5 / p)
         return largest * root * root    # by halves: for tiny p the whole root alone overflows
 
     cdef double reduce(self, Segment* leaf, Py_ssize_t stage, Reduction kind, double p,
-                       double unit) noexcept nogil:
+                       double unit, char* scratch) noexcept nogil:
         """Combine what reaches `stage`, stretch by stretch, in an order that n alone decides."""
         cdef double parts[STRETCHES]
         cdef Py_ssize_t length = max(STRETCH, (leaf.n + STRETCHES - 1) // STRETCHES)
         cdef Py_ssize_t stretches = (leaf.n + length - 1) // length
         cdef Py_ssize_t k
         cdef Py_ssize_t work = self.traffic(leaf, stage)
-        cdef Py_ssize_t threads = min(<Py_ssize_t> most_threads(), work // work_per_thread)
+        cdef Py_ssize_t threads = min(self.threads, work // work_per_thread)
+        cdef Py_ssize_t room = REDUCING * block * sizeof(double)
         cdef double total = INFINITY if kind == SMALLEST else 0
         if leaf.n == 0:
             return 0
         if threads < 2:
             for k in range(stretches):
-                parts[k] = self.reduce_stretch(leaf, stage, kind, p, unit, k * length, length)
+                parts[k] = self.reduce_stretch(leaf, stage, kind, p, unit, k * length, length,
+                                               scratch)
         else:
             for k in prange(stretches, num_threads=threads, schedule="static"):
-                parts[k] = self.reduce_stretch(leaf, stage, kind, p, unit, k * length, length)
+                parts[k] = self.reduce_stretch(leaf, stage, kind, p, unit, k * length, length,
+                                               scratch + threadid() * room)
         for k in range(stretches):
             total = joined(kind, total, parts[k])
         return total
 
     cdef double reduce_stretch(self, Segment* leaf, Py_ssize_t stage, Reduction kind, double p,
-                               double unit, Py_ssize_t start, Py_ssize_t n) noexcept nogil:
-        cdef double scratch[(3 + MAX_SLOTS) * MAX_BLOCK]
+                               double unit, Py_ssize_t start, Py_ssize_t n,
+                               char* scratch) noexcept nogil:
         cdef double lanes[LANES]
         cdef double total = INFINITY if kind == SMALLEST else 0
         cdef Py_ssize_t end = min(start + n, leaf.n)
@@ -1101,7 +1123,7 @@ cdef class Batch:
             lanes[j] = total
         while start < end:
             m = min(block, end - start)
-            g = self.chain(leaf, stage, start, m, <char*> scratch, True)
+            g = self.chain(leaf, stage, start, m, scratch, True)
             if leaf.is_double:
                 accumulate[double](g, m, lanes, kind, p, unit)
             else:
