@@ -23,7 +23,7 @@ import numpy as np
 
 from . import _kernels as baseline
 from . import _torch, rules, words
-from ._arraypath import blank, checked_gradient, evaluate, write
+from ._arraypath import Call, at_once, blank, checked_gradient, evaluate, writing
 from ._arrays import isnumeric, maywrite
 from ._jax import attributes, holds_traced, is_jax, is_tracer, settled, with_attributes
 from ._rule import ElementwiseRule, Rule
@@ -183,6 +183,7 @@ def advance(
     higher: Sequence[list[Any]],
     where: Callable[[int], str],
     in_place: bool,
+    beside: Callable[[dict[int, Array]], list[Call]] | None = None,
 ) -> tuple[dict[int, Array], dict[int, Any]]:
     """Update every leaf that has a gradient and is not frozen; all of them or none.
 
@@ -195,11 +196,15 @@ def advance(
     in_place : bool
         Write into the writable parameters and into the states of the leaves; else into nothing
         given.
+    beside : callable, optional
+        Given the parameters that are not written in place, by place, returns what else is to be
+        written when they have their values.
 
     Returns
     -------
     (new_x, new_state)
-        By place, what was not written in place: parameters, and the states that leaves are to get.
+        By place, what was not written in place: parameters and states. If `in_place`, the leaves
+        have their states already.
     """
     batch = kernels.Batch(None if in_place else blank)
     try:
@@ -247,11 +252,16 @@ def advance(
             "setup anew with the model that ties them"
         )
     try:
-        batch.run()
+        if (in_place and rest) or beside is not None:
+            states = new_state.items() if in_place else ()
+            writes = [writing(xs[k], new) for k, new in stored.items()]
+            writes += [(setattr, leaves[k], "state", new) for k, new in states]
+            writes += beside(new_x) if beside is not None else ()
+            at_once([(batch.run,), *writes])
+        else:
+            batch.run()
     except FloatingPointError as error:
         raise FloatingPointError(f"at {where(batch.failed)}: {error}") from error
-    for k, new in stored.items():
-        write(xs[k], new)
     if tensors:
         _give_tensors(batch, tensors, leaves, xs, in_place)
     for seen in _watchers:

@@ -27,6 +27,7 @@ from optimisers import (
     MixedPrecision,
     Momentum,
     OptimiserChain,
+    freeze_,
     setup,
     update,
     update_,
@@ -166,3 +167,29 @@ def test_a_coefficient_that_cannot_be_had_says_where():
         update_(state, model, model)
     (note,) = caught.value.__notes__
     assert note.endswith("at ['bad']; nothing was updated")
+
+
+@parametrize("dtype", ["float16", "float64"])
+def test_one_array_at_two_places_of_a_state_that_knows_of_no_tie(dtype):
+    """Each place has its own update; in place, that cannot be."""
+    w = np.ones(3, dtype)
+    state = separate(Descent(0.5), {"a": 3, "b": 3, "c": 3}, dtype)
+    freeze_(state["c"])
+    model = {"a": w, "b": w, "c": w}
+    grad = {"a": np.ones(3), "b": np.zeros(3)}
+    _, new = update(state, model, grad)
+    assert_same_bits(new, {"a": w - w / 2, "b": w, "c": w})
+    assert len({id(x) for x in new.values()}) == 3
+    refused(r"\['a'\] and \['b'\] overlap", state, model, grad)
+
+
+@BOTH
+@parametrize("other", [np.ones(2), np.ones(3, np.float32), np.ones(3, complex), None, "text"])
+def test_a_leaf_for_two_places_that_cannot_have_the_same_numbers(call, other):
+    """Whether or not there is a gradient for both."""
+    leaf = setup(Momentum(), np.ones(3))
+    state, model = {"a": leaf, "b": leaf}, {"a": np.ones(3), "b": other}
+    before = [bits(a) for _, a in arrays_in([state, model])]
+    with pytest.raises(ValueError, match=r"\['a'\] and \['b'\] share a Leaf.* setup anew"):
+        call(state, model, {"a": np.ones(3)})
+    assert [bits(a) for _, a in arrays_in([state, model])] == before
