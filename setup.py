@@ -31,11 +31,16 @@ DLPACK = Path("optimisers/_dlpack.pyx")
 EXACT = ["-O3", "-g0", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 OPENMP = "-fopenmp"
 EXACT_MSVC = ["/O2", "/fp:precise"]
+# For `make sanitize`: checks by the compiler's runtime, with the lines at which they fail.
+CHECKS = os.environ.get("OPTIMISERS_SANITIZE", "")
+CHECKED = [f"-fsanitize={CHECKS}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g1"]
 OPENMP_MSVC = "/openmp"
 
 # Modules made from the same source; `_engine` imports the widest that the processor runs.
 VARIANTS: dict[str, list[str]] = {"optimisers._kernels": []}
-if platform.machine().lower() in {"x86_64", "amd64"} and sys.platform != "win32":
+if CHECKS:  # one variant tells as much about the source as three
+    EXACT += CHECKED
+elif platform.machine().lower() in {"x86_64", "amd64"} and sys.platform != "win32":
     VARIANTS["optimisers._kernels_avx2"] = ["-mavx2"]
     VARIANTS["optimisers._kernels_avx512"] = ["-march=x86-64-v4", "-mprefer-vector-width=512"]
 
@@ -64,7 +69,7 @@ class BuildKernels(build_ext):
         self.extensions[:] = [ext for ext in self.extensions if self.takes(*own[ext.name])]
         for ext in self.extensions:
             ext.extra_compile_args = flags + parallel + own[ext.name]
-            ext.extra_link_args = [] if msvc else parallel
+            ext.extra_link_args = [] if msvc else parallel + CHECKED * bool(CHECKS)
         super().build_extensions()
 
     def build_extension(self, ext: Extension) -> None:

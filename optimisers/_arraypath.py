@@ -7,10 +7,12 @@ written into; the engine stores the results when all leaves have theirs.
 
 from __future__ import annotations
 
+import collections
 import copy
+import itertools
 import numbers
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -179,17 +181,24 @@ def blank(state: Any) -> Any:
     """Return a state of the same form whose arrays are still empty."""
     if isinstance(state, np.ndarray):
         return np.empty_like(state)
-    if type(state) is tuple:
-        return tuple(map(blank, state))
-    return type(state)._make(map(blank, state)) if hasattr(state, "_make") else state
+    return tuple.__new__(type(state), map(blank, state)) if isinstance(state, tuple) else state
 
 
-def write(x: Array, new: Array) -> None:
-    """Write into a parameter."""
-    if _torch.is_tensor(x):
-        _torch.write(x, new)
-    else:
-        x[...] = new
+Call = tuple[Any, ...]
+"""A function and its arguments."""
+
+
+def writing(x: Array, new: Array) -> Call:
+    """Return the call that writes `new` into an array; one of C, for `at_once`."""
+    return _torch.writing(x, new) if _torch.is_tensor(x) else (operator.setitem, x, ..., new)
+
+
+def at_once(calls: Iterable[Call]) -> None:
+    """Make calls of C functions, all of them whenever Ctrl-C is pressed.
+
+    Python looks for signals between two instructions of its own, and here is one.
+    """
+    collections.deque(itertools.starmap(operator.call, calls), maxlen=0)
 
 
 def shown(new: Array, x: Array, other: Array) -> Array:

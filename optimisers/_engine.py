@@ -23,10 +23,11 @@ import numpy as np
 
 from . import _kernels as baseline
 from . import _torch, rules, words
-from ._arraypath import blank, checked_gradient, evaluate, write
+from ._arraypath import Call, at_once, blank, checked_gradient, evaluate, writing
 from ._arrays import isnumeric, maywrite
 from ._jax import attributes, holds_traced, is_jax, is_tracer, settled, with_attributes
 from ._rule import ElementwiseRule, Rule
+from ._ties import overlap
 from .compose import AccumGrad, ClipNorm, MixedPrecision, OptimiserChain
 
 Array = Any
@@ -107,7 +108,7 @@ def lower(rule: Any) -> Any:
         return kernels.NormPlan(rule, _steps[rules._Scale.step], rule.p)
     if _behaves_as(AccumGrad, cls):
         hold, release = lower(rules._Hold()), lower(rules._Release(rule.n))
-        return kernels.AccumulatePlan(rule, hold, release, rule.n)
+        return kernels.AccumulatePlan(rule, hold, release, min(rule.n, np.iinfo(np.int64).max))
     if _behaves_as(MixedPrecision, cls):
         inner = lower(rule.rule)
         return None if inner is None else kernels.MixedPlan(rule, inner)
@@ -182,6 +183,7 @@ def advance(
     higher: Sequence[list[Any]],
     where: Callable[[int], str],
     in_place: bool,
+    beside: Callable[[dict[int, Array]], list[Call]] | None = None,
 ) -> tuple[dict[int, Array], dict[int, Any]]:
     """Update every leaf that has a gradient and is not frozen; all of them or none.
 
@@ -194,21 +196,30 @@ def advance(
     in_place : bool
         Write into the writable parameters and into the states of the leaves; else into nothing
         given.
+    beside : callable, optional
+        Given the parameters that are not written in place, by place, returns what else is to be
+        written when they have their values.
 
     Returns
     -------
     (new_x, new_state)
-        By place, what was not written in place: parameters, and the states that leaves are to get.
+        By place, what was not written in place: parameters and states. If `in_place`, the leaves
+        have their states already.
     """
     batch = kernels.Batch(None if in_place else blank)
-    rest = batch.gather(leaves, xs, gs, lower)
-    tensors = _torch.places(xs, rest) if rest else []
-    if tensors:
-        *sights, unseen = _torch.sights(leaves, xs, gs, tensors)
-        unseen += batch.gather(*sights, lower)
-        rest = sorted({*rest}.difference(tensors).union(unseen))
+    try:
+        rest = batch.gather(leaves, xs, gs, lower)
+        tensors = _torch.places(xs, rest) if rest else []
+        if tensors:
+            *sights, unseen = _torch.sights(leaves, xs, gs, tensors)
+            unseen += batch.gather(*sights, lower)
+            rest = sorted({*rest}.difference(tensors).union(unseen))
+    except Exception as error:
+        if batch.failed >= 0:
+            _note(error, leaves[batch.failed], where(batch.failed))
+        raise
     new_x, new_state = batch.new_x, batch.new_state
-    stored: list[tuple[Array, Array]] = []
+    stored: dict[int, Array] = {}
     for k in rest:
         leaf, x = leaves[k], xs[k]
         if not isnumeric(x):
@@ -225,31 +236,42 @@ def advance(
         except FloatingPointError as error:
             raise FloatingPointError(f"at {where(k)}: {error}") from error
         except Exception as error:
-            error.add_note(f"raised by {leaf.rule!r} at {where(k)}; nothing was updated")
+            _note(error, leaf, where(k))
             raise
         if new is None:
             continue
         if in_place and maywrite(x) and not is_tracer(new):
-            stored.append((x, new))
+            stored[k] = new
         else:
             new_x[k] = new
-    if clash := batch.settle():
+    if clash := batch.settle() or (stored and _clash(batch, xs, [*stored])):
+        one, other = map(where, clash)
+        which = f"{one} and {other}" if one != other else f"{one} itself"
         raise ValueError(
-            f"the parameters or states at {where(clash[0])} and {where(clash[1])} overlap in "
-            "memory; copy one of them, or call setup anew with the model that ties them"
+            f"the parameters or states at {which} overlap in memory; copy one of them, or call "
+            "setup anew with the model that ties them"
         )
     try:
-        batch.run()
+        if (in_place and rest) or beside is not None:
+            states = new_state.items() if in_place else ()
+            writes = [writing(xs[k], new) for k, new in stored.items()]
+            writes += [(setattr, leaves[k], "state", new) for k, new in states]
+            writes += beside(new_x) if beside is not None else ()
+            at_once([(batch.run,), *writes])
+        else:
+            batch.run()
     except FloatingPointError as error:
         raise FloatingPointError(f"at {where(batch.failed)}: {error}") from error
-    for x, new in stored:
-        write(x, new)
     if tensors:
         _give_tensors(batch, tensors, leaves, xs, in_place)
     for seen in _watchers:
         seen.extend((k, "kernels") for k in batch.places())
         seen.extend((k, "arrays") for k in rest if k in new_state and k not in batch.places())
     return new_x, new_state
+
+
+def _note(error: Exception, leaf: Any, path: str) -> None:
+    error.add_note(f"raised by {leaf.rule!r} at {path}; nothing was updated")
 
 
 def _take(batch: Any, k: int, leaf: Any, x: Array, g: Array) -> bool:
@@ -264,6 +286,12 @@ def _take(batch: Any, k: int, leaf: Any, x: Array, g: Array) -> bool:
     else:
         sight = _torch.arrays(leaf.state, x, g) if _torch.is_tensor(x) else None
     return sight is not None and bool(batch.take(k, plan, *sight))
+
+
+def _clash(batch: Any, xs: list[Array], stored: list[int]) -> tuple[int, int] | None:
+    """Return two places whose parameters share memory, if two of those that are written do."""
+    written = [k for k in (*batch.places(), *stored) if k not in batch.new_x]
+    return overlap([(k, xs[k]) for k in sorted(written)])
 
 
 def _give_tensors(

@@ -21,9 +21,9 @@ e) A *barrier* (a norm) needs all of a leaf before its step can run. The steps a
 cimport numpy as cnp
 from cpython.ref cimport Py_INCREF, Py_XDECREF, PyObject
 from cpython.tuple cimport PyTuple_Check, PyTuple_GET_ITEM, PyTuple_GET_SIZE
-from cython.parallel cimport prange
+from cython.parallel cimport prange, threadid
 from libc.math cimport INFINITY, fabs, fabsf, isfinite, pow
-from libc.stdint cimport int64_t, uint16_t, uintptr_t
+from libc.stdint cimport INT64_MAX, int64_t, uint16_t, uintptr_t
 from libc.stdlib cimport calloc, free, realloc
 from libc.string cimport memcpy
 
@@ -127,8 +127,10 @@ ctypedef void (*Step)(
 ) noexcept nogil
 
 cdef enum:
-    MAX_BLOCK = 4096        # numbers in the scratch buffers
+    MAX_BLOCK = 4096        # numbers; more would not fit the first cache
     MAX_SLOTS = 8
+    RUNNING = 3             # blocks of scratch memory that `chain` needs ...
+    REDUCING = 3 + MAX_SLOTS    # ... and that it needs in a dry run
     STRETCHES = 256         # most partial sums of a norm
     STRETCH = 16384         # fewest numbers in one of them
     LANES = 32              # running sums side by side, so that a reduction fills a vector
@@ -307,11 +309,12 @@ cdef struct Work:           # the memory of a batch, lent from one to the next
     Vector counts
     Vector spans            # of slots, then of all that is written
     Vector parameters       # spans of parameters
+    Vector scratch          # blocks for each thread: see Batch.scratch
     PyObject* rule          # the last rule met and its plan: the next batch often has the same
     PyObject* plan
 
 cdef enum:
-    VECTORS = 7
+    VECTORS = 8
 
 cdef Work* spare = NULL
 
@@ -378,6 +381,10 @@ def set_block(Py_ssize_t alone, Py_ssize_t in_chain=0):
         if not LANES <= numbers <= MAX_BLOCK or numbers % LANES:
             raise ValueError(f"a block has a multiple of {LANES} numbers, at most {MAX_BLOCK}")
     block, chain_block = alone, in_chain
+
+
+cdef inline Py_ssize_t longest_block() noexcept nogil:
+    return max(block, chain_block)
 
 
 def set_work_per_thread(Py_ssize_t bytes):
@@ -472,7 +479,7 @@ cdef class StepPlan(Plan):
             t = batch.read_count(item(old, self.step.slots)) + 1
             if t == 0:
                 return False
-            batch.store_count(item(new, self.step.slots), t)
+            batch.store_count(new, self.step.slots, t, leaf.place)
         if self.known[kind] < 0 or self.known_t[kind] != t:
             numbers = self.coefs(t) if self.counts else self.coefs()
             if len(numbers) != self.step.coefs:
@@ -554,7 +561,10 @@ cdef class NormPlan(Plan):
         self.p = p
 
     cdef bint stack(self, Batch batch, Segment* leaf, old, new) except -1:
-        cdef Stage* stage = batch.add_stage(leaf, &self.step, (), ())
+        cdef Stage* stage
+        if PyTuple_GET_SIZE(old):       # not this rule's; a new one would stay empty
+            return False
+        stage = batch.add_stage(leaf, &self.step, (), ())
         stage.coefs = batch.add_numbers((1.0,), leaf.is_double)
         batch.add_norm(self.rule, self.p)
         return True
@@ -582,7 +592,7 @@ cdef class AccumulatePlan(Plan):
         if held < 0:
             return False
         leaf.swallowed = held + 1 < self.n
-        batch.store_count(item(new, 1), held + 1 if leaf.swallowed else 0)
+        batch.store_count(new, 1, held + 1 if leaf.swallowed else 0, leaf.place)
         return (self.hold if leaf.swallowed else self.release).stack(batch, leaf, old[:1], new[:1])
 
 cdef class MixedPlan(Plan):
@@ -639,6 +649,7 @@ cdef class Batch:
     cdef object blank
     cdef Work* work
     cdef Py_ssize_t hint
+    cdef Py_ssize_t threads     # the most that this run uses
     cdef list norm_rules
     cdef cnp.ndarray like       # the parameter that is being taken
     cdef list kept              # the objects that own the memory in use
@@ -647,7 +658,7 @@ cdef class Batch:
     cdef readonly dict new_state
     """Place: state that takes the place of the leaf's, where it was not written in place."""
     cdef readonly Py_ssize_t failed
-    """Place of the leaf at which `run` raised."""
+    """Place of the leaf at which `gather` or `run` raised."""
 
     def __cinit__(self, blank=None):
         self.work = borrow()
@@ -681,12 +692,14 @@ cdef class Batch:
             leaf, x, g = leaves[place], xs[place], gs[place]
             if g is None or leaf.frozen:
                 continue
+            self.failed = place
             rule = leaf.rule
             if rule is not last:
                 last = rule
                 plan = self.plan(rule, lower)
             if plan is None or not self.add(place, plan, leaf.state, x, g):
                 rest.append(place)
+        self.failed = -1
         return rest
 
     def take(self, Py_ssize_t place, Plan plan, state, x, g):
@@ -819,20 +832,30 @@ cdef class Batch:
         return 0
 
     cdef int64_t read_count(self, a) except? -1:
-        """Return the count in the 0-d array `a`; -1 if it is no such thing."""
+        """Return the count in the 0-d array `a`; -1 if it is no such thing, or cannot go on."""
+        cdef cnp.ndarray count
+        cdef int64_t value
         if not cnp.PyArray_CheckExact(a):
             return -1
-        cdef cnp.ndarray count = <cnp.ndarray> a
+        count = <cnp.ndarray> a
         if cnp.PyArray_NDIM(count) or not ready(count, cnp.NPY_INT64, True):
             return -1
         if not cnp.PyArray_ISWRITEABLE(count):
             return -1
-        return (<int64_t*> cnp.PyArray_DATA(count))[0]
+        value = (<int64_t*> cnp.PyArray_DATA(count))[0]
+        return value if value < INT64_MAX else -1
 
-    cdef int store_count(self, a, int64_t value) except -1:
+    cdef int store_count(self, state, Py_ssize_t k, int64_t value, Py_ssize_t place) except -1:
+        """See to it that the run stores a count into item `k` of a state."""
+        cdef PyObject* held = PyTuple_GET_ITEM(state, k)
+        cdef cnp.ndarray a = <cnp.ndarray> held
         cdef Count* count = <Count*> push(&self.work.counts, sizeof(Count))
-        count.where = <int64_t*> cnp.PyArray_DATA(<cnp.ndarray> a)
+        count.where = <int64_t*> cnp.PyArray_DATA(a)
         count.value = value
+        # One that owns its memory, and that only the state and `a` hold, overlaps with nothing:
+        # who sees that memory holds it too.
+        if held.ob_refcnt > 2 or not cnp.PyArray_CHKFLAGS(a, cnp.NPY_ARRAY_OWNDATA):
+            self.add_span(&self.work.spans, a, place)
         return 0
 
     cdef int carry_over(self, old, new) except -1:
@@ -858,20 +881,21 @@ cdef class Batch:
     def settle(self):
         """See to it that nothing is written which is read elsewhere.
 
-        Gradients that lie in memory which the run writes are copied. Where two leaves would write
-        the same memory, their places are returned, else None.
+        Gradients and read-only parameters that lie in memory which the run writes are copied.
+        Where two leaves would write the same memory, or one leaf twice, their places are returned,
+        else None.
         """
-        cdef Py_ssize_t n = self.work.parameters.length + self.work.spans.length
+        cdef Py_ssize_t parameters = self.work.parameters.length
+        cdef Py_ssize_t n = parameters + self.work.spans.length
         cdef Span* spans
         cdef Segment* leaf
         cdef Py_ssize_t k
         cdef Py_ssize_t bytes
-        cdef cnp.ndarray copy
-        push(&self.work.spans, sizeof(Span), 1 + n + self.work.parameters.length)   # to sort in
+        push(&self.work.spans, sizeof(Span), 1 + n + parameters)    # as many again to sort in
         spans = <Span*> self.work.spans.data
         self.work.spans.length = n
-        memcpy(spans + n - self.work.parameters.length, self.work.parameters.data,
-               self.work.parameters.length * sizeof(Span))
+        if parameters:                  # else `data` may be NULL
+            memcpy(spans + n - parameters, self.work.parameters.data, parameters * sizeof(Span))
         sort_spans(spans, spans + n, n)
         for k in range(1, self.work.spans.length):
             if spans[k].low < spans[k - 1].high:
@@ -879,12 +903,23 @@ cdef class Batch:
         for k in range(self.work.segments.length):
             leaf = <Segment*> self.work.segments.data + k
             bytes = leaf.n * (2 if leaf.narrow else 8 if leaf.is_double else 4)
-            if self.is_written(<uintptr_t> leaf.g, bytes):
-                copy = cnp.PyArray_SimpleNew(1, <cnp.npy_intp*> &bytes, cnp.NPY_BYTE)
-                memcpy(cnp.PyArray_DATA(copy), leaf.g, bytes)
-                leaf.g = cnp.PyArray_BYTES(copy)
-                self.kept.append(copy)
+            leaf.g = self.apart(leaf.g, bytes)
+            if leaf.narrow:
+                if leaf.rounded != leaf.unrounded:
+                    leaf.unrounded = <uint16_t*> self.apart(<char*> leaf.unrounded, bytes)
+            elif leaf.out != leaf.x:
+                leaf.x = self.apart(leaf.x, bytes)
         return None
+
+    cdef const char* apart(self, const char* numbers, Py_ssize_t bytes) except NULL:
+        """Return where these numbers are not written over: as they lie, or in a copy."""
+        cdef cnp.ndarray copy
+        if not self.is_written(<uintptr_t> numbers, bytes):
+            return numbers
+        copy = cnp.PyArray_SimpleNew(1, <cnp.npy_intp*> &bytes, cnp.NPY_BYTE)
+        memcpy(cnp.PyArray_DATA(copy), numbers, bytes)
+        self.kept.append(copy)
+        return cnp.PyArray_BYTES(copy)
 
     cdef bint is_written(self, uintptr_t low, Py_ssize_t bytes) noexcept:
         """Tell whether the run writes any of these bytes (spans are sorted and apart)."""
@@ -913,6 +948,8 @@ cdef class Batch:
         cdef Norm* norm
         cdef Count* count
         cdef double value
+        cdef char* scratch
+        self.threads = most_threads()
         for k in range(self.work.segments.length):
             leaf = <Segment*> self.work.segments.data + k
             total += self.traffic(leaf, leaf.first + leaf.stages)
@@ -922,22 +959,36 @@ cdef class Batch:
         for k in range(self.work.norms.length):
             norm = <Norm*> self.work.norms.data + k
             leaf = <Segment*> self.work.segments.data + norm.segment
+            scratch = self.scratch(self.threads, REDUCING)
             with nogil:
-                value = self.norm(leaf, norm.stage, norm.p)
+                value = self.norm(leaf, norm.stage, norm.p, scratch)
             self.failed = leaf.place
             self.set_number(leaf, norm.stage, self.norm_rules[k].factor(value))
         self.failed = -1
+        threads = max(1, min(self.threads, total // work_per_thread))
+        scratch = self.scratch(threads, RUNNING)
         with nogil:
-            threads = min(<Py_ssize_t> most_threads(), total // work_per_thread)
             if threads < 2:
-                self.run_blocks(0, blocks)
+                self.run_blocks(0, blocks, scratch)
             else:
                 # The same stretch for the same thread, so that it stays in that core's cache.
                 for k in prange(threads, num_threads=threads, schedule="static"):
-                    self.run_blocks(k * blocks // threads, (k + 1) * blocks // threads)
+                    self.run_blocks(k * blocks // threads, (k + 1) * blocks // threads,
+                                    scratch + k * RUNNING * longest_block() * sizeof(double))
             for k in range(self.work.counts.length):
                 count = <Count*> self.work.counts.data + k
                 count.where[0] = count.value
+
+    cdef char* scratch(self, Py_ssize_t threads, Py_ssize_t blocks) except NULL:
+        """Return memory for so many blocks for each thread, from the start of a cache line.
+
+        It does not lie on their stacks, which Python and OpenMP let users make small.
+        """
+        cdef uintptr_t start
+        self.work.scratch.length = 0
+        start = <uintptr_t> push(&self.work.scratch, sizeof(double),
+                                  threads * blocks * longest_block() + 8)
+        return <char*> ((start + 63) & ~<uintptr_t> 63)
 
     cdef Py_ssize_t traffic(self, Segment* leaf, Py_ssize_t end) noexcept nogil:
         """Return how many bytes the stages before `end` and the subtraction move."""
@@ -955,9 +1006,8 @@ cdef class Batch:
             (<float*> cell)[0] = <float> value
         return 0
 
-    cdef void run_blocks(self, Py_ssize_t first, Py_ssize_t last) noexcept nogil:
+    cdef void run_blocks(self, Py_ssize_t first, Py_ssize_t last, char* scratch) noexcept nogil:
         """Update the blocks first <= k < last, counted over all segments."""
-        cdef double scratch[3 * MAX_BLOCK]
         cdef Segment* leaves = <Segment*> self.work.segments.data
         cdef Segment* leaf
         cdef Py_ssize_t low = 0, high = self.work.segments.length, middle, before, start, n
@@ -976,7 +1026,7 @@ cdef class Batch:
             while first < last and first < leaf.blocks:
                 start = (first - before) * leaf.block
                 n = min(leaf.block, leaf.n - start)
-                dx = self.chain(leaf, leaf.first + leaf.stages, start, n, <char*> scratch, False)
+                dx = self.chain(leaf, leaf.first + leaf.stages, start, n, scratch, False)
                 if dx is NULL:
                     pass
                 elif leaf.is_double:
@@ -1031,55 +1081,59 @@ cdef class Batch:
             dx = scratch + room if dx == scratch else scratch
         return g
 
-    cdef double norm(self, Segment* leaf, Py_ssize_t stage, double p) noexcept nogil:
+    cdef double norm(self, Segment* leaf, Py_ssize_t stage, double p,
+                     char* scratch) noexcept nogil:
         """Return the p-norm of what reaches `stage`, in double."""
         cdef double value, largest, root
         if p == INFINITY:
-            return self.reduce(leaf, stage, LARGEST, 0, 1)
+            return self.reduce(leaf, stage, LARGEST, 0, 1, scratch)
         if p == -INFINITY:
-            return self.reduce(leaf, stage, SMALLEST, 0, 1)
+            return self.reduce(leaf, stage, SMALLEST, 0, 1, scratch)
         if p == 0:
-            return self.reduce(leaf, stage, NONZERO, 0, 1)
+            return self.reduce(leaf, stage, NONZERO, 0, 1, scratch)
         if p == 1:
-            return self.reduce(leaf, stage, ABSOLUTE, 0, 1)
+            return self.reduce(leaf, stage, ABSOLUTE, 0, 1, scratch)
         if p == 2:
-            value = c_sqrt(self.reduce(leaf, stage, SQUARES, 0, 1))
+            value = c_sqrt(self.reduce(leaf, stage, SQUARES, 0, 1, scratch))
             if not leaf.is_double or 1e-140 < value < 1e150 or value != value:
                 return value            # no square overflowed or lost its digits
-        largest = self.reduce(leaf, stage, LARGEST if p > 0 else SMALLEST, 0, 1)
+        largest = self.reduce(leaf, stage, LARGEST if p > 0 else SMALLEST, 0, 1, scratch)
         if largest == 0 or not isfinite(largest):
             return largest
-        value = self.reduce(leaf, stage, POWERS, p, largest)
+        value = self.reduce(leaf, stage, POWERS, p, largest, scratch)
         if fabs(p) >= 1:
             return largest * pow(value, 1 / p)
         root = pow(value, 0.5 / p)
         return largest * root * root    # by halves: for tiny p the whole root alone overflows
 
     cdef double reduce(self, Segment* leaf, Py_ssize_t stage, Reduction kind, double p,
-                       double unit) noexcept nogil:
+                       double unit, char* scratch) noexcept nogil:
         """Combine what reaches `stage`, stretch by stretch, in an order that n alone decides."""
         cdef double parts[STRETCHES]
         cdef Py_ssize_t length = max(STRETCH, (leaf.n + STRETCHES - 1) // STRETCHES)
         cdef Py_ssize_t stretches = (leaf.n + length - 1) // length
         cdef Py_ssize_t k
         cdef Py_ssize_t work = self.traffic(leaf, stage)
-        cdef Py_ssize_t threads = min(<Py_ssize_t> most_threads(), work // work_per_thread)
+        cdef Py_ssize_t threads = min(self.threads, work // work_per_thread)
+        cdef Py_ssize_t room = REDUCING * longest_block() * sizeof(double)
         cdef double total = INFINITY if kind == SMALLEST else 0
         if leaf.n == 0:
             return 0
         if threads < 2:
             for k in range(stretches):
-                parts[k] = self.reduce_stretch(leaf, stage, kind, p, unit, k * length, length)
+                parts[k] = self.reduce_stretch(leaf, stage, kind, p, unit, k * length, length,
+                                               scratch)
         else:
             for k in prange(stretches, num_threads=threads, schedule="static"):
-                parts[k] = self.reduce_stretch(leaf, stage, kind, p, unit, k * length, length)
+                parts[k] = self.reduce_stretch(leaf, stage, kind, p, unit, k * length, length,
+                                               scratch + threadid() * room)
         for k in range(stretches):
             total = joined(kind, total, parts[k])
         return total
 
     cdef double reduce_stretch(self, Segment* leaf, Py_ssize_t stage, Reduction kind, double p,
-                               double unit, Py_ssize_t start, Py_ssize_t n) noexcept nogil:
-        cdef double scratch[(3 + MAX_SLOTS) * MAX_BLOCK]
+                               double unit, Py_ssize_t start, Py_ssize_t n,
+                               char* scratch) noexcept nogil:
         cdef double lanes[LANES]
         cdef double total = INFINITY if kind == SMALLEST else 0
         cdef Py_ssize_t end = min(start + n, leaf.n)
@@ -1092,7 +1146,7 @@ cdef class Batch:
             lanes[j] = total
         while start < end:
             m = min(most, end - start)
-            g = self.chain(leaf, stage, start, m, <char*> scratch, True)
+            g = self.chain(leaf, stage, start, m, scratch, True)
             if leaf.is_double:
                 accumulate[double](g, m, lanes, kind, p, unit)
             else:

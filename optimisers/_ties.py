@@ -6,16 +6,18 @@ memory, such as ``w`` and ``w.T`` (NumPy, PyTorch, CuPy). Values that belong to 
 
 a) `parameters` finds every trainable array of a model, and `owners` which of them are one;
 b) a `View` is what of a strided array's layout is needed to carry values, without the array;
-c) whether two arrays overlap only in part is decided exactly, by marking the cells they touch,
-   and only among arrays whose spans of memory overlap at all.
+c) whether two arrays overlap only in part is decided exactly, and only among arrays whose spans of
+   memory overlap at all: by NumPy where they are few, else by marking the cells they touch.
 """
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import math
 import sys
-from collections.abc import Iterator, Sequence
-from typing import Any, Literal, NamedTuple, cast, overload
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple, TypeVar, cast, overload
 
 import numpy as np
 
@@ -27,6 +29,11 @@ from ._tree import fold
 Array = Any
 Tree = Any
 Place = tuple[KeyPath, Array]
+Named = TypeVar("Named")
+_Pair = tuple[tuple[Named, Array], tuple[Named, Array]]
+
+FEW = 32  # arrays of NumPy that are compared pair by pair
+PATIENCE: Any = 10_000  # what NumPy may try out for a pair; its stubs know of 0 and -1 alone
 
 # --- the parameters of a model ---------------------------------------------------------------
 
@@ -270,8 +277,28 @@ def owners(arrays: Sequence[Place]) -> list[int]:
     """
     first: dict[int, int] = {}
     owner = [first.setdefault(id(x), k) for k, (_, x) in enumerate(arrays)]
+    for crowd in _crowds(arrays, first.values()):
+        shown: dict[Any, int] = {}
+        for k in sorted(crowd):
+            elements = cast(_Memory, _memory(arrays[k][1])).elements()
+            owner[k] = shown.setdefault(k if elements is None else elements, k)
+        if found := len(shown) > 1 and _overlap([arrays[k] for k in shown.values()]):
+            raise ValueError(_overlap_text(*found))
+    return [owner[k] for k in owner]
+
+
+def overlap(arrays: Sequence[tuple[Named, Array]]) -> tuple[Named, Named] | None:
+    """Return the names of two arrays that share memory, whole or in part, if any two do."""
+    for crowd in _crowds(arrays, range(len(arrays))):
+        if found := _overlap([arrays[k] for k in sorted(crowd)]):
+            return found[0][0], found[1][0]
+    return None
+
+
+def _crowds(arrays: Sequence[tuple[Any, Array]], which: Iterable[int]) -> Iterator[list[int]]:
+    """Yield the positions of what lies within overlapping spans, if that is more than one."""
     spans: list[tuple[str, int, int, int]] = []
-    for k in first.values():
+    for k in which:
         x = arrays[k][1]
         if type(x) is np.ndarray and x.flags.c_contiguous:
             if x.size:
@@ -279,21 +306,9 @@ def owners(arrays: Sequence[Place]) -> list[int]:
                 spans.append(("", address, address + x.nbytes, k))
         elif (memory := _memory(x)) is not None:
             spans.append((memory.device, memory.low(), memory.high(), k))
-    for crowd in _crowds(sorted(spans)):
-        shown: dict[Any, int] = {}
-        for k in sorted(crowd):
-            elements = cast(_Memory, _memory(arrays[k][1])).elements()
-            owner[k] = shown.setdefault(k if elements is None else elements, k)
-        if len(shown) > 1:
-            _refuse_overlaps([arrays[k] for k in shown.values()])
-    return [owner[k] for k in owner]
-
-
-def _crowds(spans: list[tuple[str, int, int, int]]) -> Iterator[list[int]]:
-    """Yield the positions of what lies within overlapping spans, if that is more than one."""
     crowd: list[int] = []
     where, end = "", 0
-    for device, low, high, k in spans:
+    for device, low, high, k in sorted(spans):
         if low >= end or device != where:
             if len(crowd) > 1:
                 yield crowd
@@ -304,8 +319,14 @@ def _crowds(spans: list[tuple[str, int, int, int]]) -> Iterator[list[int]]:
         yield crowd
 
 
-def _refuse_overlaps(arrays: list[Place]) -> None:
-    """Raise the error that two of these arrays share memory, if any two do."""
+def _overlap(arrays: Sequence[tuple[Named, Array]]) -> _Pair[Named] | None:
+    """Return two of these arrays that share memory, if any two do."""
+    if len(arrays) <= FEW and all(isinstance(x, np.ndarray) for _, x in arrays):
+        with contextlib.suppress(np.exceptions.TooHardError):
+            for one, other in itertools.combinations(arrays, 2):
+                if np.shares_memory(one[1], other[1], max_work=PATIENCE):
+                    return one, other
+            return None
     memories = [cast(_Memory, _memory(x)) for _, x in arrays]
     low = min(memory.low() for memory in memories)
     # A cell is the largest unit of which all offsets, strides and items are multiples.
@@ -321,10 +342,11 @@ def _refuse_overlaps(arrays: list[Place]) -> None:
         count = found.size
     holder = np.full(count, -1, np.int32)
     for k, cells in enumerate(touched):
-        other = int(holder[cells].max())
-        if other >= 0:
-            raise ValueError(_overlap_text(arrays[other], arrays[k]))
+        holding = int(holder[cells].max())
+        if holding >= 0:
+            return arrays[holding], arrays[k]
         holder[cells] = k
+    return None
 
 
 def _cells(memory: _Memory, low: int, cell: int) -> np.ndarray:

@@ -199,11 +199,11 @@ def fresh(x: Tensor) -> Tensor:
     return like(x, x.detach().clone())
 
 
-def write(x: Tensor, new: Any) -> None:
-    """Write into a tensor, also one that requires a gradient."""
+def writing(x: Tensor, new: Any) -> tuple[Any, Tensor]:
+    """Return the call that writes into a tensor, also one that requires a gradient."""
     torch: Any = sys.modules["torch"]
-    with torch.no_grad():
-        x.copy_(new if is_tensor(new) else _from_numpy(torch, np.array(new)))
+    new = new if is_tensor(new) else _from_numpy(torch, np.array(new))
+    return x.detach().copy_, new.detach()
 
 
 def note_written(xs: list[Tensor]) -> None:

@@ -25,7 +25,7 @@ from typing import Any, Generic, NamedTuple, TypeVar, overload
 
 import numpy as np
 
-from ._arraypath import checked_gradient
+from ._arraypath import at_once, checked_gradient, writing
 from ._arrays import isnumeric, maywrite
 from ._lockstep import gather, place
 from ._lockstep import places as walk_places
@@ -558,8 +558,10 @@ class Restructure(Generic[Model]):
         ):
             v = v.copy()
         values = self._split(v, False)
-        for slot, x in places:
-            _write(x, slot.seen(values[slot.k]))
+        with np.errstate(all="ignore"):
+            at_once(
+                [writing(x, _of_its_library(x, slot.seen(values[slot.k]))) for slot, x in places]
+            )
 
     def _refuse_other_ties(self, model: Tree, places: list[tuple[_Slot, Array]]) -> None:
         """Raise if different parameters are one in `model`: they could not all be written."""
@@ -751,12 +753,8 @@ def _check_out(out: Any, size: int, dtype: Any) -> None:
         raise ValueError(f"{wanted}, got one that is read-only or broadcast")
 
 
-def _write(x: Array, values: Array) -> None:
+def _of_its_library(x: Array, values: Array) -> Array:
+    """Return values as an array of the library of `x`."""
     if isinstance(x, np.ndarray):
-        np.copyto(x, _numpy(values), casting="unsafe")
-    elif _is_torch(x):
-        torch = sys.modules["torch"]
-        with torch.no_grad():
-            x.copy_(torch.as_tensor(values))
-    else:
-        x[...] = namespace(x).asarray(values)
+        return _numpy(values)
+    return sys.modules["torch"].as_tensor(values) if _is_torch(x) else namespace(x).asarray(values)

@@ -16,7 +16,7 @@ from typing import Any, TypeVar, cast
 import numpy as np
 
 from . import _engine, _pytree
-from ._arraypath import checked_gradient, fresh, shown, write
+from ._arraypath import Call, at_once, checked_gradient, fresh, shown, writing
 from ._arrays import isnumeric, maywrite
 from ._lockstep import gather, place, places
 from ._nodes import mirror, rebuild, register_leaf, trainable_keys
@@ -256,8 +256,6 @@ def _step(
         new_x, new_state = _Tied(leaves, xs, where).advance(gs, higher, in_place)
 
     if in_place:
-        for k, new in new_state.items():
-            leaves[k].state = new
         for leaf, other in zip(leaves, held, strict=True) if leaves is not held else ():
             other.state = leaf.state
         if not new_x:
@@ -273,8 +271,12 @@ def _step(
 def _replaced(state: Tree, model: Model, xs: list[Array], new_x: dict[int, Array]) -> Model:
     """Return a model with new arrays, by place."""
     by_id = {id(xs[k]): new for k, new in new_x.items()}
-    new_model = fmap(lambda x: by_id.pop(id(x), x), model)  # which asks once for each array
-    if by_id:  # there is a node that makes its children anew at each visit: go by the paths
+    apart = len(by_id) < len(new_x) and any(by_id[id(xs[k])] is not new for k, new in new_x.items())
+    # which asks once for each array
+    new_model = model if apart else fmap(lambda x: by_id.pop(id(x), x), model)
+    # If one array has a leaf for each of its places, or if there is a node that makes its children
+    # anew at each visit: go by the paths.
+    if by_id:
         paths = enumerate(path for path, _ in places(Leaf, state, model))
         by_path = {path: new_x[k] for k, path in paths if k in new_x}
         new_model = fold(
@@ -329,6 +331,7 @@ class _Tied:
             higher,
             lambda k: self.where(self.groups[k][0]),
             in_place,
+            partial(self._beside, summed) if in_place else None,
         )
         new_x: dict[int, Array] = {}
         for j, group in enumerate(self.groups):
@@ -344,13 +347,21 @@ class _Tied:
                 if other is x or same_elements(x, other):
                     if new is not None:
                         new_x[k] = new if other is x else shown(new, x, other)
-                elif not moved:
-                    continue
-                elif in_place and maywrite(other):
-                    write(other, x if new is None else new)
-                else:
+                elif moved and not (in_place and maywrite(other)):
                     new_x[k] = fresh(x if new is None else new)
         return new_x, {self.groups[j][0]: state for j, state in states.items()}
+
+    def _beside(self, summed: list[Any], new_x: dict[int, Array]) -> list[Call]:
+        """Return the calls that write a group's new values into its separate arrays."""
+        calls = []
+        for j, group in enumerate(self.groups):
+            if summed[j] is None or self.leaves[j].frozen or len(group) == 1:
+                continue
+            x = self.xs[group[0]]
+            for other in (self.xs[k] for k in group[1:]):
+                if other is not x and not same_elements(x, other) and maywrite(other):
+                    calls.append(writing(other, new_x.get(j, x)))
+        return calls
 
     def _primary(self, group: list[int]) -> Array:
         """Return the group's first array, read-only if one of its places is."""
@@ -369,6 +380,8 @@ class _Tied:
                 g = self._seen_from(first, k, g)
                 with np.errstate(over="ignore", invalid="ignore"):
                     total = g if total is None else total + g
+        for k in group[1:] if total is not None else ():
+            self._refuse_misfit(first, k)
         return total
 
     def _seen_from(self, first: int, k: int, g: Array) -> Array:
@@ -377,12 +390,25 @@ class _Tied:
             return g
         if same_elements(x, other):
             return carry(g, other, x)
-        if other.shape != x.shape:
-            raise ValueError(
-                f"{self.where(first)} and {self.where(k)} share a Leaf, but are separate arrays of "
-                f"shapes {x.shape} and {other.shape}; call setup anew with this model"
-            )
+        self._refuse_misfit(first, k)
         return g
+
+    def _refuse_misfit(self, first: int, k: int) -> None:
+        """Raise if two places are not views of one array, nor can have the same numbers."""
+        x, other = self.xs[first], self.xs[k]
+        if other is x or (isnumeric(other) and same_elements(x, other)):
+            return
+        if not isnumeric(other) or other.shape != x.shape or other.dtype != x.dtype:
+            raise ValueError(
+                f"{self.where(first)} and {self.where(k)} share a Leaf, but are separate arrays, "
+                f"{_kind(x)} and {_kind(other)}; call setup anew with this model"
+            )
+
+
+def _kind(x: Any) -> str:
+    if not isnumeric(x):
+        return f"{x!r:.40} ({type(x).__name__})"
+    return f"of shape {tuple(x.shape)} and dtype {x.dtype}"
 
 
 # --- adjust, freeze, thaw --------------------------------------------------------------------
@@ -473,8 +499,7 @@ def adjust_(state: Tree, eta: float | None = None, /, **fields: Any) -> None:
     """
     leaves = _leaves(state)
     rules = _adjusted(leaves, eta, fields)
-    for leaf in leaves:
-        leaf.rule = rules[id(leaf)]
+    at_once([(setattr, leaf, "rule", rules[id(leaf)]) for leaf in leaves])
 
 
 def freeze_(state: Tree) -> None:
@@ -496,11 +521,9 @@ def freeze_(state: Tree) -> None:
     >>> state
     {'encoder': Leaf(Descent(eta=0.1), (), frozen=True), 'decoder': Leaf(Descent(eta=0.1), ())}
     """
-    for leaf in _leaves(state):
-        leaf.frozen = True
+    at_once([(setattr, leaf, "frozen", True) for leaf in _leaves(state)])
 
 
 def thaw_(state: Tree) -> None:
     """Undo `freeze_` for the parameters below a state tree, or a part of one."""
-    for leaf in _leaves(state):
-        leaf.frozen = False
+    at_once([(setattr, leaf, "frozen", False) for leaf in _leaves(state)])

@@ -8,6 +8,9 @@ from collections import Counter
 from collections.abc import Generator
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("long", max_examples=20_000)  # for `make fuzz`
 
 MISSING = re.compile(r"could not import '([\w.]+)'")
 
