@@ -45,11 +45,11 @@ many = settings(  # more with --hypothesis-profile=long
 @pytest.fixture(scope="module", autouse=True)
 def _small_blocks():
     """Let even small arrays fill several blocks, and several threads."""
-    numbers, traffic = _engine.kernels.settings()
+    *blocks, traffic = _engine.kernels.settings()
     _engine.kernels.set_block(32)
     _engine.kernels.set_work_per_thread(64)
     yield
-    _engine.kernels.set_block(numbers)
+    _engine.kernels.set_block(*blocks)
     _engine.kernels.set_work_per_thread(traffic)
 
 
