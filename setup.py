@@ -24,6 +24,7 @@ from emit_steps import generate
 RULES = Path("optimisers/rules.py")
 STEPS = Path("optimisers/_steps.pxi")
 KERNELS = Path("optimisers/_kernels.pyx")
+TEAM = Path("optimisers/_team.h")
 DLPACK = Path("optimisers/_dlpack.pyx")
 
 # Equal bits on every instruction set need separate roundings: no contraction to fma, no fast-math.
@@ -44,7 +45,7 @@ elif platform.machine().lower() in {"x86_64", "amd64"} and sys.platform != "win3
     VARIANTS["optimisers._kernels_avx2"] = ["-mavx2"]
     VARIANTS["optimisers._kernels_avx512"] = ["-march=x86-64-v4", "-mprefer-vector-width=512"]
 
-SOURCES = {name: [str(KERNELS), str(STEPS)] for name in VARIANTS}
+SOURCES = {name: [str(KERNELS), str(STEPS), str(TEAM)] for name in VARIANTS}
 SOURCES["optimisers._dlpack"] = [str(DLPACK)]
 
 
@@ -107,7 +108,7 @@ if __name__ == "__main__":
             Extension(
                 name,
                 depends[:1],
-                include_dirs=[np.get_include()],
+                include_dirs=[np.get_include(), "optimisers"],
                 define_macros=[("NPY_NO_DEPRECATED_API", "NPY_2_0_API_VERSION")],
                 depends=[*depends, "setup.py"],
             )

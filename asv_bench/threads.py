@@ -1,6 +1,8 @@
 """Where does a second thread begin to pay? Prints one thread's time over two threads', by size.
 
-The crossing gives `work_per_thread` in optimisers/_kernels.pyx: run it when nothing else runs.
+In a row, where the second thread is awake, and after pauses, where it has to be woken. The
+crossings give `work_per_thread` and `WAKING` in optimisers/_kernels.pyx: run it when nothing else
+runs.
 
     python asv_bench/threads.py
 """
@@ -19,17 +21,22 @@ from optimisers import _engine
 RULES = (optimisers.Descent(), optimisers.Momentum(), optimisers.Adam())
 SIZES = (2_000, 5_000, 10_000, 20_000, 50_000, 100_000, 200_000, 1_000_000)
 REPEATS = 31
+PAUSE = 0.0005
 
 
-def seconds(step: Callable[[], object], loops: int) -> float:
-    """Return the time of one step, from several in a row."""
-    begin = time.perf_counter()
+def seconds(step: Callable[[], object], loops: int, pause: float) -> float:
+    """Return the mean time of a step, of several, each after a pause in which the core is busy."""
+    total = 0.0
     for _ in range(loops):
+        begin = time.perf_counter()
+        while (now := time.perf_counter()) < begin + pause:
+            pass
         step()
-    return (time.perf_counter() - begin) / loops
+        total += time.perf_counter() - now
+    return total / loops
 
 
-def compare(rule: optimisers.Rule, n: int) -> tuple[float, float]:
+def compare(rule: optimisers.Rule, n: int, pause: float = 0) -> tuple[float, float]:
     """Return the median times of a step of `n` float32 numbers with one thread and with two."""
     rng = np.random.default_rng(0)
     x, g = rng.standard_normal((2, n), dtype=np.float32)
@@ -43,23 +50,24 @@ def compare(rule: optimisers.Rule, n: int) -> tuple[float, float]:
         for threads, seen in times.items():
             optimisers.set_num_threads(threads)
             step()
-            seen.append(seconds(step, max(1, 400_000 // n)))
+            loops = max(1, (40_000 if pause else 400_000) // n)
+            seen.append(seconds(step, loops, pause))
     return statistics.median(times[1]), statistics.median(times[2])
 
 
 def main() -> None:
     """Print the table."""
     _engine.kernels.set_work_per_thread(1)
-    print(f"{'rule':<10} {'numbers':>9} {'moved':>9} {'one':>10} {'two':>10} {'gain':>6}")
+    print(f"{'rule':<10} {'numbers':>9} {'moved':>9} {'in a row: one, two, gain':>32} {'paused':>32}")
     for rule in RULES:
         slots = len(rule.slots)
         for n in SIZES:
-            one, two = compare(rule, n)
             moved = 4 * n * (3 + 2 * slots) / 1e6
-            print(
-                f"{type(rule).__name__:<10} {n:>9,} {moved:>6.2f} MB "
-                f"{one * 1e6:>7.1f} µs {two * 1e6:>7.1f} µs {one / two:>6.2f}"
-            )
+            texts = [f"{type(rule).__name__:<10} {n:>9,} {moved:>6.2f} MB"]
+            for pause in (0, PAUSE):
+                one, two = compare(rule, n, pause)
+                texts.append(f"{one * 1e6:>9.1f} µs {two * 1e6:>9.1f} µs {one / two:>6.2f}")
+            print(*texts, sep="  ")
 
 
 if __name__ == "__main__":

@@ -68,7 +68,13 @@ def set_num_threads(n: int) -> None:
     Parameters
     ----------
     n : int
-        At least 1; or 0 to do again what OpenMP says (``OMP_NUM_THREADS``, ``threadpoolctl``).
+        At least 1; or 0 to do again what OpenMP is told (``OMP_NUM_THREADS``, ``threadpoolctl``).
+
+    Notes
+    -----
+    The threads are the library's own. An update never waits for one that sleeps, or that the
+    system has put aside: the others do its share. Updates may be called from several threads of
+    Python; while one uses the threads, the others run on their own.
     """
     if n != int(n) or n < 0:
         raise ValueError(f"the number of threads must be a whole number, 0 or more; got {n!r}")

@@ -10,18 +10,20 @@ c) A `Batch` gathers leaves: for each a *segment* (parameter, gradient, length) 
    untouched; nothing that the caller can see is written while gathering.
 d) `Batch.run` cuts every segment into blocks that fit the first cache and runs the whole chain on
    a block before it goes to the next, so that a chain of any length moves each array through
-   memory once. The last step of the chain subtracts as it goes. Blocks are independent, so the
-   bits depend neither on their size nor on the number of threads.
+   memory once. The last step of the chain subtracts as it goes. Threads (_team.h) share the blocks
+   out among them. Blocks are independent, so the bits depend neither on their size nor on the
+   number of threads.
 e) A *barrier* (a norm) needs all of a leaf before its step can run. The steps ahead of it are then
    evaluated on copies of their slots, block by block, only to be reduced; the barrier itself
    becomes an ordinary step with the number found. Partial sums belong to fixed stretches of the
    leaf, so a norm too has the same bits for any number of threads.
 """
 
+import os
+
 cimport numpy as cnp
 from cpython.ref cimport Py_INCREF, Py_XDECREF, PyObject
 from cpython.tuple cimport PyTuple_Check, PyTuple_GET_ITEM, PyTuple_GET_SIZE
-from cython.parallel cimport prange, threadid
 from libc.math cimport INFINITY, fabs, fabsf, isfinite, pow
 from libc.stdint cimport INT64_MAX, int64_t, uint16_t, uintptr_t
 from libc.stdlib cimport calloc, free, realloc
@@ -32,10 +34,12 @@ cnp.import_array()
 cdef extern from *:
     """
     #include <math.h>
+    /* OpenMP is only asked how many threads there are to be, so that what users say to it counts
+       here too. The threads are those of _team.h. */
     #if defined(_OPENMP)
     #include <omp.h>
     #else
-    static int omp_get_max_threads(void) { return 1; }
+    static int omp_get_max_threads(void) { return 0; }
     #endif
     /* Blocks never overlap (see Batch.overlaps), and the loops may rely on it. */
     #if defined(_MSC_VER)
@@ -112,6 +116,15 @@ cdef extern from *:
     ctypedef const float* const_float_p
     ctypedef const double* const_double_p
 
+cdef extern from "_team.h":
+    enum:
+        TEAM_MOST
+    ctypedef void (*team_piece)(void* job, int64_t k, int member) noexcept nogil
+    int team_take(int members)
+    void team_leave()
+    void team_run(team_piece run, void* job, int64_t pieces, int members, bint wake) nogil
+    void team_forked()
+
 cdef extern from "numpy/arrayobject.h":
     enum:
         NPY_HALF
@@ -134,6 +147,9 @@ cdef enum:
     STRETCHES = 256         # most partial sums of a norm
     STRETCH = 16384         # fewest numbers in one of them
     LANES = 32              # running sums side by side, so that a reduction fills a vector
+    WAKING = 60             # times the work for which a thread takes part is worth waking one
+    PIECES = 32             # most pieces of an update for each thread ...
+    PIECE = 32768           # ... and fewest bytes that one moves
 
 ctypedef fused real:
     float
@@ -365,7 +381,7 @@ cdef Py_ssize_t block = 512
 cdef Py_ssize_t chain_block = 256
 cdef Py_ssize_t work_per_thread = 200_000   # bytes read and written: see set_work_per_thread
 cdef int threads_wanted = 0             # 0: as OpenMP says
-cdef bint forked = False
+cdef int processors = os.cpu_count() or 1
 
 
 def instruction_sets():
@@ -383,15 +399,11 @@ def set_block(Py_ssize_t alone, Py_ssize_t in_chain=0):
     block, chain_block = alone, in_chain
 
 
-cdef inline Py_ssize_t longest_block() noexcept nogil:
-    return max(block, chain_block)
-
-
 def set_work_per_thread(Py_ssize_t bytes):
-    """Set how many bytes each thread must have to move, to be worth its start.
+    """Set how many bytes each thread must have to move, to be worth its while.
 
-    The default is where a second thread began to pay on the machines it was measured on, by
-    ``python asv_bench/threads.py``.
+    The default, and `WAKING`, are where a second thread began to pay on the machines it was
+    measured on, awake and asleep, by ``python asv_bench/threads.py``.
     """
     global work_per_thread
     work_per_thread = max(1, bytes)
@@ -414,15 +426,12 @@ def get_num_threads():
 
 
 def after_fork():
-    """Keep a forked child on one thread: OpenMP's other threads stayed with the parent."""
-    global forked
-    forked = True
+    """Give a forked child threads of its own: those there were stayed with the parent."""
+    team_forked()
 
 
 cdef int most_threads() noexcept nogil:
-    if forked:
-        return 1
-    return threads_wanted if threads_wanted > 0 else omp_get_max_threads()
+    return threads_wanted or omp_get_max_threads() or processors
 
 cdef inline object item(object a_tuple, Py_ssize_t k):
     """Return an item of a tuple, also of a named one, unchecked."""
@@ -649,7 +658,6 @@ cdef class Batch:
     cdef object blank
     cdef Work* work
     cdef Py_ssize_t hint
-    cdef Py_ssize_t threads     # the most that this run uses
     cdef list norm_rules
     cdef cnp.ndarray like       # the parameter that is being taken
     cdef list kept              # the objects that own the memory in use
@@ -943,59 +951,62 @@ cdef class Batch:
 
     def run(self):
         """Update every leaf. Raises, if at all, before anything is written."""
-        cdef Py_ssize_t k, threads, blocks = 0, total = 0
+        cdef Run run
+        cdef Py_ssize_t k
         cdef Segment* leaf
         cdef Norm* norm
         cdef Count* count
         cdef double value
-        cdef char* scratch
-        self.threads = most_threads()
-        for k in range(self.work.segments.length):
-            leaf = <Segment*> self.work.segments.data + k
-            total += self.traffic(leaf, leaf.first + leaf.stages)
-            leaf.block = chain_block if leaf.stages > 1 or leaf.narrow else block
-            blocks += (leaf.n + leaf.block - 1) // leaf.block
-            leaf.blocks = blocks
-        for k in range(self.work.norms.length):
-            norm = <Norm*> self.work.norms.data + k
-            leaf = <Segment*> self.work.segments.data + norm.segment
-            scratch = self.scratch(self.threads, REDUCING)
+        self.prepare(&run)
+        run.members = team_take(min(most_threads(), enough(run.bytes)))
+        try:
+            run.pieces = min(run.blocks, run.bytes // PIECE + 1, run.members * PIECES)
+            self.lend_scratch(&run)
+            for k in range(self.work.norms.length):
+                norm = <Norm*> self.work.norms.data + k
+                leaf = run.segments + norm.segment
+                with nogil:
+                    value = norm_of(&run, leaf, norm.stage, norm.p)
+                self.failed = leaf.place
+                self.set_number(leaf, norm.stage, self.norm_rules[k].factor(value))
+            self.failed = -1
             with nogil:
-                value = self.norm(leaf, norm.stage, norm.p, scratch)
-            self.failed = leaf.place
-            self.set_number(leaf, norm.stage, self.norm_rules[k].factor(value))
-        self.failed = -1
-        threads = max(1, min(self.threads, total // work_per_thread))
-        scratch = self.scratch(threads, RUNNING)
-        with nogil:
-            if threads < 2:
-                self.run_blocks(0, blocks, scratch)
-            else:
-                # The same stretch for the same thread, so that it stays in that core's cache.
-                for k in prange(threads, num_threads=threads, schedule="static"):
-                    self.run_blocks(k * blocks // threads, (k + 1) * blocks // threads,
-                                    scratch + k * RUNNING * longest_block() * sizeof(double))
-            for k in range(self.work.counts.length):
-                count = <Count*> self.work.counts.data + k
-                count.where[0] = count.value
+                share_out(&run, update_piece, &run, run.pieces, run.bytes)
+                for k in range(self.work.counts.length):
+                    count = <Count*> self.work.counts.data + k
+                    count.where[0] = count.value
+        finally:
+            if run.members > 1:
+                team_leave()
 
-    cdef char* scratch(self, Py_ssize_t threads, Py_ssize_t blocks) except NULL:
-        """Return memory for so many blocks for each thread, from the start of a cache line.
+    cdef void prepare(self, Run* run) noexcept:
+        """Cut the segments into blocks, and add up what is to do."""
+        cdef Segment* leaf
+        cdef Py_ssize_t k
+        run.segments = <Segment*> self.work.segments.data
+        run.length = self.work.segments.length
+        run.stages = <Stage*> self.work.stages.data
+        run.numbers = <double*> self.work.numbers.data
+        run.blocks = run.bytes = 0
+        for k in range(run.length):
+            leaf = run.segments + k
+            leaf.block = chain_block if leaf.stages > 1 or leaf.narrow else block
+            run.bytes += traffic(run, leaf, leaf.first + leaf.stages)
+            run.blocks += (leaf.n + leaf.block - 1) // leaf.block
+            leaf.blocks = run.blocks
 
-        It does not lie on their stacks, which Python and OpenMP let users make small.
+    cdef int lend_scratch(self, Run* run) except -1:
+        """Lend each thread memory for its blocks, from the start of a cache line.
+
+        It does not lie on their stacks, which Python lets users make small.
         """
+        cdef Py_ssize_t blocks = REDUCING if self.work.norms.length else RUNNING
         cdef uintptr_t start
+        run.room = blocks * max(block, chain_block)
         self.work.scratch.length = 0
-        start = <uintptr_t> push(&self.work.scratch, sizeof(double),
-                                  threads * blocks * longest_block() + 8)
-        return <char*> ((start + 63) & ~<uintptr_t> 63)
-
-    cdef Py_ssize_t traffic(self, Segment* leaf, Py_ssize_t end) noexcept nogil:
-        """Return how many bytes the stages before `end` and the subtraction move."""
-        cdef Py_ssize_t arrays = 3, k
-        for k in range(leaf.first, end):
-            arrays += 2 * (<Stage*> self.work.stages.data)[k].slots
-        return arrays * leaf.n * (8 if leaf.is_double else 4)
+        start = <uintptr_t> push(&self.work.scratch, sizeof(double), run.members * run.room + 8)
+        run.scratch = <double*> ((start + 63) & ~<uintptr_t> 63)
+        return 0
 
     cdef int set_number(self, Segment* leaf, Py_ssize_t stage, double value) except -1:
         cdef Py_ssize_t at = (<Stage*> self.work.stages.data)[stage].coefs
@@ -1006,155 +1017,205 @@ cdef class Batch:
             (<float*> cell)[0] = <float> value
         return 0
 
-    cdef void run_blocks(self, Py_ssize_t first, Py_ssize_t last, char* scratch) noexcept nogil:
-        """Update the blocks first <= k < last, counted over all segments."""
-        cdef Segment* leaves = <Segment*> self.work.segments.data
-        cdef Segment* leaf
-        cdef Py_ssize_t low = 0, high = self.work.segments.length, middle, before, start, n
-        cdef const char* dx
-        if first >= last:
-            return
-        while low < high:               # the segment that holds block `first`
-            middle = (low + high) // 2
-            if leaves[middle].blocks <= first:
-                low = middle + 1
-            else:
-                high = middle
-        while first < last:
-            leaf = leaves + low
-            before = leaves[low - 1].blocks if low else 0
-            while first < last and first < leaf.blocks:
-                start = (first - before) * leaf.block
-                n = min(leaf.block, leaf.n - start)
-                dx = self.chain(leaf, leaf.first + leaf.stages, start, n, scratch, False)
-                if dx is NULL:
-                    pass
-                elif leaf.is_double:
-                    subtract[double](leaf.x, leaf.out, dx, start, n, leaf.swallowed)
-                else:
-                    subtract[float](leaf.x, leaf.out, dx, start, n, leaf.swallowed)
-                if leaf.narrow and leaf.swallowed:
-                    if leaf.rounded != leaf.unrounded:
-                        memcpy(leaf.rounded + start, leaf.unrounded + start, n * sizeof(uint16_t))
-                elif leaf.narrow:
-                    narrow(leaf.narrow, <float*> leaf.out + start, leaf.rounded + start, n)
-                first += 1
-            low += 1
+# --- a run -----------------------------------------------------------------------------------
 
-    cdef const char* chain(self, Segment* leaf, Py_ssize_t end, Py_ssize_t start, Py_ssize_t n,
-                           char* scratch, bint dry) noexcept nogil:
-        """Run the stages before `end` on one block; return where the step then lies.
+cdef struct Run:            # what the threads share
+    Segment* segments
+    Py_ssize_t length
+    Stage* stages
+    double* numbers
+    Py_ssize_t blocks       # in all segments
+    Py_ssize_t bytes        # that the update moves
+    Py_ssize_t pieces       # into which it is cut
+    int members             # threads, the caller's among them
+    double* scratch         # their memory ...
+    Py_ssize_t room         # ... and how much of it each has
 
-        That is NULL if the last stage has subtracted it from the parameter.
 
-        `scratch` holds three blocks: two that the stages use by turns and one for a gradient made
-        wider. A dry run stores no slots; it needs MAX_SLOTS blocks more.
-        """
-        cdef Py_ssize_t size = 8 if leaf.is_double else 4
-        cdef Py_ssize_t offset = start * size
-        cdef Py_ssize_t room = leaf.block * size
-        cdef const char* g = leaf.g + offset
-        cdef char* dx = scratch
-        cdef void* slots[MAX_SLOTS]
-        cdef double* coefs
-        cdef Stage* stage
-        cdef Py_ssize_t last = -1 if dry or leaf.swallowed else end - 1
-        cdef Py_ssize_t k
-        cdef int j
-        if leaf.narrow:
-            widen(leaf.narrow, <uint16_t*> leaf.g + start, <float*> (scratch + 2 * room), n)
-            g = scratch + 2 * room
-        for k in range(leaf.first, end):
-            stage = <Stage*> self.work.stages.data + k
-            for j in range(stage.slots):
-                slots[j] = scratch + (3 + j) * room if dry else stage.new[j] + offset
-                if slots[j] != stage.old[j] + offset:
-                    memcpy(slots[j], stage.old[j] + offset, n * size)
-            coefs = <double*> self.work.numbers.data + stage.coefs
-            if k == last and stage.finish is not NULL:
-                if leaf.out != leaf.x:
-                    memcpy(leaf.out + offset, leaf.x + offset, n * size)
-                stage.finish(NULL, g, leaf.out + offset, slots, coefs, n)
-                return NULL
-            stage.run(leaf.x + offset, g, dx, slots, coefs, n)
-            g = dx
-            dx = scratch + room if dx == scratch else scratch
-        return g
+cdef inline int enough(Py_ssize_t bytes) noexcept nogil:
+    """Return how many threads have enough to do, if there are so many bytes to move."""
+    return <int> max(1, min(<Py_ssize_t> TEAM_MOST, bytes // work_per_thread))
 
-    cdef double norm(self, Segment* leaf, Py_ssize_t stage, double p,
-                     char* scratch) noexcept nogil:
-        """Return the p-norm of what reaches `stage`, in double."""
-        cdef double value, largest, root
-        if p == INFINITY:
-            return self.reduce(leaf, stage, LARGEST, 0, 1, scratch)
-        if p == -INFINITY:
-            return self.reduce(leaf, stage, SMALLEST, 0, 1, scratch)
-        if p == 0:
-            return self.reduce(leaf, stage, NONZERO, 0, 1, scratch)
-        if p == 1:
-            return self.reduce(leaf, stage, ABSOLUTE, 0, 1, scratch)
-        if p == 2:
-            value = c_sqrt(self.reduce(leaf, stage, SQUARES, 0, 1, scratch))
-            if not leaf.is_double or 1e-140 < value < 1e150 or value != value:
-                return value            # no square overflowed or lost its digits
-        largest = self.reduce(leaf, stage, LARGEST if p > 0 else SMALLEST, 0, 1, scratch)
-        if largest == 0 or not isfinite(largest):
-            return largest
-        value = self.reduce(leaf, stage, POWERS, p, largest, scratch)
-        if fabs(p) >= 1:
-            return largest * pow(value, 1 / p)
-        root = pow(value, 0.5 / p)
-        return largest * root * root    # by halves: for tiny p the whole root alone overflows
 
-    cdef double reduce(self, Segment* leaf, Py_ssize_t stage, Reduction kind, double p,
-                       double unit, char* scratch) noexcept nogil:
-        """Combine what reaches `stage`, stretch by stretch, in an order that n alone decides."""
-        cdef double parts[STRETCHES]
-        cdef Py_ssize_t length = max(STRETCH, (leaf.n + STRETCHES - 1) // STRETCHES)
-        cdef Py_ssize_t stretches = (leaf.n + length - 1) // length
-        cdef Py_ssize_t k
-        cdef Py_ssize_t work = self.traffic(leaf, stage)
-        cdef Py_ssize_t threads = min(self.threads, work // work_per_thread)
-        cdef Py_ssize_t room = REDUCING * longest_block() * sizeof(double)
-        cdef double total = INFINITY if kind == SMALLEST else 0
-        if leaf.n == 0:
-            return 0
-        if threads < 2:
-            for k in range(stretches):
-                parts[k] = self.reduce_stretch(leaf, stage, kind, p, unit, k * length, length,
-                                               scratch)
+cdef void share_out(Run* run, team_piece piece, void* job, Py_ssize_t pieces,
+                    Py_ssize_t bytes) noexcept nogil:
+    """Do all pieces of a job: together, if there is enough to do."""
+    cdef int members = min(run.members, enough(bytes))
+    cdef Py_ssize_t k
+    if members > 1:
+        team_run(piece, job, pieces, members, bytes >= WAKING * work_per_thread)
+    else:
+        for k in range(pieces):
+            piece(job, k, 0)
+
+
+cdef Py_ssize_t traffic(Run* run, Segment* leaf, Py_ssize_t end) noexcept nogil:
+    """Return how many bytes the stages before `end` and the subtraction move."""
+    cdef Py_ssize_t arrays = 3, k
+    for k in range(leaf.first, end):
+        arrays += 2 * run.stages[k].slots
+    return arrays * leaf.n * (8 if leaf.is_double else 4)
+
+
+cdef void update_piece(void* job, int64_t k, int member) noexcept nogil:
+    """Update the blocks of piece `k`; blocks are counted over all segments."""
+    cdef Run* run = <Run*> job
+    cdef char* scratch = <char*> (run.scratch + member * run.room)
+    cdef Py_ssize_t first = k * run.blocks // run.pieces
+    cdef Py_ssize_t last = (k + 1) * run.blocks // run.pieces
+    cdef Segment* leaf
+    cdef Py_ssize_t low = 0, high = run.length, middle, before, start, n
+    cdef const char* dx
+    while low < high:               # the segment that holds block `first`
+        middle = (low + high) // 2
+        if run.segments[middle].blocks <= first:
+            low = middle + 1
         else:
-            for k in prange(stretches, num_threads=threads, schedule="static"):
-                parts[k] = self.reduce_stretch(leaf, stage, kind, p, unit, k * length, length,
-                                               scratch + threadid() * room)
-        for k in range(stretches):
-            total = joined(kind, total, parts[k])
-        return total
-
-    cdef double reduce_stretch(self, Segment* leaf, Py_ssize_t stage, Reduction kind, double p,
-                               double unit, Py_ssize_t start, Py_ssize_t n,
-                               char* scratch) noexcept nogil:
-        cdef double lanes[LANES]
-        cdef double total = INFINITY if kind == SMALLEST else 0
-        cdef Py_ssize_t end = min(start + n, leaf.n)
-        # A gradient that reaches the norm as it is needs no scratch, and so no blocks.
-        cdef Py_ssize_t most = n if stage == leaf.first and not leaf.narrow else leaf.block
-        cdef Py_ssize_t m
-        cdef const char* g
-        cdef int j
-        for j in range(LANES):
-            lanes[j] = total
-        while start < end:
-            m = min(most, end - start)
-            g = self.chain(leaf, stage, start, m, scratch, True)
-            if leaf.is_double:
-                accumulate[double](g, m, lanes, kind, p, unit)
+            high = middle
+    while first < last:
+        leaf = run.segments + low
+        before = run.segments[low - 1].blocks if low else 0
+        while first < last and first < leaf.blocks:
+            start = (first - before) * leaf.block
+            n = min(leaf.block, leaf.n - start)
+            dx = chain(run, leaf, leaf.first + leaf.stages, start, n, scratch, False)
+            if dx is NULL:
+                pass
+            elif leaf.is_double:
+                subtract[double](leaf.x, leaf.out, dx, start, n, leaf.swallowed)
             else:
-                accumulate[float](g, m, lanes, kind, p, unit)
-            start += m
-        for j in range(LANES):
-            total = joined(kind, total, lanes[j])
-        return total
+                subtract[float](leaf.x, leaf.out, dx, start, n, leaf.swallowed)
+            if leaf.narrow and leaf.swallowed:
+                if leaf.rounded != leaf.unrounded:
+                    memcpy(leaf.rounded + start, leaf.unrounded + start, n * sizeof(uint16_t))
+            elif leaf.narrow:
+                narrow(leaf.narrow, <float*> leaf.out + start, leaf.rounded + start, n)
+            first += 1
+        low += 1
+
+
+cdef const char* chain(Run* run, Segment* leaf, Py_ssize_t end, Py_ssize_t start, Py_ssize_t n,
+                       char* scratch, bint dry) noexcept nogil:
+    """Run the stages before `end` on one block; return where the step then lies.
+
+    That is NULL if the last stage has subtracted it from the parameter.
+
+    `scratch` holds three blocks: two that the stages use by turns and one for a gradient made
+    wider. A dry run stores no slots; it needs MAX_SLOTS blocks more.
+    """
+    cdef Py_ssize_t size = 8 if leaf.is_double else 4
+    cdef Py_ssize_t offset = start * size
+    cdef Py_ssize_t room = leaf.block * size
+    cdef const char* g = leaf.g + offset
+    cdef char* dx = scratch
+    cdef void* slots[MAX_SLOTS]
+    cdef double* coefs
+    cdef Stage* stage
+    cdef Py_ssize_t last = -1 if dry or leaf.swallowed else end - 1
+    cdef Py_ssize_t k
+    cdef int j
+    if leaf.narrow:
+        widen(leaf.narrow, <uint16_t*> leaf.g + start, <float*> (scratch + 2 * room), n)
+        g = scratch + 2 * room
+    for k in range(leaf.first, end):
+        stage = run.stages + k
+        for j in range(stage.slots):
+            slots[j] = scratch + (3 + j) * room if dry else stage.new[j] + offset
+            if slots[j] != stage.old[j] + offset:
+                memcpy(slots[j], stage.old[j] + offset, n * size)
+        coefs = run.numbers + stage.coefs
+        if k == last and stage.finish is not NULL:
+            if leaf.out != leaf.x:
+                memcpy(leaf.out + offset, leaf.x + offset, n * size)
+            stage.finish(NULL, g, leaf.out + offset, slots, coefs, n)
+            return NULL
+        stage.run(leaf.x + offset, g, dx, slots, coefs, n)
+        g = dx
+        dx = scratch + room if dx == scratch else scratch
+    return g
+
+# --- norms -----------------------------------------------------------------------------------
+
+cdef double norm_of(Run* run, Segment* leaf, Py_ssize_t stage, double p) noexcept nogil:
+    """Return the p-norm of what reaches `stage`, in double."""
+    cdef double value, largest, root
+    if p == INFINITY:
+        return reduce(run, leaf, stage, LARGEST, 0, 1)
+    if p == -INFINITY:
+        return reduce(run, leaf, stage, SMALLEST, 0, 1)
+    if p == 0:
+        return reduce(run, leaf, stage, NONZERO, 0, 1)
+    if p == 1:
+        return reduce(run, leaf, stage, ABSOLUTE, 0, 1)
+    if p == 2:
+        value = c_sqrt(reduce(run, leaf, stage, SQUARES, 0, 1))
+        if not leaf.is_double or 1e-140 < value < 1e150 or value != value:
+            return value            # no square overflowed or lost its digits
+    largest = reduce(run, leaf, stage, LARGEST if p > 0 else SMALLEST, 0, 1)
+    if largest == 0 or not isfinite(largest):
+        return largest
+    value = reduce(run, leaf, stage, POWERS, p, largest)
+    if fabs(p) >= 1:
+        return largest * pow(value, 1 / p)
+    root = pow(value, 0.5 / p)
+    return largest * root * root    # by halves: for tiny p the whole root alone overflows
+
+
+cdef struct Reducing:       # a job for the threads
+    Run* run
+    Segment* leaf
+    Py_ssize_t stage
+    Reduction kind
+    double p
+    double unit
+    Py_ssize_t length       # of a stretch
+    double parts[STRETCHES]
+
+
+cdef double reduce(Run* run, Segment* leaf, Py_ssize_t stage, Reduction kind, double p,
+                   double unit) noexcept nogil:
+    """Combine what reaches `stage`, stretch by stretch, in an order that n alone decides."""
+    cdef Reducing job
+    cdef Py_ssize_t k, stretches
+    cdef double total = INFINITY if kind == SMALLEST else 0
+    if leaf.n == 0:
+        return 0
+    job.run, job.leaf, job.stage = run, leaf, stage
+    job.kind, job.p, job.unit = kind, p, unit
+    job.length = max(STRETCH, (leaf.n + STRETCHES - 1) // STRETCHES)
+    stretches = (leaf.n + job.length - 1) // job.length
+    share_out(run, reduce_stretch, &job, stretches, traffic(run, leaf, stage))
+    for k in range(stretches):
+        total = joined(kind, total, job.parts[k])
+    return total
+
+
+cdef void reduce_stretch(void* job_, int64_t k, int member) noexcept nogil:
+    cdef Reducing* job = <Reducing*> job_
+    cdef Segment* leaf = job.leaf
+    cdef char* scratch = <char*> (job.run.scratch + member * job.run.room)
+    cdef double lanes[LANES]
+    cdef double total = INFINITY if job.kind == SMALLEST else 0
+    cdef Py_ssize_t start = k * job.length
+    cdef Py_ssize_t end = min(start + job.length, leaf.n)
+    # A gradient that reaches the norm as it is needs no scratch, and so no blocks.
+    cdef Py_ssize_t most = leaf.n if job.stage == leaf.first and not leaf.narrow else leaf.block
+    cdef Py_ssize_t m
+    cdef const char* g
+    cdef int j
+    for j in range(LANES):
+        lanes[j] = total
+    while start < end:
+        m = min(most, end - start)
+        g = chain(job.run, leaf, job.stage, start, m, scratch, True)
+        if leaf.is_double:
+            accumulate[double](g, m, lanes, job.kind, job.p, job.unit)
+        else:
+            accumulate[float](g, m, lanes, job.kind, job.p, job.unit)
+        start += m
+    for j in range(LANES):
+        total = joined(job.kind, total, lanes[j])
+    job.parts[k] = total
 
 # --- loops over one block --------------------------------------------------------------------
 

@@ -221,7 +221,7 @@ def test_set_num_threads():
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
-def test_a_forked_process_can_update():
+def test_a_forked_process_can_update_with_threads():
     done = run(
         """
         import os, signal, numpy as np, optimisers
@@ -231,12 +231,13 @@ def test_a_forked_process_can_update():
         x, g = np.ones(100_000), np.ones(100_000)
         rule = optimisers.OptimiserChain(optimisers.ClipNorm(), optimisers.Adam())
         state = optimisers.setup(rule, x)
-        optimisers.update_(state, x, g)          # starts OpenMP's threads
+        optimisers.update_(state, x, g)          # starts threads
         child = os.fork()
         optimisers.update_(state, x, g)
         if child == 0:
             signal.alarm(20)
-            os._exit(int(len(set(x)) != 1))
+            threads = len(os.listdir("/proc/self/task")) if os.path.isdir("/proc/self/task") else 4
+            os._exit(int(len(set(x)) != 1 or threads != 4))
         _, status = os.waitpid(child, 0)
         signal.alarm(20)
         optimisers.update_(state, x, g)          # the parent goes on as before
@@ -244,6 +245,27 @@ def test_a_forked_process_can_update():
         """
     )
     assert done.stdout.split() == ["0", "4", "1"], done.stderr
+
+
+def test_a_busy_processor_holds_nothing_up():
+    """Threads that get no time, here many on one processor, are not waited for."""
+    done = run(
+        """
+        import os, numpy as np, optimisers
+        from optimisers import _engine
+        if hasattr(os, "sched_setaffinity"):
+            os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+        _engine.kernels.set_work_per_thread(1)
+        x, g = np.ones((2, 50_000))
+        state = optimisers.setup(optimisers.Adam(), x)
+        for threads in (1, 16, 2, 300, 5) * 40:
+            optimisers.set_num_threads(threads)
+            optimisers.update_(state, x, g)
+        print(int(state.state.t), len(set(x)))
+        """,
+        OPENBLAS_NUM_THREADS="1",
+    )
+    assert done.stdout.split() == ["200", "1"], done.stderr
 
 
 @parametrize("threads", [1, 3])
