@@ -58,7 +58,8 @@ def compare(rule: optimisers.Rule, n: int, pause: float = 0) -> tuple[float, flo
 def main() -> None:
     """Print the table."""
     _engine.kernels.set_work_per_thread(1)
-    print(f"{'rule':<10} {'numbers':>9} {'moved':>9} {'in a row: one, two, gain':>32} {'paused':>32}")
+    in_a_row, paused = "in a row: one, two, gain", "after pauses"
+    print(f"{'rule':<10} {'numbers':>9} {'moved':>9} {in_a_row:>32} {paused:>32}")
     for rule in RULES:
         slots = len(rule.slots)
         for n in SIZES:

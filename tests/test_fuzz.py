@@ -367,7 +367,7 @@ def compared(state, model):
 @many
 @given(cases())
 def test_what_is_refused_changes_nothing_and_what_is_taken_is_right(case):
-    room, state, model, grad = case
+    _, state, model, grad = case
     before = content(case)
     old = {k: bits(x) for k, x in model.items() if isnumeric(x)}
     with patch.object(_engine.kernels, "Batch", ArrayPath):
