@@ -187,6 +187,8 @@ _pending: dict[str, Any] = {
 
 def announce(cls: type) -> None:
     """Register `cls`, the class of leaves, with JAX and optree, once they are loaded."""
+    if sys.modules.keys().isdisjoint(_pending):  # quick, since asked at each update
+        return
     for module in [*_pending]:
         if module in sys.modules:
             name, register = _pending[module]
