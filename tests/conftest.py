@@ -22,6 +22,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default="optional",
         help="whether a test whose library is not installed is skipped or fails",
     )
+    parser.addoption(
+        "--threads-seconds",
+        type=float,
+        default=1.0,
+        help="how long the tests of threads train",
+    )
 
 
 def skip_reason(report: pytest.TestReport | pytest.CollectReport) -> str:
