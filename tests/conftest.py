@@ -28,6 +28,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=1.0,
         help="how long the tests of threads train",
     )
+    parser.addoption(
+        "--big",
+        action="store_true",
+        help="whether to test arrays of more than 2^31 numbers, which takes 18 GB",
+    )
 
 
 def skip_reason(report: pytest.TestReport | pytest.CollectReport) -> str:

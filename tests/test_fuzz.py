@@ -360,7 +360,7 @@ def compared(state, model):
     def plain(x):
         if isinstance(x, np.ndarray) and x.dtype.kind in "OUSMV" and not isnumeric(x):
             return repr(x)
-        return tuple(map(plain, x)) if isinstance(x, tuple) else x
+        return tuple(map(plain, x)) if isinstance(x, tuple | list) else x
 
     parts = {k: plain(x) for k, x in model.items() if isinstance(x, np.ndarray)}
     return [{k: plain(leaf.state) for k, leaf in state.items()}, parts]
