@@ -178,10 +178,12 @@ def fresh(state: Any) -> Any:
 
 
 def blank(state: Any) -> Any:
-    """Return a state of the same form whose arrays are still empty."""
+    """Return a state of the same form whose arrays are still empty; the rest is copied."""
     if isinstance(state, np.ndarray):
         return np.empty_like(state)
-    return tuple.__new__(type(state), map(blank, state)) if isinstance(state, tuple) else state
+    return (
+        tuple.__new__(type(state), map(blank, state)) if isinstance(state, tuple) else fresh(state)
+    )
 
 
 Call = tuple[Any, ...]

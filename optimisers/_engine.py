@@ -251,12 +251,7 @@ def advance(
         else:
             new_x[k] = new
     if clash := batch.settle() or (stored and _clash(batch, xs, [*stored])):
-        one, other = map(where, clash)
-        which = f"{one} and {other}" if one != other else f"{one} itself"
-        raise ValueError(
-            f"the parameters or states at {which} overlap in memory; copy one of them, or call "
-            "setup anew with the model that ties them"
-        )
+        raise overlapping(*map(where, clash))
     try:
         if (in_place and rest) or beside is not None:
             states = new_state.items() if in_place else ()
@@ -292,6 +287,15 @@ def _take(batch: Any, k: int, leaf: Any, x: Array, g: Array) -> bool:
     else:
         sight = _torch.arrays(leaf.state, x, g) if _torch.is_tensor(x) else None
     return sight is not None and bool(batch.take(k, plan, *sight))
+
+
+def overlapping(one: str, other: str) -> ValueError:
+    """Return the error that what is to be written at these paths overlaps."""
+    which = f"{one} and {other}" if one != other else f"{one} itself"
+    return ValueError(
+        f"the parameters or states at {which} overlap in memory; copy one of them, or call setup "
+        "anew with the model that ties them"
+    )
 
 
 def _clash(batch: Any, xs: list[Array], stored: list[int]) -> tuple[int, int] | None:

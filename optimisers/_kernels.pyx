@@ -873,7 +873,7 @@ cdef class Batch:
         if isinstance(old, tuple):
             for a, b in zip(old, new):
                 self.carry_over(a, b)
-        else:
+        elif cnp.PyArray_Check(old):
             new[...] = old
         return 0
 

@@ -320,6 +320,7 @@ class ElementwiseRule(Rule):
 
     def apply(self, state: Any, x: Any, dx: Any, *higher: Any) -> tuple[Any, Any]:
         """Evaluate the step with the array library of `x`; writes into nothing."""
+        state = checked_state(self, state, self.State)
         slots = tuple(map(read_only, state[: len(self.slots)]))
         for name, slot in zip(self.slots, slots, strict=True):
             if slot.shape != x.shape:
@@ -365,6 +366,17 @@ class ElementwiseRule(Rule):
         rule = copy.copy(self)
         object.__setattr__(rule, "epsilon", epsilon)
         return rule
+
+
+def checked_state(rule: Rule, state: Any, kind: Any) -> Any:
+    """Return a state as a namedtuple of this kind; its parts go by their positions."""
+    parts = kind._fields
+    if not isinstance(state, tuple | list) or len(state) != len(parts):
+        raise TypeError(
+            f"{type(rule).__name__} keeps {', '.join(parts) or 'no state'}, got {state!r:.60} "
+            f"({type(state).__name__}); call setup anew with this model"
+        )
+    return state if type(state) is kind else kind(*state)
 
 
 def _copy(x: Any) -> Any:

@@ -10,7 +10,17 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 
 from ._jax import Maybe, chosen, is_tracer
-from ._rule import Count, NonNegative, Order, Rule, as_like, count_like, full_like, is_traced
+from ._rule import (
+    Count,
+    NonNegative,
+    Order,
+    Rule,
+    as_like,
+    checked_state,
+    count_like,
+    full_like,
+    is_traced,
+)
 from .rules import _Hold, _Release, _Scale
 from .words import absolute, is_complex, namespace, where
 
@@ -70,6 +80,11 @@ class OptimiserChain(Rule):
     def apply(
         self, state: tuple[Any, ...], x: Array, dx: Array, *higher: Array
     ) -> tuple[tuple[Any, ...], Array]:
+        if not isinstance(state, tuple | list) or len(state) != len(self.rules):
+            raise TypeError(
+                f"{type(self).__name__} keeps the states of its {len(self.rules)} rules, got "
+                f"{state!r:.60} ({type(state).__name__}); call setup anew with this model"
+            )
         new = list(state)
         made: Any = None
         for k, rule in enumerate(self.rules):
@@ -242,6 +257,7 @@ class AccumGrad(Rule):
     def apply(
         self, state: AccumGradState, x: Array, dx: Array, *higher: Array
     ) -> tuple[AccumGradState, Array | None]:
+        state = checked_state(self, state, AccumGradState)
         if is_tracer(state.count):
             return self._traced(state, x, dx)
         if int(state.count) + 1 < self.n:
@@ -336,6 +352,7 @@ class MixedPrecision(Rule):
     def move(
         self, state: MixedPrecisionState, x: Array, dx: Array, *higher: Array
     ) -> tuple[MixedPrecisionState, Array]:
+        state = checked_state(self, state, MixedPrecisionState)
         inner, master = self.rule.move(
             state.state, state.master, *(g if g is None else self._lift(g) for g in (dx, *higher))
         )

@@ -22,7 +22,7 @@ from ._lockstep import gather, place, places
 from ._nodes import mirror, rebuild, register_leaf, trainable_keys
 from ._path import KeyPath
 from ._rule import Rule, read_only
-from ._ties import carry, laid_out, parameters, same_elements
+from ._ties import carry, laid_out, overlap, parameters, same_elements
 from ._tree import fmap, fold, walk
 
 Array = Any
@@ -354,13 +354,20 @@ class _Tied:
     def _beside(self, summed: list[Any], new_x: dict[int, Array]) -> list[Call]:
         """Return the calls that write a group's new values into its separate arrays."""
         calls = []
+        written = []
         for j, group in enumerate(self.groups):
-            if summed[j] is None or self.leaves[j].frozen or len(group) == 1:
+            if summed[j] is None or self.leaves[j].frozen:
                 continue
             x = self.xs[group[0]]
-            for other in (self.xs[k] for k in group[1:]):
+            if j not in new_x:
+                written.append((group[0], x))
+            for k in group[1:]:
+                other = self.xs[k]
                 if other is not x and not same_elements(x, other) and maywrite(other):
+                    written.append((k, other))
                     calls.append(writing(other, new_x.get(j, x)))
+        if calls and (clash := overlap(written)):
+            raise _engine.overlapping(*map(self.where, clash))
         return calls
 
     def _primary(self, group: list[int]) -> Array:

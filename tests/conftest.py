@@ -22,6 +22,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default="optional",
         help="whether a test whose library is not installed is skipped or fails",
     )
+    parser.addoption(
+        "--threads-seconds",
+        type=float,
+        default=1.0,
+        help="how long the tests of threads train",
+    )
+    parser.addoption(
+        "--big",
+        action="store_true",
+        help="whether to test arrays of more than 2^31 numbers, which takes 18 GB",
+    )
 
 
 def skip_reason(report: pytest.TestReport | pytest.CollectReport) -> str:

@@ -8,19 +8,28 @@ each n that there is.
 from __future__ import annotations
 
 import copy
+import importlib.util
+import os
+import re
+import subprocess
 import sys
+import textwrap
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import pytest
 from util import arrays_in, bits, parametrize
 
 import optimisers
 from optimisers import (
+    AccumGrad,
     Adam,
     ClipNorm,
     MixedPrecision,
     Momentum,
     OptimiserChain,
+    Rule,
     adjust_,
     destructure,
     freeze_,
@@ -155,3 +164,138 @@ def test_an_interrupted_copy_of_a_vector_into_a_model():
     flat, re = destructure(model)
     found = sweep(lambda: (copy.deepcopy(model),), lambda m: re.copy_into_(m, flat + 1 + 2j))
     assert found["before"] > found["after"] > 0
+
+
+# --- a rule that raises ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Fuse(Rule):
+    """Scribbles into its state, and raises when it has been called so often."""
+
+    error: type[BaseException]
+    left: list[int] = field(repr=False)
+
+    def init(self, x):
+        return {"seen": np.zeros_like(x)}
+
+    def apply(self, state, x, dx):
+        state["seen"] += dx
+        self.left[0] -= 1
+        if self.left[0] == 0:
+            raise self.error("blown")
+        return state, dx
+
+
+@parametrize("error", [RuntimeError, KeyboardInterrupt, MemoryError, SystemExit])
+@parametrize("call", [update, update_])
+def test_a_rule_that_raises_at_each_leaf_in_turn(error, call):
+    """Among leaves of the kernels and of the array path, all of which are as they were."""
+    for n in range(1, 7):
+        left = [n]
+        model = {k: np.ones(3, dtype) for k, dtype in enumerate(["f4", "f8", "f2"] * 4)}
+        state = setup(Adam(), model)
+        for k in list(model)[::2]:
+            state[k] = setup(OptimiserChain(AccumGrad(1), Fuse(error, left)), model[k])
+        fuses = [leaf.state[1] for leaf in list(state.values())[::2]]
+        before = content([state, model, fuses])
+        with pytest.raises(error, match="blown"):
+            call(state, model, model)
+        assert content([state, model, fuses]) == before
+
+
+# --- no memory -------------------------------------------------------------------------------
+
+
+def run(code, **environment):
+    """Run code, which has this file's names at hand, in a new interpreter; return its output."""
+    start = "import gc, resource\nfrom test_faults import *\n"
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", start + textwrap.dedent(code)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, (done.returncode, done.stderr[-2000:])
+    return done.stdout
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("_testcapi") is None, reason="this Python has no hooks for its memory"
+)
+@parametrize("name", ["update_", "update"])
+def test_each_allocation_of_python_fails_in_turn(name):
+    said = run(
+        f"""
+        import _testcapi
+        call = {name}
+        objects = trainable()
+        before = content(objects)
+        expected = update(*objects)
+        gc.disable()
+        failed = 0
+        for n in range(20_000):
+            _testcapi.set_nomemory(n, n + 1)
+            try:
+                call(*objects)
+                went = True
+            except (MemoryError, SystemError):  # NumPy raises the latter, of `x.strides`
+                went = False
+            finally:
+                _testcapi.remove_mem_hooks()
+            now = content(objects)
+            whole = call is update_ and content([objects[0], objects[1]]) == content(list(expected))
+            assert now == before or whole, n
+            if went:
+                break
+            failed += 1
+            if whole:
+                objects = trainable()
+        print(failed)
+        """
+    )
+    assert int(said) > 100
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs a limit on memory")
+def test_too_little_memory_for_large_arrays():
+    """A refused call leaves all as it was, and goes well when there is memory again."""
+    said = run(
+        """
+        def limited(call, megabytes):
+            with open("/proc/self/statm") as file:
+                used = int(file.read().split()[0]) * resource.getpagesize()
+            resource.setrlimit(resource.RLIMIT_AS, (used + megabytes * 2**20, resource.RLIM_INFINITY))
+            try:
+                return call()
+            except MemoryError:
+                print("refused", end=" ")
+            finally:
+                resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY,) * 2)
+
+        optimisers.set_num_threads(1)
+        n = 2 * 2**20                       # 8 MB, or 4
+        model = {"a": np.ones(n, np.float32), "b": np.ones(n, np.float16)}
+        grad = {"a": model["b"], "b": model["a"]}
+        before = content(model)
+        assert limited(lambda: setup(Adam(), model), 16) is None
+        assert content(model) == before
+        state = setup(Adam(), model)
+        update_(state, model, grad)
+        before = content([state, model])
+        expected = content(list(update(state, model, grad)))
+        for call in (update, update_):
+            for room in range(1, 80, 4):
+                gc.collect()
+                done = limited(lambda: call(state, model, grad), room) is not None
+                now = content([state, model])
+                assert now == (expected if done and call is update_ else before), (call, room)
+                if done:
+                    print(call.__name__, end=" ")
+                    break
+        """,
+        MALLOC_MMAP_THRESHOLD_="65536",  # so that memory that is freed is not kept for later
+    )
+    assert re.fullmatch("refused (refused )+update (refused )+update_ ", said), said

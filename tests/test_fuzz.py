@@ -271,7 +271,7 @@ def states_of(leaf_or_tree):
 
     def visit(x):
         found.append(x)
-        if isinstance(x, tuple):
+        if isinstance(x, tuple | list):
             for part in x:
                 visit(part)
 
@@ -358,9 +358,11 @@ def compared(state, model):
     """Return the arrays only; by which name a tuple goes does not matter."""
 
     def plain(x):
-        return tuple(map(plain, x)) if isinstance(x, tuple) else x
+        if isinstance(x, np.ndarray) and x.dtype.kind in "OUSMV" and not isnumeric(x):
+            return repr(x)
+        return tuple(map(plain, x)) if isinstance(x, tuple | list) else x
 
-    parts = {k: x for k, x in model.items() if isinstance(x, np.ndarray)}
+    parts = {k: plain(x) for k, x in model.items() if isinstance(x, np.ndarray)}
     return [{k: plain(leaf.state) for k, leaf in state.items()}, parts]
 
 
@@ -369,6 +371,9 @@ def compared(state, model):
 def test_what_is_refused_changes_nothing_and_what_is_taken_is_right(case):
     _, state, model, grad = case
     before = content(case)
+    held = [
+        a for leaf in state.values() for a in states_of(leaf.state) if isinstance(a, np.ndarray)
+    ]
     old = {k: bits(x) for k, x in model.items() if isnumeric(x)}
     with patch.object(_engine.kernels, "Batch", ArrayPath):
         twin = outcome(update, state, model, grad)
@@ -389,8 +394,11 @@ def test_what_is_refused_changes_nothing_and_what_is_taken_is_right(case):
         return
     assert not isinstance(twin, Exception), twin
     assert done[0] is state
-    # What was not to be written may lie in memory that was, which nobody is told.
+    # What was not to be written may lie in memory that was, which nobody is told. That goes for
+    # states too, of which a rule that holds gradients back does not look at all.
     made = [k for k in state if updated(state, grad, k)]
+    if len({*map(id, held)}) < len(held):
+        made = [k for k in made if "AccumGrad" not in repr(state[k].rule)]
     moved = [k for k in made if isnumeric(model[k]) and bits(twin[1][k]) != old[k]]
     assert_same_bits(
         compared({k: state[k] for k in made}, {k: done[1][k] for k in moved}),

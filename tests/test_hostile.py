@@ -193,3 +193,25 @@ def test_a_leaf_for_two_places_that_cannot_have_the_same_numbers(call, other):
     with pytest.raises(ValueError, match=r"\['a'\] and \['b'\] share a Leaf.* setup anew"):
         call(state, model, {"a": np.ones(3)})
     assert [bits(a) for _, a in arrays_in([state, model])] == before
+
+
+def test_what_a_step_leaves_alone_is_copied_all_the_same():
+    """A state that no rule asks for while gradients are held back, and that holds no array."""
+    rule = OptimiserChain(AccumGrad(2), Descent())
+    state = setup(rule, np.ones(3))
+    state.state = (state.state[0], (["a list", np.ones(2)],))
+    new, _ = update(state, np.ones(3), np.ones(3))
+    ((kept,),) = new.state[1:]
+    assert kept[0] == "a list"
+    assert not np.shares_memory(kept[1], state.state[1][0][1])
+
+
+@parametrize("dtype", ["float16", "float64"])
+def test_a_leaf_for_two_places_that_overlap(dtype):
+    room = np.ones(6, dtype)
+    leaf = setup(Momentum(), np.ones(4, dtype))
+    state, grad = {"a": leaf, "b": leaf}, {"a": np.ones(4), "b": np.ones(4)}
+    refused(r"\['a'\] and \['b'\] overlap", state, {"a": room[:4], "b": room[2:]}, grad)
+    state["c"] = setup(Momentum(), np.ones(4, dtype))
+    model, grad["c"] = {"a": np.ones(4, dtype), "b": room[:4], "c": room[2:]}, np.ones(4)
+    refused(r"\['b'\] and \['c'\] overlap", state, model, grad)
