@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 from test_io import assert_equal
 
-import optimisers._atomic as atomic
+import optimisers.io._atomic as atomic
 from optimisers import Adam, Descent, setup, update_
 from optimisers.io import Checkpoint, Checkpointer, File, FileFormatError, load, save
 

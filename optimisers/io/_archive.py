@@ -16,8 +16,15 @@ from typing import Any, BinaryIO, NoReturn, Self
 
 import numpy as np
 
+from .._arrays import isnumeric, library_of
+from .._jax import attributes
+from .._nodes import children, is_node, rebuild
+from .._pytree import Tie
+from .._rule import Rule
+from .._ties import carry, owners
+from .._tree import fold, walk
+from ..state import Leaf
 from . import _safetensors as form
-from ._arrays import isnumeric, library_of
 from ._entries import (
     ArrayNode,
     LeafNode,
@@ -32,16 +39,9 @@ from ._entries import (
     only,
     plain,
 )
-from ._jax import attributes
-from ._nodes import children, is_node, rebuild
-from ._pytree import Tie
 from ._revive import as_like, c_order, made_rule, named_class, typed
-from ._rule import Rule
 from ._safetensors import FileFormatError
 from ._saved import BY_POSITION, CONTAINERS, DEEPEST, VERSION, WITH_CLASS, kind_of
-from ._ties import carry, owners
-from ._tree import fold, walk
-from .state import Leaf
 
 Array = Any
 Tree = Any

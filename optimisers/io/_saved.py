@@ -27,16 +27,16 @@ from typing import Any, cast
 
 import numpy as np
 
+from .._arrays import library_of
+from .._jax import Number, attributes, is_tracer
+from .._nodes import Namespace, children, is_node
+from .._path import KeyPath
+from .._rule import Rule
+from .._ties import View, owners
+from .._tree import fold
+from ..state import Leaf
 from . import _safetensors as form
-from ._arrays import library_of
-from ._jax import Number, attributes, is_tracer
-from ._nodes import Namespace, children, is_node
-from ._path import KeyPath
-from ._rule import Rule
 from ._safetensors import Tensor
-from ._ties import View, owners
-from ._tree import fold
-from .state import Leaf
 
 Array = Any
 Tree = Any
@@ -47,6 +47,9 @@ DEEPEST = 100
 """How deep tuples and dictionaries in a field of a rule may stand in each other."""
 
 # --- what both directions share --------------------------------------------------------------
+
+OURS = f"{__name__.partition('.')[0]}."
+"""How the names of the library's own modules begin."""
 
 CONTAINERS: dict[type, str] = {
     dict: "dict",
@@ -70,8 +73,7 @@ def kind_of(node: Any) -> str:
 
 def class_name(cls: type) -> str:
     """Return the name of a class: of ours without its module, which may change."""
-    package = __package__ or ""
-    if cls.__module__.startswith(f"{package}."):
+    if cls.__module__.startswith(OURS):
         return cls.__qualname__
     return f"{cls.__module__}:{cls.__qualname__}"
 
