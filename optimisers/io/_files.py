@@ -150,8 +150,8 @@ def load(path: str | os.PathLike[str], like: Tree = None) -> Tree:
       model.weight: the file has shape (2, 3), `like` (2, 4)
       model.bias: the file has shape (3,), `like` (4,)
     """
-    with _naming(path), open(path, "rb", buffering=0) as file:
-        return _loaded(Archive(file), like)
+    with _naming(path), contextlib.closing(form.Source(path)) as source:
+        return _loaded(Archive(source), like)
 
 
 def _loaded(archive: Archive, like: Tree) -> Tree:
@@ -191,62 +191,90 @@ def _naming(path: Name) -> Iterator[None]:
 class File(Mapping[str, np.ndarray]):
     """The arrays of a file by name, read when they are asked for.
 
-    Arrays are read-only windows into the file, which the system reads as they are looked at.
-
     Parameters
     ----------
     path : str or path
         A file of `save`, or any safetensors file.
     verify : bool
-        Whether to check an array against its checksum when it is first asked for, which reads it
-        whole. Files of other programs have no checksums.
+        Whether to check arrays against their checksums. Files of other programs have none.
+    mapped : bool
+        Whether to give read-only windows into the file instead of arrays in memory. The system
+        then reads what is looked at, when it is looked at: a few rows of an array larger than the
+        memory, say. With `verify`, an array is read through once, when it is first asked for.
 
     Raises
     ------
     FileFormatError
-        If the file is damaged or none of this format; from ``file[name]`` if the array is damaged.
+        If the file is damaged or none of this format; from ``file[name]`` if the array is damaged,
+        or if the file has been cut short since it was opened.
     OSError
         If it cannot be read.
 
     Notes
     -----
-    The windows stay good after `close`, and when another file takes the place of this one, as
-    `save` does it. They do not if another program cuts the file short.
+    An array in memory is a copy, checked after it was made: whatever becomes of the file, the
+    array is right, or there was an error. So several threads may read one file.
+
+    A window is only as good as the file. It stays good after `close`, and when another file takes
+    the place of this one, as `save` does it. But it shows what other programs write into the file
+    later, and where one cuts the file short, looking at the window ends the process (SIGBUS). That
+    is asked for with `mapped`, for files that nobody else writes to, and never done unasked.
 
     Examples
     --------
-    >>> import tempfile, numpy as np, optimisers
+    >>> import tempfile, numpy as np
     >>> from optimisers.io import File, save
     >>> path = tempfile.mkdtemp() + "/model.safetensors"
     >>> save(path, {"encoder": np.ones((1000, 3)), "decoder": [np.arange(4.0)]})
     >>> with File(path) as file:
     ...     print(list(file), file.shape("state.encoder"), file["state.decoder.0"][1:3])
     ['state.encoder', 'state.decoder.0'] (1000, 3) [1. 2.]
+    >>> with File(path, verify=False, mapped=True) as file:
+    ...     print(file["state.encoder"][500:502])
+    [[1. 1. 1.]
+     [1. 1. 1.]]
     """
 
-    def __init__(self, path: str | os.PathLike[str], verify: bool = True) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], verify: bool = True, *, mapped: bool = False
+    ) -> None:
         self.path = Path(path)
         self._verify = verify
-        file = open(path, "rb", buffering=0)  # noqa: SIM115 (closed by `close`)
-        try:
-            with _naming(path):
-                self._archive = Archive(file)
-            self._map = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), "u1")
-        except BaseException:
-            file.close()
-            raise
-        self._numbers = {tensor.name: k for k, tensor in enumerate(self._archive.tensors)}
+        self._map: np.ndarray | None = None
         self._seen: set[int] = set()
+        with _naming(path):
+            self._source = form.Source(path)
+            try:
+                self._archive = Archive(self._source)
+                if mapped:
+                    window = mmap.mmap(self._source.fileno(), 0, access=mmap.ACCESS_READ)
+                    self._map = np.frombuffer(window, np.uint8)
+            except BaseException:
+                self._source.close()
+                raise
+        self._numbers = {tensor.name: k for k, tensor in enumerate(self._archive.tensors)}
 
     def __getitem__(self, name: str) -> np.ndarray:
         k = self._numbers[name]
         tensor = self._archive.tensors[k]
-        raw = self._map[tensor.entry.start : tensor.entry.stop]
+        with _naming(self.path):
+            if self._map is None:
+                raw = self._archive.raw(k, self._verify)
+            else:
+                raw = self._window(self._map, k)
+            return form.typed(raw, tensor.dtype, tensor.shape)
+
+    def _window(self, window: np.ndarray, k: int) -> np.ndarray:
+        """Return the bytes of an array where they lie in the file."""
+        tensor = self._archive.tensors[k]
+        entry = tensor.entry
+        if min(len(window), self._source.size()) < entry.stop:
+            raise FileFormatError("the file has been cut short since it was opened")
+        raw = window[entry.start : entry.stop]
         if self._verify and k not in self._seen:
-            with _naming(self.path):
-                self._archive.verify(k, raw, zlib.crc32(raw.data))
+            self._archive.check(k, raw, None if tensor.check is None else zlib.crc32(raw.data))
             self._seen.add(k)
-        return form.typed(raw, tensor.dtype, tensor.shape)
+        return raw
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._numbers)
@@ -293,7 +321,7 @@ class File(Mapping[str, np.ndarray]):
 
     def close(self) -> None:
         """Close the file; arrays taken from it stay good."""
-        self._archive.file.close()
+        self._source.close()
 
     def __enter__(self) -> Self:
         return self

@@ -35,7 +35,8 @@ def _rule_classes() -> Iterator[Any]:
         stack += reversed(cls.__subclasses__())
 
 
-def _rule_class(name: str) -> Any:
+def rule_class(name: str) -> Any:
+    """Return the class of rules of this name."""
     found = [cls for cls in _rule_classes() if not inspect.isabstract(cls)]
     exact = [cls for cls in found if class_name(cls) == name]
     if exact:
@@ -60,9 +61,8 @@ def _rule_class(name: str) -> Any:
     )
 
 
-def made_rule(name: str, fields: dict[str, Any]) -> Rule:
+def made_rule(cls: Any, name: str, fields: dict[str, Any]) -> Rule:
     """Return a rule with these fields; its limits hold as if it were written by hand."""
-    cls = _rule_class(name)
     names = {field.name for field in dataclasses.fields(cls)} if _is_data(cls) else set()
     is_ours = ":" not in name
     if names - fields.keys() or (is_ours and fields.keys() - names):
