@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 from test_io import assert_equal
 
-import optimisers._atomic as atomic
+import optimisers.io._atomic as atomic
 from optimisers import Adam, Descent, setup, update_
 from optimisers.io import Checkpoint, Checkpointer, File, FileFormatError, load, save
 
@@ -159,6 +159,27 @@ def test_what_is_written_reaches_the_disk_before_it_has_its_name(
     watch("replace")
     save(tmp_path / "model", *trees())
     assert seen == ["fsync", "replace", "fsync folder"][: 3 if os.name == "posix" else 2]
+
+
+@POSIX
+def test_a_folder_that_cannot_be_forced_to_the_disk_is_told_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The new file is there by then; that the old one were as before would be wrong."""
+    save(tmp_path / "model", {"a": 1})
+    force = os.fsync
+
+    def fail(number: int) -> None:
+        if stat.S_ISDIR(os.fstat(number).st_mode):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        force(number)
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="saved, but not forced to the disk") as caught:
+        save(tmp_path / "model", {"a": 2})
+    assert caught.value.errno == errno.EIO
+    assert load(tmp_path / "model") == {"a": 2}
+    assert names(tmp_path) == ["model"]
 
 
 # --- errors while saving -----------------------------------------------------------------------

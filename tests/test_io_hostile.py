@@ -6,10 +6,12 @@ import contextlib
 import copy
 import json
 import math
+import os
 import random
 import struct
 import subprocess
 import sys
+import time
 import tracemalloc
 import zlib
 from collections.abc import Callable, Iterator
@@ -33,7 +35,7 @@ from optimisers import (
     setup,
     update_,
 )
-from optimisers.io import File, FileFormatError, load, save
+from optimisers.io import Checkpointer, File, FileFormatError, load, save
 
 
 def trees() -> tuple[Any, Any]:
@@ -623,6 +625,72 @@ def test_any_bytes_are_a_file_or_refused(
         load(path)
 
 
+def doubled(told: dict[str, Any], kind: str, times: int, depth: int) -> None:
+    """Make a tree of many places, deep below its root."""
+    nodes = told["nodes"]
+    last = next(k for k, node in enumerate(nodes) if kind in node)
+    for _ in range(times):
+        nodes.append({"tuple": [last, last]})
+        last = len(nodes) - 1
+    for _ in range(depth):
+        nodes.append({"list": [last]})
+        last = len(nodes) - 1
+    told["roots"] = {"state": last}
+
+
+def unknown_below(told: dict[str, Any], depth: int) -> None:
+    for _ in range(depth):
+        last = len(told["nodes"])
+        told["nodes"] += [
+            {"object": [last - 1], "keys": ["a" * 50], "class": "a:B"},
+            {"named": [last], "keys": ["x"], "class": f"{last}:C"},
+        ]
+    told["roots"] = {"state": len(told["nodes"]) - 1}
+
+
+def colliding(told: dict[str, Any], count: int) -> None:
+    """Make a dictionary whose keys have one hash."""
+    keys = [{"int": hex((2**61 - 1) * (k + 8))} for k in range(count)]
+    told["nodes"] += [{"value": 1}, {"dict": [len(told["nodes"])] * count, "keys": keys}]
+    told["roots"] = {"state": len(told["nodes"]) - 1}
+
+
+def much_the_same(told: dict[str, Any], count: int) -> None:
+    """Make leaves that have one large rule and one large state."""
+    rules, nodes = told["rules"], told["nodes"]
+    rules.append({"rule": "Descent", "fields": {"eta": 0.1}})
+    nodes.append({"tuple": []})
+    for _ in range(8):
+        part = {"rule": len(rules) - 1}
+        rules.append({"rule": "OptimiserChain", "fields": {"rules": {"tuple": [part, part]}}})
+        nodes.append({"tuple": [len(nodes) - 1] * 2})
+    begin, state = len(nodes), len(nodes) - 1
+    nodes += [{"leaf": len(rules) - 1, "state": state, "frozen": False}] * count
+    nodes.append({"list": [*range(begin, begin + count)]})
+    told["roots"] = {"state": len(nodes) - 1}
+
+
+BOMBS: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
+    "tied leaves at long addresses": (lambda t: doubled(t, "leaf", 15, 100_000), "letters"),
+    "more places than nodes": (lambda t: doubled(t, "array", 40, 10), "places"),
+    "unknown classes at long addresses": (lambda t: unknown_below(t, 30_000), "and others"),
+    "keys of one hash": (lambda t: colliding(t, 300_000), "made to be slow"),
+    "many states that are one": (lambda t: much_the_same(t, 50_000), "places"),
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_work_is_bounded_by_the_size_of_a_file(name: str, path: Path, content: bytes) -> None:
+    """These would take minutes to hours, and memory as much."""
+    change, said = BOMBS[name]
+    path.write_bytes(changed(content, change))
+    begin = time.process_time()
+    with pytest.raises(ValueError, match=said) as caught:
+        load(path)
+    assert time.process_time() - begin < 20
+    assert len(str(caught.value)) < 100_000
+
+
 def test_a_file_that_claims_much_allocates_nothing(path: Path) -> None:
     """Sizes are compared with that of the file before there is an array."""
     size = 2**40
@@ -631,6 +699,47 @@ def test_a_file_that_claims_much_allocates_nothing(path: Path) -> None:
     many = {f"{k}": {"dtype": "U8", "shape": [0, 2**55], "data_offsets": [0, 0]} for k in range(99)}
     path.write_bytes(with_header(many))
     assert all(x.nbytes == 0 for x in load(path).values())
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+@pytest.mark.parametrize("left", [0, 50, 4096, 2**20])
+def test_a_file_cut_short_while_it_is_open_is_an_error_not_a_crash(
+    left: int, mapped: bool, path: Path
+) -> None:
+    save(path, {"first": np.ones(2**18), "last": np.ones(9)})
+    with File(path, mapped=mapped) as file:
+        os.truncate(path, left)
+        for name in file:
+            with pytest.raises(FileFormatError, match=f"{path}: the file .* cut short"):
+                file[name]
+        for call in (file.verify, file.load):
+            with pytest.raises(FileFormatError, match="cut short"):
+                call()
+
+
+def test_an_array_in_memory_is_right_whatever_becomes_of_the_file(path: Path) -> None:
+    save(path, {"x": np.arange(70_000.0)})
+    with File(path) as file:
+        x = file["state.x"]
+        path.write_bytes(path.read_bytes()[:-8] + bytes(8))
+        with pytest.raises(FileFormatError, match="checksum"):
+            file["state.x"]
+        os.truncate(path, 0)
+    assert_equal(x, np.arange(70_000.0))
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    pipe = tmp_path / "step-000000000001.safetensors"
+    os.mkfifo(pipe)
+    for read_it in (load, File):
+        with pytest.raises(FileFormatError, match="no regular file"):
+            read_it(pipe)
+    with pytest.warns(UserWarning, match="no regular file"):
+        assert Checkpointer(tmp_path).latest() is None
+    with pytest.raises(OSError, match="no regular file; choose another path"):
+        save(pipe, {"a": 1})
+    assert pipe.is_fifo()
 
 
 def test_what_does_not_fit_like_is_named_before_arrays_are_read(path: Path) -> None:

@@ -27,8 +27,8 @@ PACKAGE = ROOT / "optimisers"
 
 # A module imports from floors below its own, nothing else.
 FLOORS = [
-    {"_dlpack", "_atomic", "_arrays", "_path"},
-    {"words", "_language", "_numba", "_nodes", "_jax", "_torch", "_safetensors"}
+    {"_dlpack", "_arrays", "_path", "io._atomic"},
+    {"words", "_language", "_numba", "_nodes", "_jax", "_torch", "io._safetensors"}
     | {"_kernels", "_kernels_avx2", "_kernels_avx512"},
     {"_rule", "_tree"},
     {"rules", "_pytree", "_ties", "_lockstep"},
@@ -36,15 +36,21 @@ FLOORS = [
     {"_arraypath"},
     {"_engine"},
     {"state", "destructure"},
-    {"_info", "minimise", "optax", "scipy", "torch", "_saved"},
-    {"_revive", "_entries"},
-    {"_archive"},
+    {"_info", "minimise", "optax", "scipy", "torch", "io._saved"},
+    {"io._revive", "io._entries"},
+    {"io._archive"},
+    {"io._files"},
+    {"io._checkpoints"},
     {"io"},
     {"__init__"},
     {"__main__"},
 ]
 FLOOR = {module: number for number, floor in enumerate(FLOORS) for module in floor}
-MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
+SOURCES = {
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in sorted(PACKAGE.rglob("*.py"))
+}
+"""The file of each module, by its name in the package."""
 
 
 def is_type_checking(node: ast.AST) -> bool:
@@ -59,26 +65,25 @@ def walk_what_runs(node: ast.AST) -> Iterator[ast.AST]:
             yield from walk_what_runs(child)
 
 
-def imported(source: str) -> set[str]:
-    """Return the modules of the package that `source` imports, now or later."""
+def imported(source: str, package: str = "optimisers") -> set[str]:
+    """Return the modules of the library that `source`, of this package, imports, now or later."""
     found: set[str] = set()
     for node in walk_what_runs(ast.parse(source)):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and (node.level or node.module == "optimisers"):
-            module = node.module or ""
-            module = f"optimisers.{module}" if node.level else module
-            named = [f"{module.rstrip('.')}.{alias.name}" for alias in node.names]
-            names = [module] if module.strip(".") != "optimisers" else named
         elif isinstance(node, ast.ImportFrom):
-            names = [node.module or ""]
+            parts = package.split(".")
+            above = parts[: len(parts) - node.level + 1] if node.level else []
+            module = ".".join([*above, *filter(None, [node.module])])
+            names = [f"{module}.{alias.name}" for alias in node.names]
         else:
             continue
         for name in names:
-            package, _, rest = name.partition(".")
-            if package == "optimisers":
-                module = rest.partition(".")[0]
-                found.add(module if module in FLOOR or module in MODULES else "__init__")
+            top, _, module = name.partition(".")
+            while top == "optimisers" and module not in FLOOR and "." in module:
+                module = module.rpartition(".")[0]
+            if top == "optimisers":
+                found.add(module if module in FLOOR else "__init__")
     return found
 
 
@@ -90,6 +95,9 @@ def imported(source: str) -> set[str]:
         ("import optimisers._engine", {"_engine"}),
         ("from optimisers.state import Leaf", {"state"}),
         ("from optimisers import Adam", {"__init__"}),
+        ("from optimisers.io import load", {"io"}),
+        ("from .io import _archive, load", {"io", "io._archive"}),
+        ("import optimisers.io._atomic", {"io._atomic"}),
         ("def later():\n    from .state import Leaf", {"state"}),
         ("if TYPE_CHECKING:\n    from .state import Leaf", set()),
         ("import numpy", set()),
@@ -99,12 +107,19 @@ def test_the_reader_of_imports_sees_each_kind(source: str, modules: set[str]) ->
     assert imported(source) == modules
 
 
-@pytest.mark.parametrize("module", MODULES)
+def test_the_reader_of_imports_knows_where_a_package_lies() -> None:
+    source = "from ._atomic import sweep\nfrom ..state import Leaf\nfrom .. import _tree"
+    assert imported(source, "optimisers.io") == {"io._atomic", "state", "_tree"}
+
+
+@pytest.mark.parametrize("module", SOURCES)
 def test_imports_go_downward_only(module: str) -> None:
-    assert module in FLOOR, f"say in FLOORS on which floor {module}.py lives"
-    source = (PACKAGE / f"{module}.py").read_text(encoding="utf-8")
-    upward = {name for name in imported(source) if FLOOR[name] >= FLOOR[module]}
-    assert not upward, f"{module}.py may import from lower floors only, not from {upward}"
+    path = SOURCES[module]
+    assert module in FLOOR, f"say in FLOORS on which floor {module} lives"
+    package = ".".join(path.parent.relative_to(ROOT).parts)
+    names = imported(path.read_text(encoding="utf-8"), package)
+    upward = {name for name in names if FLOOR[name] >= FLOOR[module]}
+    assert not upward, f"{module} may import from lower floors only, not from {upward}"
 
 
 def test_no_rule_is_listed_by_hand() -> None:
@@ -112,7 +127,7 @@ def test_no_rule_is_listed_by_hand() -> None:
     tree = ast.parse((PACKAGE / "rules.py").read_text(encoding="utf-8"))
     rules = {node.name for node in tree.body if isinstance(node, ast.ClassDef)}
     assert "Adam" in rules
-    sources = [*PACKAGE.glob("*.py"), *(ROOT / "tools").glob("*.py"), ROOT / "setup.py"]
+    sources = [*SOURCES.values(), *(ROOT / "tools").glob("*.py"), ROOT / "setup.py"]
     for path in sources:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.List | ast.Tuple | ast.Set | ast.Dict):
@@ -232,7 +247,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(archives: tuple[set[str], 
     folders = {name.partition("/")[0] for name in wheel}
     assert folders == {"optimisers", f"optimisers-{optimisers.__version__}.dist-info"}
     inside = {name.removeprefix("optimisers/") for name in wheel if name.startswith("optimisers/")}
-    python = {f"{module}.py" for module in MODULES}
+    python = {path.relative_to(PACKAGE).as_posix() for path in SOURCES.values()}
     assert python | {"py.typed", "_kernels.pyi"} <= inside
     rest = {name for name in inside - python if not name.endswith((".so", ".pyd", ".pyi"))}
     assert rest == {"py.typed"}

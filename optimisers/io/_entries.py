@@ -12,9 +12,9 @@ from typing import Any, NoReturn, Self
 
 import numpy as np
 
+from .._ties import View
 from . import _safetensors as form
 from ._safetensors import FileFormatError
-from ._ties import View
 
 # --- the entries -----------------------------------------------------------------------------
 

@@ -1,51 +1,23 @@
-"""Saving and loading: state trees and models in files that survive anything.
-
->>> import tempfile, numpy as np, optimisers
->>> from optimisers.io import load, save
->>> model = {"w": np.array([1.0, 2.0])}
->>> state = optimisers.setup(optimisers.Momentum(), model)
->>> path = tempfile.mkdtemp() + "/model.safetensors"
->>> save(path, state, model)
->>> state, model = load(path)
->>> model
-{'w': array([1., 2.])}
-
-A file has the safetensors format: other programs read its arrays under names such as
-``model.layers.0.weight``, and `load` and `File` read theirs. There is no pickle in it, no code.
-A file is written beside its target and then takes its place in one step: whatever happens, there is
-the new one or the old one.
-
-Some arrays have no place in the format and are written as *views*: complex128 as float64 with real
-and imaginary part along one more axis at the end, longdouble and clongdouble as their bytes (uint8)
-along one more axis, the rarer floats and integers of ``ml_dtypes`` of up to 8 bits as uint8. They
-come back as they were; an extended number only on a machine that has the same kind.
-"""
+"""One file: what `save` writes, `load` reads, and `File` opens to read single arrays."""
 
 from __future__ import annotations
 
 import contextlib
 import mmap
-import operator
 import os
-import re
-import warnings
 import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 
+from .._tree import walk
+from ..state import Leaf
 from . import _safetensors as form
 from ._archive import Archive
-from ._atomic import sweep
 from ._safetensors import FileFormatError
 from ._saved import Encoder
-from ._tree import walk
-from .state import Leaf
-
-__all__ = ["Checkpoint", "Checkpointer", "File", "FileFormatError", "load", "save"]
 
 Tree = Any
 Name = str | os.PathLike[str]
@@ -178,8 +150,8 @@ def load(path: str | os.PathLike[str], like: Tree = None) -> Tree:
       model.weight: the file has shape (2, 3), `like` (2, 4)
       model.bias: the file has shape (3,), `like` (4,)
     """
-    with _naming(path), open(path, "rb", buffering=0) as file:
-        return _loaded(Archive(file), like)
+    with _naming(path), contextlib.closing(form.Source(path)) as source:
+        return _loaded(Archive(source), like)
 
 
 def _loaded(archive: Archive, like: Tree) -> Tree:
@@ -219,62 +191,90 @@ def _naming(path: Name) -> Iterator[None]:
 class File(Mapping[str, np.ndarray]):
     """The arrays of a file by name, read when they are asked for.
 
-    Arrays are read-only windows into the file, which the system reads as they are looked at.
-
     Parameters
     ----------
     path : str or path
         A file of `save`, or any safetensors file.
     verify : bool
-        Whether to check an array against its checksum when it is first asked for, which reads it
-        whole. Files of other programs have no checksums.
+        Whether to check arrays against their checksums. Files of other programs have none.
+    mapped : bool
+        Whether to give read-only windows into the file instead of arrays in memory. The system
+        then reads what is looked at, when it is looked at: a few rows of an array larger than the
+        memory, say. With `verify`, an array is read through once, when it is first asked for.
 
     Raises
     ------
     FileFormatError
-        If the file is damaged or none of this format; from ``file[name]`` if the array is damaged.
+        If the file is damaged or none of this format; from ``file[name]`` if the array is damaged,
+        or if the file has been cut short since it was opened.
     OSError
         If it cannot be read.
 
     Notes
     -----
-    The windows stay good after `close`, and when another file takes the place of this one, as
-    `save` does it. They do not if another program cuts the file short.
+    An array in memory is a copy, checked after it was made: whatever becomes of the file, the
+    array is right, or there was an error. So several threads may read one file.
+
+    A window is only as good as the file. It stays good after `close`, and when another file takes
+    the place of this one, as `save` does it. But it shows what other programs write into the file
+    later, and where one cuts the file short, looking at the window ends the process (SIGBUS). That
+    is asked for with `mapped`, for files that nobody else writes to, and never done unasked.
 
     Examples
     --------
-    >>> import tempfile, numpy as np, optimisers
+    >>> import tempfile, numpy as np
     >>> from optimisers.io import File, save
     >>> path = tempfile.mkdtemp() + "/model.safetensors"
     >>> save(path, {"encoder": np.ones((1000, 3)), "decoder": [np.arange(4.0)]})
     >>> with File(path) as file:
     ...     print(list(file), file.shape("state.encoder"), file["state.decoder.0"][1:3])
     ['state.encoder', 'state.decoder.0'] (1000, 3) [1. 2.]
+    >>> with File(path, verify=False, mapped=True) as file:
+    ...     print(file["state.encoder"][500:502])
+    [[1. 1. 1.]
+     [1. 1. 1.]]
     """
 
-    def __init__(self, path: str | os.PathLike[str], verify: bool = True) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], verify: bool = True, *, mapped: bool = False
+    ) -> None:
         self.path = Path(path)
         self._verify = verify
-        file = open(path, "rb", buffering=0)  # noqa: SIM115 (closed by `close`)
-        try:
-            with _naming(path):
-                self._archive = Archive(file)
-            self._map = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), "u1")
-        except BaseException:
-            file.close()
-            raise
-        self._numbers = {tensor.name: k for k, tensor in enumerate(self._archive.tensors)}
+        self._map: np.ndarray | None = None
         self._seen: set[int] = set()
+        with _naming(path):
+            self._source = form.Source(path)
+            try:
+                self._archive = Archive(self._source)
+                if mapped:
+                    window = mmap.mmap(self._source.fileno(), 0, access=mmap.ACCESS_READ)
+                    self._map = np.frombuffer(window, np.uint8)
+            except BaseException:
+                self._source.close()
+                raise
+        self._numbers = {tensor.name: k for k, tensor in enumerate(self._archive.tensors)}
 
     def __getitem__(self, name: str) -> np.ndarray:
         k = self._numbers[name]
         tensor = self._archive.tensors[k]
-        raw = self._map[tensor.entry.start : tensor.entry.stop]
+        with _naming(self.path):
+            if self._map is None:
+                raw = self._archive.raw(k, self._verify)
+            else:
+                raw = self._window(self._map, k)
+            return form.typed(raw, tensor.dtype, tensor.shape)
+
+    def _window(self, window: np.ndarray, k: int) -> np.ndarray:
+        """Return the bytes of an array where they lie in the file."""
+        tensor = self._archive.tensors[k]
+        entry = tensor.entry
+        if min(len(window), self._source.size()) < entry.stop:
+            raise FileFormatError("the file has been cut short since it was opened")
+        raw = window[entry.start : entry.stop]
         if self._verify and k not in self._seen:
-            with _naming(self.path):
-                self._archive.verify(k, raw, zlib.crc32(raw.data))
+            self._archive.check(k, raw, None if tensor.check is None else zlib.crc32(raw.data))
             self._seen.add(k)
-        return form.typed(raw, tensor.dtype, tensor.shape)
+        return raw
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._numbers)
@@ -321,162 +321,10 @@ class File(Mapping[str, np.ndarray]):
 
     def close(self) -> None:
         """Close the file; arrays taken from it stay good."""
-        self._archive.file.close()
+        self._source.close()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
         self.close()
-
-
-# --- the files of a long run -----------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """One file of a `Checkpointer`: of which step, and where."""
-
-    step: int
-    path: Path
-
-    @property
-    def metadata(self) -> Any:
-        """What was saved as metadata; None if nothing was."""
-        with File(self.path) as file:
-            return file.metadata
-
-    def load(self, like: Tree = None) -> Tree:
-        """Return the state, or state and model, as `load` does."""
-        return load(self.path, like)
-
-
-_STEP = re.compile(r"step-(\d+)\.safetensors", re.ASCII)
-
-
-class Checkpointer:
-    """Numbered files in a folder, of which the newest are kept: for runs that may be cut off.
-
-    Parameters
-    ----------
-    folder : str or path
-        Where the files are; made if it is not there. Only one process may save into it at a time.
-    keep : int
-        How many files to keep: when one more is safe on the disk, the oldest is removed.
-    every : int
-        `save` writes if the step is a multiple of this.
-
-    Raises
-    ------
-    ValueError
-        If `keep` or `every` is below 1.
-    OSError
-        If the folder cannot be made.
-
-    Notes
-    -----
-    A file has the state of the rules and the model. What else a run depends on, such as the state
-    of a random generator, belongs into its metadata: then a run that was cut off and resumed ends
-    at the same bits as one that was not.
-
-    Examples
-    --------
-    >>> import tempfile, numpy as np, optimisers
-    >>> from optimisers.io import Checkpointer
-    >>> model = {"w": np.zeros(3)}
-    >>> state = optimisers.setup(optimisers.Adam(), model)
-    >>> rng = np.random.default_rng(0)
-    >>> checkpoints = Checkpointer(tempfile.mkdtemp(), keep=2, every=10)
-    >>> start = 0
-    >>> if (checkpoint := checkpoints.latest()) is not None:
-    ...     state, model = checkpoint.load(like=(state, model))
-    ...     rng.bit_generator.state = checkpoint.metadata["rng"]
-    ...     start = checkpoint.step
-    >>> for step in range(start + 1, 36):
-    ...     state, model = optimisers.update_(state, model, {"w": rng.normal(size=3)})
-    ...     _ = checkpoints.save(step, state, model, {"rng": rng.bit_generator.state})
-    >>> checkpoints.steps()
-    [20, 30]
-    """
-
-    def __init__(self, folder: str | os.PathLike[str], keep: int = 3, every: int = 1) -> None:
-        self.folder = Path(folder)
-        self.keep = _at_least_one("keep", keep)
-        self.every = _at_least_one("every", every)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        sweep(os.fspath(self.folder), _STEP)
-
-    def __repr__(self) -> str:
-        return f"Checkpointer({str(self.folder)!r}, keep={self.keep}, every={self.every})"
-
-    def save(
-        self,
-        step: int,
-        state: Tree,
-        model: Tree = None,
-        metadata: Tree = None,
-        *,
-        force: bool = False,
-        leave_out: bool = False,
-    ) -> Path | None:
-        """Save a step, if it is its turn, and then remove what is older than the last few.
-
-        Parameters
-        ----------
-        step : int
-            The number of the step; a file of this step is replaced. Files of later steps, which
-            are there if a run went back, are not touched.
-        state, model, metadata, leave_out
-            As in `save`.
-        force : bool
-            Whether to save also if `step` is no multiple of `every`.
-
-        Returns
-        -------
-        path or None
-            The file; None if it was not the turn of this step.
-        """
-        step = operator.index(step)
-        if step < 0:
-            raise ValueError(f"a step is at least 0; got {step}")
-        if step % self.every and not force:
-            return None
-        path = self._path(step)
-        save(path, state, model, metadata, leave_out=leave_out)
-        sweep(os.fspath(self.folder), _STEP)
-        for old in [s for s in self.steps() if s <= step][: -self.keep]:
-            with contextlib.suppress(FileNotFoundError):
-                self._path(old).unlink()
-        return path
-
-    def steps(self) -> list[int]:
-        """Return the steps of which there are files, good or not, in order."""
-        found = (_STEP.fullmatch(entry.name) for entry in os.scandir(self.folder))
-        return sorted(step for m in found if m and self._path(step := int(m[1])).name == m[0])
-
-    def latest(self) -> Checkpoint | None:
-        """Return the newest file that is whole, None if there is none.
-
-        Files are read and checked against their checksums, newest first. One that is damaged is
-        passed over with a warning.
-        """
-        for step in reversed(self.steps()):
-            path = self._path(step)
-            try:
-                with File(path) as file:
-                    file.verify()
-            except (FileFormatError, OSError) as error:
-                warnings.warn(f"passed over a checkpoint: {error}", stacklevel=2)
-            else:
-                return Checkpoint(step, path)
-        return None
-
-    def _path(self, step: int) -> Path:
-        return self.folder / f"step-{step:012d}.safetensors"
-
-
-def _at_least_one(name: str, number: int) -> int:
-    number = operator.index(number)
-    if number < 1:
-        raise ValueError(f"Checkpointer: {name} must be at least 1; got {number}")
-    return number

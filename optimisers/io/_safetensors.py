@@ -19,7 +19,9 @@ from __future__ import annotations
 import json
 import math
 import os
+import stat
 import sys
+import threading
 import zlib
 from collections.abc import Callable, Sequence
 from typing import Any, BinaryIO, NamedTuple
@@ -246,29 +248,69 @@ class Header(NamedTuple):
     metadata: dict[str, str]
 
 
-def read_header(file: BinaryIO) -> Header:
+class Source:
+    """A file that any number of threads read, each at places of its own.
+
+    Parameters
+    ----------
+    path : str or path
+        The file. Only a regular one is taken: a pipe could be waited for without end.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._file = open(path, "rb", buffering=0, opener=_opened)  # noqa: SIM115 (see `close`)
+        self._turn = threading.Lock()
+        if not stat.S_ISREG(os.fstat(self._file.fileno()).st_mode):
+            self.close()
+            raise FileFormatError("no safetensors file: it is no regular file")
+
+    def close(self) -> None:
+        self._file.close()
+
+    def fileno(self) -> int:
+        return self._file.fileno()
+
+    def size(self) -> int:
+        return os.fstat(self._file.fileno()).st_size
+
+    def fill(self, data: memoryview, at: int) -> None:
+        """Read as many bytes as `data` has room for, from this place on."""
+        done = 0
+        while done < len(data):
+            with self._turn:
+                self._file.seek(at + done)
+                got = self._file.readinto(data[done:])
+            if not got:
+                raise FileFormatError("the file was cut short while it was read")
+            done += got
+
+
+def _opened(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
+def read_header(source: Source) -> Header:
     """Read the header of a file and check it; `Entry.start` counts from the begin of the file."""
-    size = os.fstat(file.fileno()).st_size
-    file.seek(0)
-    first = file.read(8)
-    if len(first) < 8:
+    size = source.size()
+    if size < 8:
         raise FileFormatError(f"no safetensors file: it has {size} bytes, a header needs 8")
+    first = bytearray(8)
+    source.fill(memoryview(first), 0)
     length = int.from_bytes(first, "little")
     if length > min(MAX_HEADER, size - 8):
         raise FileFormatError(
             f"no safetensors file, or cut short: its first 8 bytes say that a header of {length:,} "
             f"bytes follows, and the file has {size:,} bytes (allowed: {MAX_HEADER:,})"
         )
-    encoded = file.read(length)
-    if len(encoded) < length:
-        raise FileFormatError("the file was cut short while it was read")
+    encoded = bytearray(length)
+    source.fill(memoryview(encoded), 8)
     return _checked(parse(encoded, "the header"), 8 + length, size)
 
 
-def parse(text: bytes | str, what: str) -> Any:
+def parse(text: bytearray | str, what: str) -> Any:
     """Parse JSON, strictly: no key twice, no NaN, nothing but an object."""
     try:
-        if isinstance(text, bytes):
+        if isinstance(text, bytearray):
             text = text.decode("utf-8")
         found = json.loads(text, object_pairs_hook=_once, parse_constant=_refuse_constant)
     except FileFormatError as error:
@@ -342,16 +384,14 @@ def is_shape(numbers: Any) -> bool:
     )
 
 
-def read_raw(file: BinaryIO, entry: Entry) -> tuple[np.ndarray, int]:
+def read_raw(source: Source, entry: Entry) -> tuple[np.ndarray, int]:
     """Read the bytes of an array, and their checksum."""
     raw = np.empty(entry.stop - entry.start, np.uint8)
     data = raw.data
     check = 0
-    file.seek(entry.start)
     for at in range(0, len(data), _CHUNK):
         chunk = data[at : at + _CHUNK]
-        if file.readinto(chunk) != len(chunk):  # type: ignore[attr-defined]
-            raise FileFormatError("the file was cut short while it was read")
+        source.fill(chunk, entry.start + at)
         check = zlib.crc32(chunk, check)
     return raw, check
 

@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
+from .._rule import Rule
+from .._ties import View
 from . import _safetensors as form
-from ._rule import Rule
 from ._safetensors import FileFormatError
-from ._saved import class_name
-from ._ties import View
+from ._saved import OURS, class_name
 
 Array = Any
 
@@ -35,7 +35,8 @@ def _rule_classes() -> Iterator[Any]:
         stack += reversed(cls.__subclasses__())
 
 
-def _rule_class(name: str) -> Any:
+def rule_class(name: str) -> Any:
+    """Return the class of rules of this name."""
     found = [cls for cls in _rule_classes() if not inspect.isabstract(cls)]
     exact = [cls for cls in found if class_name(cls) == name]
     if exact:
@@ -60,9 +61,8 @@ def _rule_class(name: str) -> Any:
     )
 
 
-def made_rule(name: str, fields: dict[str, Any]) -> Rule:
+def made_rule(cls: Any, name: str, fields: dict[str, Any]) -> Rule:
     """Return a rule with these fields; its limits hold as if it were written by hand."""
-    cls = _rule_class(name)
     names = {field.name for field in dataclasses.fields(cls)} if _is_data(cls) else set()
     is_ours = ":" not in name
     if names - fields.keys() or (is_ours and fields.keys() - names):
@@ -108,8 +108,7 @@ def named_class(name: str, fields: list[Any]) -> type | None:
     states = (vars(cls).get("State") for cls in _rule_classes())
     found: list[Any] = [s for s in states if isinstance(s, type) and class_name(s) == name]
     module, _, qualname = name.rpartition(":")
-    package = f"{__package__}."
-    for known in [module] if module else [m for m in sys.modules if m.startswith(package)]:
+    for known in [module] if module else [m for m in [*sys.modules] if m.startswith(OURS)]:
         place: Any = sys.modules.get(known)
         for part in qualname.split("."):  # only what is there: an attribute could run code
             place = vars(place).get(part) if isinstance(place, ModuleType | type) else None

@@ -8,16 +8,26 @@ b) `build` makes trees of built-in nodes. `fill` follows given trees, with their
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from typing import Any, BinaryIO, NoReturn, Self
+from typing import Any, NoReturn, Self, cast
 
 import numpy as np
 
+from .._arrays import isnumeric, library_of
+from .._jax import attributes
+from .._nodes import children, is_node, rebuild
+from .._path import KeyPath
+from .._pytree import Tie
+from .._rule import Rule
+from .._ties import carry, owners
+from .._tree import fold, walk
+from ..state import Leaf
 from . import _safetensors as form
-from ._arrays import isnumeric, library_of
 from ._entries import (
     ArrayNode,
     LeafNode,
@@ -32,23 +42,31 @@ from ._entries import (
     only,
     plain,
 )
-from ._jax import attributes
-from ._nodes import children, is_node, rebuild
-from ._pytree import Tie
-from ._revive import as_like, c_order, made_rule, named_class, typed
-from ._rule import Rule
-from ._safetensors import FileFormatError
-from ._saved import BY_POSITION, CONTAINERS, DEEPEST, VERSION, WITH_CLASS, kind_of
-from ._ties import carry, owners
-from ._tree import fold, walk
-from .state import Leaf
+from ._revive import as_like, c_order, made_rule, named_class, rule_class, typed
+from ._safetensors import FileFormatError, Source
+from ._saved import (
+    BY_POSITION,
+    CONTAINERS,
+    DEEPEST,
+    VERSION,
+    WITH_CLASS,
+    at,
+    kind_of,
+    most_places,
+)
 
 Array = Any
 Tree = Any
 
 _CLASSES = {kind: cls for cls, kind in CONTAINERS.items()}
-_MOST_PARTS = 10_000
+_MOST_PARTS = 1000
 """Rules that one rule may be made of."""
+_MOST_ALIKE = 100
+"""Keys of a node with one hash: Python's dictionaries compare all of these with each other."""
+_MOST_TEXT = 10_000_000
+"""Letters in the addresses of tied leaves, which a small file can make long and many."""
+_MOST_LINES = 100
+"""Nodes that an error names if no tree was given that has them."""
 
 # --- a file ----------------------------------------------------------------------------------
 
@@ -56,9 +74,9 @@ _MOST_PARTS = 10_000
 class Archive:
     """A file whose header has been read and checked; its arrays are read when asked for."""
 
-    def __init__(self, file: BinaryIO) -> None:
-        self.file = file
-        header = form.read_header(file)
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        header = form.read_header(source)
         said = header.metadata
         self.is_plain = form.KEY not in said and form.CHECKSUMS not in said
         self.strings = said
@@ -67,6 +85,7 @@ class Archive:
         self._nodes: list[Any] = []
         self._rules: list[dict[str, Any]] = []
         self._parts: list[list[int]] = []
+        self._rule_classes: dict[str, Any] = {}
         self._rules_made: dict[int, Rule] = {}
         self._bases: dict[tuple[int, str], Any] = {}
         self._arrays: dict[tuple[int, str], tuple[Any, ArrayNode]] = {}
@@ -161,7 +180,7 @@ class Archive:
             node, below = self._checked_node(said)
             sizes.append(1 + sum(sizes[k] for k in below))
             self._nodes.append(node)
-        most = max(1_000_000, 100 * len(nodes))
+        most = most_places(len(nodes))
         for name, k in roots.items():
             self.roots[name] = self._nodes[index_of(k, self._nodes)]
             if sizes[k] > most:
@@ -205,6 +224,8 @@ class Archive:
         allowed = (str,) if only_texts else (str, int, bool, type(None))
         if not {*map(type, keys)} <= {*allowed}:
             damaged(f"a node is {said!r:.60}")
+        if max(Counter(map(hash, keys)).values(), default=0) > _MOST_ALIKE:
+            damaged(f"the keys of a node are made to be slow: {said!r:.60}")
         node = Node.of(kind, zip(keys, (self._nodes[k] for k in numbers), strict=True), name)
         if len(node) != len(numbers):
             damaged(f"a node has a key twice: {said!r:.60}")
@@ -233,7 +254,10 @@ class Archive:
         for part in sorted(needed - self._rules_made.keys()):  # what it is made of stands above
             said = self._rules[part]
             fields = {name: self._value(value) for name, value in said["fields"].items()}
-            self._rules_made[part] = made_rule(said["rule"], fields)
+            name = said["rule"]
+            if name not in self._rule_classes:
+                self._rule_classes[name] = rule_class(name)
+            self._rules_made[part] = made_rule(self._rule_classes[name], name, fields)
         return self._rules_made[k]
 
     def _rule_of(self, leaf: LeafNode) -> Rule:
@@ -262,16 +286,16 @@ class Archive:
 
     # Arrays ----------------------------------------------------------------------------------
 
-    def raw(self, k: int) -> np.ndarray:
+    def raw(self, k: int, verify: bool = True) -> np.ndarray:
         """Read the bytes of an array, and check them."""
-        raw, check = form.read_raw(self.file, self.tensors[k].entry)
-        self.verify(k, raw, check)
+        raw, check = form.read_raw(self.source, self.tensors[k].entry)
+        self.check(k, raw, check if verify else None)
         return raw
 
-    def verify(self, k: int, raw: np.ndarray, check: int) -> None:
+    def check(self, k: int, raw: np.ndarray, check: int | None) -> None:
         """Refuse bytes that are not those that were written."""
         tensor = self.tensors[k]
-        if tensor.check is not None and tensor.check != check:
+        if check is not None and tensor.check not in (None, check):
             damaged(f"the array {tensor.name!r} has another checksum than when it was written")
         form.check_content(tensor.name, tensor.entry.tag, raw)
 
@@ -315,15 +339,23 @@ class Archive:
         """
         nodes = self._below([self.roots[root] for root in roots])
         classes: dict[int, Any] = {}
+        named: dict[tuple[str, ...], Any] = {}
         unknown: set[int] = set()
         for node in nodes:
             if isinstance(node, Node) and node.kind != "object":
-                cls = _CLASSES.get(node.kind) or named_class(node.name, [*node])
+                cls = _CLASSES.get(node.kind)
+                if node.kind == "named":
+                    mark = (node.name, *node)
+                    if mark not in named:
+                        named[mark] = named_class(node.name, [*node])
+                    cls = named[mark]
                 if cls is not None:
                     classes[id(node)] = cls
                     continue
             if isinstance(node, Node | LeftOut):
                 unknown.add(id(node))
+                if len(unknown) > _MOST_LINES:
+                    break
         if unknown:
             self._refuse_unknown(roots, unknown)
         rules = {id(node): self._rule_of(node) for node in nodes if isinstance(node, LeafNode)}
@@ -345,29 +377,28 @@ class Archive:
         found, stack = {*map(id, roots)}, list(roots)
         while stack:
             node = stack.pop()
-            for child in _children(node):
+            for _, child in _children(node):
                 if id(child) not in found:
                     found.add(id(child))
                     stack.append(child)
         return [node for node in self._nodes if id(node) in found]
 
     def _refuse_unknown(self, roots: Iterable[str], unknown: set[int]) -> NoReturn:
-        lines = []
-        stack = [(root, self.roots[root]) for root in roots][::-1]
+        lines: list[str] = []
+        stack = [(root, KeyPath(), self.roots[root]) for root in roots][::-1]
         seen: set[int] = set()
-        while stack:
-            place, node = stack.pop()
+        while stack and len(lines) < _MOST_LINES:
+            root, path, node = stack.pop()
             if id(node) in seen:
                 continue
             seen.add(id(node))
             if id(node) in unknown:
                 what = node.text if isinstance(node, LeftOut) else node.name
-                lines.append(f"  {place}: {what}")
-            if isinstance(node, LeafNode):
-                stack.append((f"{place}.state", node.state))
-            elif isinstance(node, Node):
-                for key, child in reversed(node.items()):
-                    stack.append((f"{place}{_step(node.kind, key)}", child))
+                lines.append(f"  {at(root, path)}: {what:.200}")
+            below = ((_step(path, node, key), child) for key, child in _children(node))
+            stack += reversed([(root, there, child) for there, child in below])
+        if len(unknown) > len(lines):
+            lines.append("  and others")
         raise ValueError(
             "a file does not say how these are made:\n"
             + "\n".join(lines)
@@ -410,27 +441,31 @@ class Archive:
 
     def _differences(self, root: str, tree: Tree) -> list[str]:
         found: list[str] = []
-        ties: list[tuple[str, Any, Any]] = []
-        arrays: list[tuple[Any, Any, int]] = []
-        stack: list[tuple[str, Any, Any, bool]] = [(root, tree, self.roots[root], False)]
+        ties: list[tuple[KeyPath, Any, Any]] = []
+        arrays: list[tuple[KeyPath, Any, int]] = []
+        stack: list[tuple[KeyPath, Any, Any, bool]] = [(KeyPath(), tree, self.roots[root], False)]
         seen: set[tuple[int, int]] = set()
+
+        def differ(path: KeyPath, of_file: str, of_like: str) -> None:
+            found.append(f"{at(root, path)}: the file has {of_file}, `like` {of_like}")
+
         while stack:
-            place, x, y, is_state = stack.pop()
+            path, x, y, is_state = stack.pop()
             if isinstance(x, Leaf) and isinstance(y, LeafNode):
-                ties.append((place, id(x if x.tie is None else x.tie), id(y)))
+                ties.append((path, id(x if x.tie is None else x.tie), id(y)))
                 rule = self._rule_of(y)
                 if _signature(rule) != _signature(x.rule):
-                    found.append(f"{place}: the file has the rule {rule!r}, `like` has {x.rule!r}")
-                stack.append((f"{place}.state", x.state, y.state, True))
+                    differ(path, f"the rule {rule!r}", f"has {x.rule!r}")
+                stack.append((path.step("state"), x.state, y.state, True))
             elif isinstance(y, ArrayNode) and library_of(type(x)) is not None:
                 mine = self.tensors[y.tensor]
                 shape = mine.shape if y.view is None else y.view.shape
                 if shape != tuple(x.shape):
-                    found.append(f"{place}: the file has shape {shape}, `like` {tuple(x.shape)}")
+                    differ(path, f"shape {shape}", f"{tuple(x.shape)}")
                 if mine.dtype != form.dtype_name(x.dtype):
-                    found.append(f"{place}: the file has dtype {mine.dtype}, `like` {x.dtype}")
+                    differ(path, f"dtype {mine.dtype}", f"{x.dtype}")
                 if not is_state and isnumeric(x):
-                    arrays.append((place, x, y.tensor))
+                    arrays.append((path, x, y.tensor))
             elif isinstance(y, Node) and is_node(x) and kind_of(x) == y.kind:
                 if (id(x), id(y)) in seen:
                     continue
@@ -438,21 +473,17 @@ class Archive:
                 below = children(x)
                 for key in [*y, *(key for key in below if key not in y)]:
                     if key not in below:
-                        has = f"the file has {self._shown(y[key])}, `like` has nothing"
+                        differ(_step(path, y, key), self._shown(y[key]), "has nothing")
                     elif key not in y:
-                        has = f"the file has nothing, `like` has {_shown(below[key])}"
-                    else:
-                        continue
-                    found.append(f"{place}{_step(y.kind, key)}: {has}")
+                        differ(_step(path, y, key), "nothing", f"has {_shown(below[key])}")
                 for key in reversed(below):
                     if key in y:
-                        there = f"{place}{_step(y.kind, key)}"
-                        stack.append((there, below[key], y[key], is_state))
+                        stack.append((_step(path, y, key), below[key], y[key], is_state))
             elif not _may_replace(x, y):
-                found.append(f"{place}: the file has {self._shown(y)}, `like` has {_shown(x)}")
-        owner = owners([(place, x) for place, x, _ in arrays])
-        ties += [(place, owner[k], t) for k, (place, _, t) in enumerate(arrays)]
-        return [*found, *_tie_differences(ties)]
+                differ(path, self._shown(y), f"has {_shown(x)}")
+        owner = owners(cast(Any, [(at(root, path), x) for path, x, _ in arrays]))
+        ties += [(path, owner[k], t) for k, (path, _, t) in enumerate(arrays)]
+        return [*found, *_tie_differences(root, ties)]
 
     def _shown(self, node: Any) -> str:
         if isinstance(node, ArrayNode):
@@ -462,7 +493,7 @@ class Archive:
             return f"a Leaf with {self.rule(node.rule)!r:.60}"
         if isinstance(node, Node):
             return f"a {node.name.rpartition(':')[2] or _CLASSES[node.kind].__name__}"
-        return node.text if isinstance(node, LeftOut) else f"{node.value!r:.40}"
+        return node.text if isinstance(node, LeftOut) else _shown(node.value)
 
 
 def _shown(x: Any) -> str:
@@ -470,7 +501,9 @@ def _shown(x: Any) -> str:
         return f"an array of shape {tuple(x.shape)}"
     if isinstance(x, Leaf):
         return f"a Leaf with {x.rule!r:.60}"
-    return f"a {type(x).__name__}" if is_node(x) else f"{x!r:.40}"
+    with contextlib.suppress(Exception):  # whole numbers can be too long for a text
+        return f"a {type(x).__name__}" if is_node(x) else f"{x!r:.40}"
+    return f"a {type(x).__name__}"
 
 
 _REPLACEABLE = (bool, int, float, complex, str, bytes, type(None), np.generic, np.dtype)
@@ -483,16 +516,16 @@ def _may_replace(x: Any, y: Any) -> bool:
     return isinstance(y, ValueNode) and isinstance(x, _REPLACEABLE)
 
 
-def _step(kind: str, key: Any) -> str:
-    """Return how a path goes on to a child."""
-    is_name = kind in (*WITH_CLASS, "namespace", "state")
-    return f".{key}" if is_name and isinstance(key, str) and key.isidentifier() else f"[{key!r}]"
+def _step(path: KeyPath, node: Any, key: Any) -> KeyPath:
+    """Return how a path goes on from a node to a child."""
+    is_item = isinstance(node, Node) and node.kind not in (*WITH_CLASS, "namespace", "state")
+    return path.step(key, is_item)
 
 
-def _children(node: Any) -> Iterable[Any]:
+def _children(node: Any) -> Iterable[tuple[Any, Any]]:
     if isinstance(node, LeafNode):
-        return (node.state,)
-    return node.values() if isinstance(node, Node) else ()
+        return (("state", node.state),)
+    return node.items() if isinstance(node, Node) else ()
 
 
 def _signature(rule: Any) -> tuple[Any, ...]:
@@ -501,18 +534,18 @@ def _signature(rule: Any) -> tuple[Any, ...]:
     return type(rule), *(_signature(part) for part in parts if isinstance(part, Rule))
 
 
-def _tie_differences(ties: list[tuple[str, Any, Any]]) -> Iterator[str]:
+def _tie_differences(root: str, ties: list[tuple[KeyPath, Any, Any]]) -> Iterator[str]:
     """Say where one side has one parameter and the other has several."""
     for here, there, where in (
         (2, 1, "tied in the file and separate in `like`"),
         (1, 2, "tied in `like` and separate in the file"),
     ):
-        groups: dict[Any, dict[Any, str]] = {}
+        groups: dict[Any, dict[Any, KeyPath]] = {}
         for tie in ties:
             groups.setdefault(tie[here], {}).setdefault(tie[there], tie[0])
         for group in groups.values():
             if len(group) > 1:
-                yield f"{' and '.join(group.values())} are {where}"
+                yield f"{' and '.join(at(root, path) for path in group.values())} are {where}"
 
 
 def _is_state(example: Any, node: Any) -> bool:
@@ -536,11 +569,18 @@ def _built(cls: Any, node: Node, values: list[Any]) -> Any:
 
 def _with_ties(tree: Tree) -> Tree:
     """Return a tree whose leaves know their places where these are several, as after `setup`."""
-    places: dict[int, tuple[Leaf, list[Any]]] = {}
+    places: dict[int, tuple[Leaf, list[KeyPath]]] = {}
     for path, x in walk(tree):
         if isinstance(x, Leaf):
             places.setdefault(id(x), (x, []))[1].append(path)
-    for leaf, found in places.values():
-        if len(found) > 1:
-            leaf.tie = Tie(tuple(map(str, found)))
+    length = 0
+    for leaf, paths in places.values():
+        if len(paths) > 1:
+            texts: list[str] = []
+            for path in paths:
+                texts.append(str(path))
+                length += len(texts[-1])
+                if length > _MOST_TEXT:
+                    damaged(f"the addresses of tied leaves have more than {_MOST_TEXT:,} letters")
+            leaf.tie = Tie(tuple(texts))
     return tree

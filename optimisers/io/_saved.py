@@ -20,23 +20,23 @@ import json
 import math
 import sys
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
 
+from .._arrays import library_of
+from .._jax import Number, attributes, is_tracer
+from .._nodes import Namespace, children, is_node
+from .._path import KeyPath
+from .._rule import Rule
+from .._ties import View, owners
+from .._tree import fold
+from ..state import Leaf
 from . import _safetensors as form
-from ._arrays import library_of
-from ._jax import Number, attributes, is_tracer
-from ._nodes import Namespace, children, is_node
-from ._path import KeyPath
-from ._rule import Rule
 from ._safetensors import Tensor
-from ._ties import View, owners
-from ._tree import fold
-from .state import Leaf
 
 Array = Any
 Tree = Any
@@ -47,6 +47,9 @@ DEEPEST = 100
 """How deep tuples and dictionaries in a field of a rule may stand in each other."""
 
 # --- what both directions share --------------------------------------------------------------
+
+OURS = f"{__name__.partition('.')[0]}."
+"""How the names of the library's own modules begin."""
 
 CONTAINERS: dict[type, str] = {
     dict: "dict",
@@ -60,6 +63,11 @@ BY_POSITION = ("list", "tuple")
 WITH_CLASS = ("named", "object")
 
 
+def most_places(count: int) -> int:
+    """Return how many places a tree of `count` nodes may have; a shared node counts at each."""
+    return max(100_000, 10 * count)
+
+
 def kind_of(node: Any) -> str:
     cls = type(node)
     if cls in CONTAINERS:
@@ -70,15 +78,20 @@ def kind_of(node: Any) -> str:
 
 def class_name(cls: type) -> str:
     """Return the name of a class: of ours without its module, which may change."""
-    package = __package__ or ""
-    if cls.__module__.startswith(f"{package}."):
+    if cls.__module__.startswith(OURS):
         return cls.__qualname__
     return f"{cls.__module__}:{cls.__qualname__}"
 
 
 def at(root: str, path: KeyPath) -> str:
+    """Return the address of a place, for people to read."""
     text = str(path) if path else ""
-    return f"{root}{'.' if text and text[0] != '[' else ''}{text}"
+    return shortened(f"{root}{'.' if text and text[0] != '[' else ''}{text}")
+
+
+def shortened(text: str) -> str:
+    """Return a text without its middle if it is very long."""
+    return text if len(text) <= 500 else f"{text[:240]}...{text[-240:]}"
 
 
 # --- trees to tables -------------------------------------------------------------------------
@@ -90,6 +103,7 @@ class Encoder:
     def __init__(self, leave_out: bool = False) -> None:
         self.leave_out = leave_out
         self.nodes: list[dict[str, Any]] = []
+        self._places: list[int] = []
         self.rules: list[dict[str, Any]] = []
         self.arrays: list[tuple[str, Array]] = []
         self.names: list[str] = []
@@ -112,6 +126,13 @@ class Encoder:
 
     def finish(self, roots: dict[str, int]) -> tuple[list[Tensor], str]:
         """Return the arrays to write, each once, and the text."""
+        most = most_places(len(self.nodes))
+        for root, k in roots.items():
+            if self._places[k] > most:
+                raise ValueError(
+                    f"cannot save the {root}: it has {self._places[k]:,} places, made of "
+                    f"{len(self.nodes):,} nodes that are shared; at most {most:,} can be loaded"
+                )
         owner = owners(cast(Any, self.arrays))
         number: dict[int, int] = {}
         tensors: list[Tensor] = []
@@ -151,8 +172,9 @@ class Encoder:
             self._numbers[mark] = make(), x
         return self._numbers[mark][0]
 
-    def _new(self, node: dict[str, Any]) -> int:
+    def _new(self, node: dict[str, Any], below: Iterable[int] = ()) -> int:
         self.nodes.append(node)
+        self._places.append(1 + sum(self._places[k] for k in below))
         return len(self.nodes) - 1
 
     def _leaf(self, place: str, name: str, x: Any) -> int:
@@ -174,7 +196,7 @@ class Encoder:
     def _state_leaf(self, place: str, name: str, leaf: Leaf) -> int:
         rule = self._rule(f"{place}.rule", f"{name}.rule", leaf.rule)
         state = self._add(f"{place}.state", name, leaf.state)
-        return self._new({"leaf": rule, "state": state, "frozen": bool(leaf.frozen)})
+        return self._new({"leaf": rule, "state": state, "frozen": bool(leaf.frozen)}, [state])
 
     def _node(self, place: Callable[[], str], x: Any, results: list[int]) -> int:
         kind = kind_of(x)
@@ -183,7 +205,7 @@ class Encoder:
             node["class"] = class_name(type(x))
         if kind not in BY_POSITION:
             node["keys"] = [_key(place, key) for key in children(x)]
-        return self._new(node)
+        return self._new(node, results)
 
     def _array_node(self, place: str, name: str, x: Array) -> int:
         node = {"array": self._array(place, name, x)}
@@ -282,9 +304,7 @@ def _refuse_unsavable(place: str, x: Array) -> None:
 
 def _unlike(name: str, names: set[str]) -> str:
     """Return `name`, cut where very long, and with a number where another array has it."""
-    name = name.encode("utf-8", "backslashreplace").decode("utf-8")
-    if len(name) > 500:
-        name = f"{name[:240]}...{name[-240:]}"
+    name = shortened(name.encode("utf-8", "backslashreplace").decode("utf-8"))
     found, n = name, 1
     while found in names:
         n += 1

@@ -12,6 +12,7 @@ import errno
 import os
 import re
 import secrets
+import stat
 from collections.abc import Iterator
 from typing import BinaryIO
 
@@ -36,6 +37,7 @@ def replacing(path: str) -> Iterator[BinaryIO]:
     path = os.path.realpath(path)  # a link stays, and what it leads to is replaced
     folder, name = os.path.split(path)
     try:
+        _refuse_special(path)
         sweep(folder, name)
         temporary, number = _created(folder, name)
         try:
@@ -51,14 +53,24 @@ def replacing(path: str) -> Iterator[BinaryIO]:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
             raise
-        _sync_folder(folder)
     except OSError as error:
         raise _explained(error, path, folder) from error
+    _sync_folder(folder, path)
+
+
+def _refuse_special(path: str) -> None:
+    """Refuse to put a file where a device or a pipe is, which a rename would remove."""
+    with contextlib.suppress(FileNotFoundError):
+        mode = os.stat(path).st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+            raise OSError(errno.EEXIST, "what is there is no regular file")
 
 
 def _explained(error: OSError, path: str, folder: str) -> OSError:
     if not os.path.isdir(folder):
         why, way_out = f"there is no folder {folder}", "make it first"
+    elif error.errno == errno.EEXIST:
+        why, way_out = error.strerror or str(error), "choose another path"
     else:
         why = error.strerror or str(error)
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -90,18 +102,23 @@ def _keep_mode(path: str, number: int) -> None:
             os.fchmod(number, os.stat(path).st_mode & 0o777)
 
 
-def _sync_folder(folder: str) -> None:
+def _sync_folder(folder: str, path: str) -> None:
     """Force to the disk which names a folder has, where the system can do that."""
     if os.name == "nt":
         return
-    number = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(number)
+        number = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
-    finally:
-        os.close(number)
+            text = (
+                f"saved, but not forced to the disk: {error.strerror}; if the machine stops before "
+                "the system does that by itself, what was saved there before may come back"
+            )
+            raise OSError(error.errno, text, path) from error
 
 
 def sweep(folder: str, target: str | re.Pattern[str]) -> None:
