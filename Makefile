@@ -9,6 +9,7 @@ args ?=
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help demo test coverage docs-test examples bench lint format types oracles build clean distclean
+.PHONY: sanitize sanitize-threads fuzz big
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -48,6 +49,22 @@ types: $(VENV)/dev ## check types: mypy on the package, pyright on a user's code
 	@$(BIN)/mypy
 	@$(BIN)/pyright --pythonpath $(BIN)/python
 
+sanitize: build/address,undefined/built ## run the tests of the kernels under GCC's checks of memory and of undefined behaviour
+	@$(ALONE) PYTHONPATH=build/address,undefined PYTHONMALLOC=malloc ASAN_OPTIONS=detect_leaks=0 \
+	    LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+	    $(BIN)/python -m pytest -p no:cacheprovider $(or $(args),$(SANITIZED))
+
+sanitize-threads: build/thread/built ## look for races: first where there are some, two threads on one model, then where none may be
+	@! $(RACES) tests/test_threads.py -k no_harm > build/thread/races 2>&1
+	@grep -q "ThreadSanitizer: data race .*_loop$$" build/thread/races
+	@$(RACES) $(or $(args),tests/test_threads.py tests/test_engine.py -k "threads and not no_harm and not threadpoolctl and not environment")
+
+fuzz: $(VENV)/test ## throw 20,000 random trees, states and gradients at the engine
+	@$(BIN)/python -m pytest --hypothesis-profile=long tests/test_fuzz.py $(args)
+
+big: $(VENV)/test ## update arrays of more than 2^31 numbers; needs 18 GB
+	@$(BIN)/python -m pytest --big tests/test_big.py $(args)
+
 oracles: $(VENV)/oracles ## install PyTorch, JAX, optax, ... so that the tests compare with them
 
 build: $(VENV)/test ## make the source archive and the wheel in dist/
@@ -78,6 +95,19 @@ optimisers/_steps.pxi: optimisers/rules.py optimisers/_language.py tools/emit_st
 $(VENV)/built: $(VENV)/made pyproject.toml setup.py optimisers/_kernels.pyx optimisers/_team.h optimisers/_dlpack.pyx optimisers/_steps.pxi
 	@echo "building optimisers"
 	@$(PIP) --no-build-isolation --check-build-dependencies --editable .
+	@touch $@
+
+# The library with kernels under the checks that the folder is named after, and how it is run there.
+ALONE := env PYTHONSAFEPATH=1 OPTIMISERS_ISA=baseline
+SANITIZED := $(addprefix tests/test_,$(addsuffix .py,engine parity compose hostile fuzz threads))
+RACES = $(ALONE) PYTHONPATH=build/thread \
+    LD_PRELOAD="$$(gcc -print-file-name=libtsan.so)" \
+    $(BIN)/python -m pytest -s -p no:cacheprovider
+
+build/%/built: setup.py $(wildcard optimisers/*.py optimisers/*/*.py optimisers/*.pyx optimisers/*.h) optimisers/_steps.pxi | $(VENV)/test
+	@echo "building optimisers under -fsanitize=$*"
+	@OPTIMISERS_SANITIZE=$* $(BIN)/python -W ignore setup.py -q build --build-lib build/$* --build-temp build/$*/temp
+	@grep -q "__asan_init\|__tsan_init" build/$*/optimisers/_kernels*.so
 	@touch $@
 
 # The extra that `make demo`, `make test`, ... names, read from what was just installed.

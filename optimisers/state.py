@@ -213,7 +213,7 @@ def update_(state: Tree, model: Model, grad: Tree, *higher: Tree) -> tuple[Tree,
     """Take one step in place.
 
     Like `update`, but writes into the writable arrays of `model` and into `state`. If it raises,
-    both are as they were.
+    both are as they were. An interrupt (Ctrl-C) finds the step not begun, or whole.
 
     Parameters
     ----------
@@ -225,6 +225,17 @@ def update_(state: Tree, model: Model, grad: Tree, *higher: Tree) -> tuple[Tree,
     (state, model)
         The state tree given, and the model given, unless it holds read-only or immutable arrays:
         these are replaced in the model that is returned.
+
+    Raises
+    ------
+    TypeError, ValueError, FloatingPointError
+        As `update` does, and if two arrays that it would write overlap in memory.
+
+    Notes
+    -----
+    Threads may update models of their own at the same time. Around updates of one model, or of
+    models that share arrays, put a lock: without one nothing crashes, but the numbers are those of
+    steps that mix. A process may fork at any time, and its child update like any other.
 
     Examples
     --------

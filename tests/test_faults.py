@@ -267,7 +267,8 @@ def test_too_little_memory_for_large_arrays():
         def limited(call, megabytes):
             with open("/proc/self/statm") as file:
                 used = int(file.read().split()[0]) * resource.getpagesize()
-            resource.setrlimit(resource.RLIMIT_AS, (used + megabytes * 2**20, resource.RLIM_INFINITY))
+            most = used + megabytes * 2**20
+            resource.setrlimit(resource.RLIMIT_AS, (most, resource.RLIM_INFINITY))
             try:
                 return call()
             except MemoryError:

@@ -7,6 +7,7 @@ test_hostile.py. `make fuzz` goes on for longer, and along what the code covers.
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from dataclasses import dataclass
 from unittest.mock import patch
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from util import LAYOUTS, PUBLIC, arrays_in, assert_same_bits, bits, example
+from util import LAYOUTS, PUBLIC, arrays_in, assert_same_bits, bits, example, native
 
 from optimisers import (
     AccumGrad,
@@ -28,8 +29,12 @@ from optimisers import (
     OptimiserChain,
     Rule,
     _engine,
+    adjust_,
+    destructure,
+    freeze_,
     isnumeric,
     setup,
+    thaw_,
     update,
     update_,
 )
@@ -338,10 +343,10 @@ def content(x, seen=None):
     return id(x), repr(x)
 
 
-def outcome(call, *args):
+def outcome(call, *args, **fields):
     """Return what a call gives, or the exception."""
     try:
-        return call(*args)
+        return call(*args, **fields)
     except (SystemError, MemoryError):  # nothing that the engine may let happen
         raise
     except Exception as error:
@@ -416,3 +421,56 @@ def assert_apart(new, case):
         for b in given_arrays:
             if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
                 assert not np.may_share_memory(a, b) or not np.shares_memory(a, b), place
+
+
+@many
+@given(cases(), st.data())
+def test_flat_vectors_of_such_models(case, data):
+    room, _, model, grad = case
+    before = content(case)
+    made = outcome(destructure, model)
+    assert content(case) == before
+    if isinstance(made, Exception):
+        assert "overlap in memory" in str(made), made
+        return
+    flat, re = made
+    assert not np.shares_memory(flat, room)
+    assert_same_bits(re.flatten(model), flat)
+    again = {k: x for k, x in re(flat, copy=True).items() if isnumeric(x)}
+    assert_same_bits(again, {k: native(x) for k, x in model.items() if isnumeric(x)})
+    hostile = st.one_of(arrays(room, [(len(re),)], [*DTYPES, *OTHERS]), st.sampled_from(JUNK))
+    v, out = data.draw(hostile), data.draw(hostile)
+    held = [case, v, out]
+    before = content(held)
+    for call in (re, re.flatten, re.flatten_gradient):
+        outcome(call, v)
+        assert content(held) == before
+    with_gradient = outcome(re.flatten_gradient, grad)
+    assert isinstance(with_gradient, Exception) or with_gradient.shape == flat.shape
+    assert content(held) == before
+    for call, args in ((re.flatten, (model, out)), (re.flatten_gradient, (grad, out))):
+        done = outcome(call, *args)
+        assert done is out or content(held) == before
+        before = content(held)
+    values = copy.deepcopy(v)
+    done = outcome(re.copy_into_, model, v)
+    if isinstance(done, Exception):
+        assert content(held) == before
+    else:
+        assert_same_bits(re.flatten(model), re.flatten(re(values)))
+
+
+@many
+@given(cases(), st.data())
+def test_changes_of_such_states(case, data):
+    _, state, model, _ = case
+    value = st.one_of(st.sampled_from([0.5, 0, -1, np.nan, (0.9, 0.99), "0.5", *JUNK]))
+    fields = data.draw(
+        st.dictionaries(st.sampled_from(["eta", "rho", "beta", "n", "dtype", "rule"]), value)
+    )
+    tree = data.draw(st.sampled_from([state, model, *state.values(), *JUNK]))
+    held = [case, tree]
+    for call in (adjust_, freeze_, thaw_):
+        before = content(held)
+        done = outcome(call, tree, **fields) if call is adjust_ else outcome(call, tree)
+        assert not isinstance(done, Exception) or content(held) == before
