@@ -8,11 +8,12 @@ args ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test coverage docs-test examples bench lint format types oracles build clean distclean
+.PHONY: help demo test coverage docs-test examples bench lint format types oracles
+.PHONY: build oldest newest reproducible audit clean distclean
 .PHONY: sanitize sanitize-threads fuzz big
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(VENV)/demo ## train a network on handwritten digits, over the tree and over the flat vector
 	@$(BIN)/python examples/digits.py $(args)
@@ -70,6 +71,33 @@ oracles: $(VENV)/oracles ## install PyTorch, JAX, optax, ... so that the tests c
 build: $(VENV)/test ## make the source archive and the wheel in dist/
 	@$(BIN)/python -m build --outdir dist
 
+# As a user gets it: built from the source archive with the newest NumPy, and run with another.
+ELSEWHERE := $(patsubst %,../../tests/test_%.py,autograd compose destructure io parity ties words)
+
+oldest: ## install and test the library beside the oldest versions of what it needs
+newest: ## the same beside the newest; PYTHON=python3.14 takes another Python
+oldest newest: $(VENV)/test
+	@rm -rf build/$@
+	@$(BIN)/python -m build --no-isolation --sdist --outdir build/$@ > $(VENV)/sdist.log
+	@$(PYTHON) -m venv build/$@/venv
+	@$(BIN)/python tools/floors.py $@ > build/$@/floors.txt
+	@set -e; cd build/$@; archive=$$(echo $$PWD/*.tar.gz); \
+	digest=$$(venv/bin/python -m pip hash "$$archive" | sed -n 's/^--hash=sha256://p'); \
+	venv/bin/python -m pip install -qq --disable-pip-version-check --constraint floors.txt \
+	    "optimisers[test] @ file://$$archive#sha256=$$digest"; \
+	venv/bin/python -P -m optimisers; \
+	venv/bin/pytest -q -c ../../pyproject.toml $(ELSEWHERE) $(args)
+
+reproducible: $(VENV)/test ## build the archives in two places, under other circumstances; compare
+	@$(BIN)/python tools/reproducible.py build/reproducible
+
+audit: $(VENV)/audit ## ask which of the libraries in .venv have known vulnerabilities
+	@mkdir -p build
+	@$(BIN)/python -m pip freeze --exclude-editable | sed 's/+[a-z0-9.]*$$//' > build/audited.txt
+	@$(BIN)/pip-audit --strict --no-deps --disable-pip --progress-spinner off -r build/audited.txt || { \
+	    echo "audit: not passed. Either the list above names vulnerabilities, or the service that" \
+	         "knows them could not be reached, and then nothing is known."; exit 1; }
+
 clean: ## remove what was built, keep .venv
 	rm -rf build dist htmlcov *.egg-info .coverage .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	rm -f optimisers/*.so optimisers/_steps.pxi $(VENV)/built
@@ -111,6 +139,6 @@ build/%/built: setup.py $(wildcard optimisers/*.py optimisers/*/*.py optimisers/
 	@touch $@
 
 # The extra that `make demo`, `make test`, ... names, read from what was just installed.
-$(VENV)/demo $(VENV)/test $(VENV)/bench $(VENV)/dev $(VENV)/oracles: $(VENV)/%: $(VENV)/built pyproject.toml
+$(VENV)/demo $(VENV)/test $(VENV)/bench $(VENV)/dev $(VENV)/oracles $(VENV)/audit: $(VENV)/%: $(VENV)/built pyproject.toml
 	@test $@ -nt pyproject.toml || { echo "installing optimisers[$*]" && $(PIP) "optimisers[$*]"; }
 	@touch $@

@@ -422,6 +422,8 @@ def cast_like(x: Any, numbers: Iterable[Any]) -> tuple[Any, ...]:
 def _cast(traced: Any, real: Any) -> Any:
     if not is_tracer(traced):  # then a box, and perhaps of a Python number, which has no dtype
         traced = traced * real.type(1)
+        if traced.dtype == real:  # under NumPy 2.0 the way back through a cast is an error
+            return traced
     return traced.astype(real)
 
 

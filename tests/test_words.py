@@ -227,7 +227,7 @@ def test_every_step_can_be_differentiated(cls):
     state, _ = rule.apply(rule.init(x), x, g)
 
     def moved(g):
-        return np.sum(rule.apply(state, x, g)[1] * np.array([1.0, 10.0, 100.0]))
+        return (rule.apply(state, x, g)[1] * np.array([1.0, 10.0, 100.0])).sum()
 
     slope = np.zeros(3) + autograd.grad(moved)(g)
     h = 1e-6
@@ -244,7 +244,7 @@ def test_a_rule_can_be_differentiated_by_its_hyperparameters():
         rule = OptimiserChain(ClipNorm(h[0]), Adam(h[1], (h[2], 0.9)))
         state, dx = rule.apply(rule.init(x), x, g)
         _, more = rule.apply(state, x - dx, g + x)
-        return np.sum((dx + 2 * more) * np.array([1.0, 10.0]))
+        return ((dx + 2 * more) * np.array([1.0, 10.0])).sum()
 
     at = np.array([2.0, 0.1, 0.8])
     slope = autograd.grad(moved)(at)
@@ -264,7 +264,7 @@ def test_the_parameter_may_be_a_box(cls):
         for _ in range(2):
             state, dx = rule.apply(state, x, g * x)
             x = x - dx
-        return np.sum(x * np.array([1.0, 10.0, 100.0]))
+        return (x * np.array([1.0, 10.0, 100.0])).sum()
 
     x = np.array([1.0, -2.0, 0.5])
     slope = np.zeros(3) + autograd.grad(moved)(x)
