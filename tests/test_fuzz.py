@@ -161,7 +161,8 @@ KINDS = {
         np.broadcast_to(a.ravel()[:1].reshape((1,) * a.ndim), a.shape) if a.size else a
     ),
     "subclass": lambda a: a.view(Subclass),
-    "masked": lambda a: np.ma.masked_array(a),
+    # NumPy cannot copy masked arrays of dtypes that are not its own
+    "masked": lambda a: np.ma.masked_array(a) if a.dtype.kind != "V" else a,
     "matrix": lambda a: a.view(np.matrix) if a.ndim == 2 else a,
     "memory map": lambda a: mapped(a) if a.size else a,
 }
