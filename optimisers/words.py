@@ -60,7 +60,7 @@ def _common(*values: Any) -> Any:
 
 def is_complex(x: Any) -> bool:
     """Tell whether `x` holds complex numbers."""
-    if isinstance(x, _NUMPY):
+    if isinstance(x.dtype, np.dtype):
         return x.dtype.kind == "c"
     return bool(array_api_compat.array_namespace(x).isdtype(x.dtype, "complex floating"))
 
