@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
+SIMULATED := NUMBA_ENABLE_CUDASIM=1 $(BIN)/python -m pytest $(addprefix tests/cuda/test_,parity.py trees.py tensors.py page.py)
 args ?=
 
 .DEFAULT_GOAL := help
@@ -11,6 +12,7 @@ args ?=
 .PHONY: help demo test coverage docs-test examples bench lint format types oracles
 .PHONY: build oldest newest reproducible audit clean distclean
 .PHONY: sanitize sanitize-threads fuzz big
+.PHONY: test-cuda test-gpu bench-gpu
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s  %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -21,8 +23,17 @@ demo: $(VENV)/demo ## train a network on handwritten digits, over the tree and o
 test: $(VENV)/test ## run the tests
 	@$(BIN)/python -m pytest $(args)
 
-coverage: $(VENV)/test ## run the tests and measure what of the Python code they reach
-	@$(BIN)/python -m pytest --cov --cov-report=term $(args)
+test-cuda: $(VENV)/test $(VENV)/cuda ## run the tests of CUDA kernels without a GPU: simulated, and compiled
+	@$(SIMULATED) $(args)
+	@$(BIN)/python -m pytest tests/cuda/test_ptx.py tests/cuda/test_launch_overhead.py $(args)
+
+test-gpu: $(VENV)/test ## run the tests of CUDA kernels on a GPU, with the extra cuda12 or cuda13
+	@$(BIN)/python -m pytest $(addprefix tests/cuda/test_,parity.py trees.py page.py gpu.py) $(args)
+
+coverage: $(VENV)/test $(VENV)/cuda ## run the tests and measure what of the Python code they reach
+	@$(SIMULATED) -q --cov --cov-report= --cov-fail-under=0 -k "not test_every_rule and not test_chains and not test_special"
+	@$(BIN)/python -m pytest tests/cuda/test_ptx.py -q --cov --cov-append --cov-report= --cov-fail-under=0 -k "three or masters"
+	@$(BIN)/python -m pytest --cov --cov-append --cov-report=term $(args)
 
 docs-test: $(VENV)/test ## run the examples in the docstrings, in README.md and in docs/
 	@$(BIN)/python -m pytest --doctest-modules --doctest-ignore-import-errors optimisers tests/test_readme.py $(args)
@@ -36,6 +47,9 @@ examples: $(VENV)/demo ## run every example on a small size
 
 bench: $(VENV)/bench $(VENV)/oracles ## time everything beside NumPy, PyTorch, optax: docs/benchmarks.md
 	@$(BIN)/python asv_bench/side_by_side.py $(args)
+
+bench-gpu: $(VENV)/built ## time updates on a GPU, beside a copy and PyTorch's Adam
+	@$(BIN)/python asv_bench/gpu.py $(args)
 
 lint: $(VENV)/dev ## check style: ruff, cython-lint
 	@$(BIN)/ruff check
@@ -139,6 +153,6 @@ build/%/built: setup.py $(wildcard optimisers/*.py optimisers/*/*.py optimisers/
 	@touch $@
 
 # The extra that `make demo`, `make test`, ... names, read from what was just installed.
-$(VENV)/demo $(VENV)/test $(VENV)/bench $(VENV)/dev $(VENV)/oracles $(VENV)/audit: $(VENV)/%: $(VENV)/built pyproject.toml
+$(VENV)/demo $(VENV)/test $(VENV)/cuda $(VENV)/bench $(VENV)/dev $(VENV)/oracles $(VENV)/audit: $(VENV)/%: $(VENV)/built pyproject.toml
 	@test $@ -nt pyproject.toml || { echo "installing optimisers[$*]" && $(PIP) "optimisers[$*]"; }
 	@touch $@

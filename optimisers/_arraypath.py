@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from . import _torch
+from . import _device, _torch
 from ._arrays import isnumeric
 from ._jax import Number, is_jax, is_tracer, with_attributes
 from ._rule import ElementwiseRule, Rule, as_like, read_only
@@ -39,11 +39,18 @@ def checked_gradient(g: Any, x: Array, where: Callable[[], str]) -> Array | None
     """
     if g is None or (type(g) is tuple and not g) or _is_symbolic_zero(g):
         return None
+    on_device = _device.library(x) is not None
+    if on_device and _device.library(g) is not None and not _torch.is_tensor(g):
+        return _device.gradient(g, x, where)
     wanted = f"expected an array of shape {tuple(x.shape)} and dtype {x.dtype}"
     if not hasattr(g, "dtype") and (not isinstance(g, numbers.Number) or x.shape != ()):
         raise TypeError(f"gradient at {where()}: {wanted}, got {g!r:.60} ({type(g).__name__})")
-    if _torch.is_tensor(x):
+    if _torch.is_tensor(x) and (_torch.is_tensor(g) or not on_device):
         return _torch.gradient(g, x, where)
+    if on_device:
+        return _device.gradient(g, x, where)
+    if isinstance(x, np.ndarray) and not _torch.is_tensor(g):
+        _device.refuse_for_host(g, x, where)
     if is_jax(x) or is_tracer(g):
         return _jax_gradient(g, x, wanted, where)
     if isinstance(x, np.ndarray):
@@ -172,6 +179,8 @@ def fresh(state: Any) -> Any:
         return type(state)._make(map(fresh, state))
     if _torch.is_tensor(state):
         return _torch.fresh(state)
+    if _device.library(state) is not None:
+        return _device.fresh(state)
     if isnumeric(state) or is_jax(state):
         return state
     return copy.deepcopy(state)
@@ -181,9 +190,12 @@ def blank(state: Any) -> Any:
     """Return a state of the same form whose arrays are still empty; the rest is copied."""
     if isinstance(state, np.ndarray):
         return np.empty_like(state)
-    return (
-        tuple.__new__(type(state), map(blank, state)) if isinstance(state, tuple) else fresh(state)
-    )
+    if isinstance(state, tuple):
+        return tuple.__new__(type(state), map(blank, state))
+    if _torch.is_tensor(state):
+        return _torch.blank(state)
+    lib = _device.library(state)
+    return fresh(state) if lib is None else lib.blank(state)
 
 
 Call = tuple[Any, ...]
@@ -192,7 +204,11 @@ Call = tuple[Any, ...]
 
 def writing(x: Array, new: Array) -> Call:
     """Return the call that writes `new` into an array; one of C, for `at_once`."""
-    return _torch.writing(x, new) if _torch.is_tensor(x) else (operator.setitem, x, ..., new)
+    if _torch.is_tensor(x):
+        return _torch.writing(x, new)
+    if _device.is_numba(x):
+        return _device.assign, x, new
+    return operator.setitem, x, ..., new
 
 
 def at_once(calls: Iterable[Call]) -> None:

@@ -2,27 +2,29 @@
 
 This is the only place that chooses a backend. The CPU kernels (`_kernels.pyx`) take what is a
 plain float32 or float64 NumPy array, or a tensor that can be seen as one, with a rule whose steps
-they hold or can have compiled; everything else goes the array path (`_arraypath`), with the same
-steps. Whatever can be refused is refused before anything is written: first everything is gathered
-and checked, then the leaves on the array path are evaluated into new arrays, then the kernels run
-(a norm that throws does so before they write), and only then is the rest stored.
+they hold or can have compiled; the CUDA kernels (`_device_batch`) take what is that on a device;
+everything else goes the array path (`_arraypath`), with the same steps. Whatever can be refused is
+refused before anything is written: first everything is gathered and checked, then the leaves on
+the array path are evaluated into new arrays, then the kernels run (a norm that throws does so
+before they write), and only then is the rest stored.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from types import FunctionType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from . import _device, _torch, rules, words
 from . import _kernels as baseline
-from . import _torch, rules, words
 from ._arraypath import Call, at_once, blank, checked_gradient, evaluate, writing
 from ._arrays import isnumeric, maywrite
 from ._jax import attributes, holds_traced, is_jax, is_tracer, settled, with_attributes
@@ -89,35 +91,52 @@ def get_num_threads() -> int:
 # --- making a rule ready for the kernels -----------------------------------------------------
 
 _steps = {getattr(rules, name).step: index for name, index in kernels.step_index.items()}
-Finder = Callable[[Any, bool], tuple[int, int] | None]
-_step_of: dict[type, int | Finder | None] = {}
+_array_only: set[type] = set()
+"""Rules whose steps Numba could not compile."""
 _found: dict[tuple[type, bool], tuple[int, int]] = {}
 _compiling = threading.Lock()
 
 
+class _Kit(NamedTuple):
+    """What plans for one kind of kernels are made of."""
+
+    plans: Any
+    """The module that has their classes."""
+    step: Callable[[Any], Any]
+    """Returns the plan of an elementwise rule, or None."""
+    scale: Any
+    """The step of a barrier, as its plan wants it."""
+
+
 def lower(rule: Any) -> Any:
-    """Return the plan by which the kernels run `rule`, or None if they cannot."""
+    """Return the plan by which the CPU kernels run `rule`, or None if they cannot."""
+    return _lower(rule, _cpu_kit())
+
+
+def lower_for_device(rule: Any) -> Any:
+    """Return the plan by which the CUDA kernels run `rule`, or None if they cannot."""
+    return _lower(rule, _cuda_kit())
+
+
+def _lower(rule: Any, kit: _Kit) -> Any:
     cls: Any = type(rule)
     if any(map(holds_traced, attributes(rule).values())):
         return None
     rule = with_attributes(rule, settled)
-    if cls not in _step_of:
-        _step_of[cls] = _find_step(cls)
-    if isinstance(step := _step_of[cls], int):
-        return kernels.StepPlan(rule, step, cls.counts)
-    if step is not None:
-        return kernels.LatePlan(rule, len(cls.slots), cls.counts, step)
+    if _is_elementwise(cls):
+        return kit.step(rule)
     if _behaves_as(OptimiserChain, cls):
-        parts = tuple(map(lower, rule.rules))
-        return None if None in parts else kernels.ChainPlan(rule, parts)
+        parts = tuple(_lower(part, kit) for part in rule.rules)
+        return None if None in parts else kit.plans.ChainPlan(rule, parts)
     if _behaves_as(ClipNorm, cls):
-        return kernels.NormPlan(rule, _steps[rules._Scale.step], rule.p)
+        return kit.plans.NormPlan(rule, kit.scale, rule.p)
     if _behaves_as(AccumGrad, cls):
-        hold, release = lower(rules._Hold()), lower(rules._Release(rule.n))
-        return kernels.AccumulatePlan(rule, hold, release, min(rule.n, np.iinfo(np.int64).max))
+        hold, release = _lower(rules._Hold(), kit), _lower(rules._Release(rule.n), kit)
+        n = min(rule.n, np.iinfo(np.int64).max)
+        return kit.plans.AccumulatePlan(rule, hold, release, n)
     if _behaves_as(MixedPrecision, cls):
-        inner = lower(rule.rule)
-        return None if inner is None else kernels.MixedPlan(rule, inner)
+        inner = _lower(rule.rule, kit)
+        return None if inner is None else kit.plans.MixedPlan(rule, inner)
     return None
 
 
@@ -126,19 +145,59 @@ def _behaves_as(known: type[Rule], cls: type[Rule]) -> bool:
     return issubclass(cls, known) and cls.apply is known.apply and cls.move is known.move
 
 
-def _find_step(cls: Any) -> int | Finder | None:
-    """Return where a step stands in the kernels' table, or for a user's what finds it late.
+def _is_elementwise(cls: Any) -> bool:
+    """Tell whether all that a rule does is its step."""
+    return (
+        issubclass(cls, ElementwiseRule)
+        and cls.apply is ElementwiseRule.apply
+        and cls.move is Rule.move
+        and isinstance(cls.step, FunctionType)
+        and not hasattr(cls.step, "__wrapped__")
+    )
 
-    None for what has to stay array code.
-    """
-    if not issubclass(cls, ElementwiseRule) or cls.apply is not ElementwiseRule.apply:
-        return None
-    if cls.move is not Rule.move or not isinstance(cls.step, FunctionType):
-        return None
+
+def _cpu_step(rule: Any) -> Any:
+    """Return the plan of an elementwise rule: its step is in a table, or is compiled late."""
+    cls = type(rule)
     if cls.step in _steps:
-        return int(_steps[cls.step])
-    too_much = len(cls.slots) > kernels.max_slots or hasattr(cls.step, "__wrapped__")
-    return None if too_much else _compiled
+        return kernels.StepPlan(rule, _steps[cls.step], cls.counts)
+    if cls in _array_only or len(cls.slots) > kernels.max_slots:
+        return None
+    return kernels.LatePlan(rule, len(cls.slots), cls.counts, _compiled)
+
+
+def _cpu_kit() -> _Kit:
+    return _Kit(kernels, _cpu_step, _steps[rules._Scale.step])
+
+
+@functools.cache
+def _cuda_kit() -> _Kit:
+    from . import _device_batch
+
+    return _Kit(_device_batch, _cuda_step, rules._Scale.step)
+
+
+def _cuda_step(rule: Any) -> Any:
+    cls = type(rule)
+    if cls.step not in _steps:
+        _check_language(rule)
+    return _cuda_kit().plans.StepPlan(rule, cls.step, len(cls.slots), cls.counts)
+
+
+def _check_language(rule: Any) -> int:
+    """Return how many coefs a user's step takes.
+
+    Raises
+    ------
+    StepError
+        If the step is not in the language of steps.
+    """
+    from . import _language
+
+    cls = type(rule)
+    coefs = len(rule.coefs(1) if cls.counts else rule.coefs())
+    _language.check(cls, coefs, {name: getattr(words, name) for name in _language.WORDS})
+    return coefs
 
 
 def _compiled(rule: Any, is_double: bool) -> tuple[int, int] | None:
@@ -152,15 +211,14 @@ def _compiled(rule: Any, is_double: bool) -> tuple[int, int] | None:
     cls = type(rule)
     if found := _found.get((cls, is_double)):
         return found
-    from . import _language, _numba
+    from . import _numba
 
-    coefs = len(rule.coefs(1) if cls.counts else rule.coefs())
     with _compiling:
-        _language.check(cls, coefs, {name: getattr(words, name) for name in _language.WORDS})
+        coefs = _check_language(rule)
         dtype = "float64" if is_double else "float32"
         address = _numba.block_step(cls.__name__, cls.step, len(cls.slots), coefs, dtype)
     if address is None:
-        _step_of[cls] = None
+        _array_only.add(cls)
         return None
     _found[cls, is_double] = address, coefs
     return address, coefs
@@ -225,16 +283,31 @@ def advance(
             _note(error, leaves[batch.failed], where(batch.failed))
         raise
     new_x, new_state = batch.new_x, batch.new_state
+    on_device: Any = None
     stored: dict[int, Array] = {}
     for k in rest:
         leaf, x = leaves[k], xs[k]
+        if leaf.job is not None:
+            on_device = on_device or _device_batch(batch, in_place)
+            if on_device.again(k, leaf, x, gs[k]):
+                continue
         if not isnumeric(x):
             raise TypeError(
                 f"at {where(k)}: the state tree has a parameter, the model {x!r:.40} "
                 f"({type(x).__name__}); call setup anew for this model"
             )
         g = checked_gradient(gs[k], x, partial(where, k))
-        if g is None or _take(batch, k, leaf, x, g):
+        if g is None:
+            continue
+        if _device.library(x) is not None:
+            on_device = on_device or _device_batch(batch, in_place)
+            try:
+                if _take_on_device(on_device, k, leaf, x, g, partial(where, k)):
+                    continue
+            except Exception as error:
+                _note(error, leaf, where(k))
+                raise
+        elif _take(batch, k, leaf, x, g):
             continue
         others = [checked_gradient(h[k], x, partial(where, k)) for h in higher]
         try:
@@ -250,24 +323,34 @@ def advance(
             stored[k] = new
         else:
             new_x[k] = new
-    if clash := batch.settle() or (stored and _clash(batch, xs, [*stored])):
+    clash = batch.settle() or (on_device and on_device.settle())
+    by_cuda = on_device.places() if on_device else []
+    if clash := clash or (stored and _clash(batch, xs, [*by_cuda, *stored])):
         raise overlapping(*map(where, clash))
     try:
-        if (in_place and rest) or beside is not None:
+        if on_device:
+            on_device.measure()
+        if (in_place and rest) or beside is not None or on_device:
             states = new_state.items() if in_place else ()
-            writes = [writing(xs[k], new) for k, new in stored.items()]
+            writes = on_device.calls() if on_device else []
+            writes += [writing(xs[k], new) for k, new in stored.items()]
             writes += [(setattr, leaves[k], "state", new) for k, new in states]
-            writes += beside(new_x) if beside is not None else ()
+            writes += beside(new_x) if beside is not None else []
             at_once([(batch.run,), *writes])
         else:
             batch.run()
     except FloatingPointError as error:
-        raise FloatingPointError(f"at {where(batch.failed)}: {error}") from error
+        failed = batch.failed if batch.failed >= 0 else on_device.failed
+        raise FloatingPointError(f"at {where(failed)}: {error}") from error
     if tensors:
         _give_tensors(batch, tensors, leaves, xs, in_place)
+        if in_place and by_cuda:
+            _torch.note_written([xs[k] for k in {*by_cuda}.intersection(tensors)])
     for seen in _watchers:
+        taken = {*batch.places(), *by_cuda}
         seen.extend((k, "kernels") for k in batch.places())
-        seen.extend((k, "arrays") for k in rest if k in new_state and k not in batch.places())
+        seen.extend((k, "cuda") for k in by_cuda)
+        seen.extend((k, "arrays") for k in rest if k in new_state and k not in taken)
     return new_x, new_state
 
 
@@ -298,10 +381,49 @@ def overlapping(one: str, other: str) -> ValueError:
     )
 
 
-def _clash(batch: Any, xs: list[Array], stored: list[int]) -> tuple[int, int] | None:
+def _clash(batch: Any, xs: list[Array], others: list[int]) -> tuple[int, int] | None:
     """Return two places whose parameters share memory, if two of those that are written do."""
-    written = [k for k in (*batch.places(), *stored) if k not in batch.new_x]
+    written = [k for k in (*batch.places(), *others) if k not in batch.new_x]
     return overlap([(k, xs[k]) for k in sorted(written)])
+
+
+def _device_batch(batch: Any, in_place: bool) -> Any:
+    """Return what takes leaves on CUDA devices; it shares the results of `batch`."""
+    plans = _cuda_kit().plans
+    return plans.Batch(None if in_place else blank, batch.new_x, batch.new_state, lower_for_device)
+
+
+def _take_on_device(
+    batch: Any, k: int, leaf: Any, x: Array, g: Array, where: Callable[[], str]
+) -> bool:
+    """Let the CUDA kernels have a leaf; tell whether they can.
+
+    Raises
+    ------
+    ImportError
+        If there is no compiler for them.
+    TypeError
+        If they cannot, and nothing else can compute with this array.
+    """
+    if batch.take(k, leaf, x, g, where):
+        return True
+    if _device.is_numba(x):
+        raise TypeError(
+            f"at {where()}: {leaf.rule!r:.60} cannot update an array of Numba of shape "
+            f"{tuple(x.shape)} and dtype {x.dtype}. Kernels take float32 and float64, others "
+            "inside MixedPrecision, and rules of the library or with a `step`; for anything else "
+            "make the parameters arrays of CuPy or tensors of PyTorch. If the rule is one of "
+            "these, the state is not of this parameter: call setup anew with this model"
+        )
+    return False
+
+
+def summed(a: Array, b: Array) -> Array:
+    """Return the sum of two gradients of one parameter."""
+    if not _device.is_numba(a):
+        with np.errstate(over="ignore", invalid="ignore"):
+            return a + b
+    return _cuda_kit().plans.summed(a, b, lower_for_device(rules._Hold()))
 
 
 def _give_tensors(

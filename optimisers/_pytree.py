@@ -130,7 +130,7 @@ def _unflatten(cls: type, structure: tuple[Any, ...], children: Iterable[Any]) -
     rule, frozen, tie = structure
     leaf: Any = object.__new__(cls)
     leaf.rule, leaf.state = _join(rule, iter(numbers)), state
-    leaf.frozen, leaf.tie = frozen, tie
+    leaf.frozen, leaf.job, leaf.tie = frozen, None, tie
     note_crossing(tie)
     return leaf
 

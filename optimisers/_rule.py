@@ -16,6 +16,7 @@ from typing import Annotated, Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 
+from . import _device
 from ._jax import (
     Maybe,
     Number,
@@ -397,11 +398,15 @@ def full_like(x: Any, value: float) -> Any:
         if not is_tracer(value):
             return np.full_like(x, value, dtype=x.dtype.newbyteorder("="), subok=False)
         return namespace(value).full_like(x, value)
+    if _device.is_numba(x):
+        return _device.full_like(x, value)
     return namespace(x).full_like(x, value)
 
 
 def count_like(x: Any) -> Any:
-    """Return a 0-d count of zero, made by the library of `x`."""
+    """Return a 0-d count of zero, made by the library of `x`; on the host for one on a GPU."""
+    if _device.counts_in_numpy(x):
+        return np.zeros((), np.int64)
     xp = namespace(x)
     if xp is np or xp.__name__ == "autograd.numpy":
         return np.zeros((), np.int64)

@@ -21,6 +21,7 @@ from typing import Any, Literal, NamedTuple, TypeVar, cast, overload
 
 import numpy as np
 
+from . import _device
 from ._arrays import isnumeric
 from ._nodes import trainable_keys
 from ._path import KeyPath
@@ -156,6 +157,8 @@ def laid_out(values: np.ndarray, like: np.ndarray) -> np.ndarray:
 def _transposed(a: Array, order: Sequence[int]) -> Array:
     if list(order) == list(range(len(order))):
         return a
+    if _device.is_numba(a):
+        return _device.transposed(a, order)
     return a.permute(tuple(order)) if hasattr(a, "permute") else a.transpose(tuple(order))
 
 
@@ -249,10 +252,12 @@ def _memory(x: Array) -> _Memory | None:
         if not address:
             return None
         return _Memory(address, shape, _strides(x), size, meaning, str(x.device))
-    if hasattr(x, "__cuda_array_interface__") and type(x).__module__.startswith(("cupy", "numba")):
-        address = x.__cuda_array_interface__["data"][0]
-        device = str(getattr(x, "device", ""))
-        return _Memory(address, x.shape, x.strides, x.dtype.itemsize, x.dtype, device)
+    if (lib := _device.library(x)) is not None:
+        size = x.dtype.itemsize
+        strides = tuple(x.strides)
+        return _Memory(
+            lib.address(x), tuple(x.shape), strides, size, x.dtype, f"cuda:{lib.device(x)}"
+        )
     return None
 
 

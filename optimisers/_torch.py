@@ -199,6 +199,11 @@ def fresh(x: Tensor) -> Tensor:
     return like(x, x.detach().clone())
 
 
+def blank(x: Tensor) -> Tensor:
+    """Return an empty tensor like `x`, outside of any graph."""
+    return sys.modules["torch"].empty_like(x.detach())
+
+
 def writing(x: Tensor, new: Any) -> tuple[Any, Tensor]:
     """Return the call that writes into a tensor, also one that requires a gradient."""
     torch: Any = sys.modules["torch"]

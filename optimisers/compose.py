@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 
+from . import _device
 from ._jax import Maybe, chosen, is_tracer
 from ._rule import (
     Count,
@@ -365,6 +366,8 @@ class MixedPrecision(Rule):
         dtype = np.result_type(self.dtype, np.complex64) if is_complex(x) else self.dtype
         if isinstance(x, np.ndarray):
             return np.array(x, dtype, order="K")
+        if _device.is_numba(x):
+            return _device.astype(x, dtype)
         xp = namespace(x)
         return xp.astype(x, getattr(xp, dtype.name), copy=True)
 

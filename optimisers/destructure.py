@@ -25,7 +25,8 @@ from typing import Any, Generic, NamedTuple, TypeVar, overload
 
 import numpy as np
 
-from ._arraypath import at_once, checked_gradient, writing
+from . import _device, _engine
+from ._arraypath import at_once, checked_gradient, fresh, writing
 from ._arrays import isnumeric, maywrite
 from ._lockstep import gather, place
 from ._lockstep import places as walk_places
@@ -352,6 +353,10 @@ class Restructure(Generic[Model]):
 
     def _split(self, v: Array, copy: bool) -> list[Array]:
         """Return the parameters that `v` holds."""
+        if _device.is_numba(v):
+            return [
+                _cast(_device.piece(v, p.start, p.shape), p.dtype, copy) for p in self._parameters
+            ]
         if not isinstance(v, np.ndarray):
             return [
                 _cast(v[p.start : p.stop].reshape(p.shape), p.dtype, copy) for p in self._parameters
@@ -507,6 +512,11 @@ class Restructure(Generic[Model]):
 
     def _concatenated(self, pieces: list[Any], like: Array) -> Array:
         """Return the vector as an array of the library of `like`, which may be traced."""
+        if _device.is_numba(like):
+            out = _device.vector(self._size, self._dtype, like)
+            for x, p in zip(pieces, self._parameters, strict=True):
+                _device.assign(_device.piece(out, p.start, p.shape), 0.0 if x is None else x)
+            return out
         xp = namespace(like)
         dtype = _dtype_for(like, self._dtype)
         parts = []
@@ -557,6 +567,8 @@ class Restructure(Generic[Model]):
             isinstance(x, np.ndarray) and np.may_share_memory(x, v) for _, x in places
         ):
             v = v.copy()
+        if any(_device.may_overlap(x, v) for _, x in places):
+            v = fresh(v)
         values = self._split(v, False)
         with np.errstate(all="ignore"):
             at_once(
@@ -651,6 +663,8 @@ def _is_torch(x: Any) -> bool:
 def _is_c_contiguous(x: Array) -> bool:
     if isinstance(x, np.ndarray):
         return x.flags.c_contiguous
+    if _device.is_numba(x):
+        return bool(x.is_c_contiguous())
     return bool(x.is_contiguous()) if _is_torch(x) else True
 
 
@@ -713,6 +727,8 @@ def _cast(x: Array, dtype: Any, copy: bool) -> Array:
         x = x.real if isinstance(x, np.ndarray) else namespace(x).real(x)
     if isinstance(x, np.ndarray):
         return x.astype(wanted, order="C") if copy or x.dtype != wanted else x
+    if _device.is_numba(x):
+        return _device.astype(x, wanted) if copy or x.dtype != wanted else x
     if x.dtype != wanted:
         return x.to(wanted) if _is_torch(x) else x.astype(wanted)
     if copy and _is_torch(x):
@@ -738,7 +754,7 @@ def _gradient(g: Any, blank: np.ndarray, where: Callable[[], str], traced: bool)
 
 def _sum(a: Array, b: Array) -> Array:
     with np.errstate(all="ignore"):
-        return a + b
+        return _engine.summed(a, b)
 
 
 def _check_out(out: Any, size: int, dtype: Any) -> None:
@@ -757,4 +773,6 @@ def _of_its_library(x: Array, values: Array) -> Array:
     """Return values as an array of the library of `x`."""
     if isinstance(x, np.ndarray):
         return _numpy(values)
+    if _device.is_numba(x):
+        return values
     return sys.modules["torch"].as_tensor(values) if _is_torch(x) else namespace(x).asarray(values)

@@ -65,11 +65,13 @@ class Leaf:
     Leaf(Momentum(eta=0.01, rho=0.9), MomentumState(v=array([0., 0.])))
     """
 
-    __slots__ = ("__weakref__", "frozen", "rule", "state", "tie")
+    __slots__ = ("__weakref__", "frozen", "job", "rule", "state", "tie")
 
     rule: Rule
     state: Any
     frozen: bool
+    job: Any
+    """What the CUDA kernels keep from step to step, or None; never looked at elsewhere."""
     tie: _pytree.Tie | None
     """What it has in common with the leaves that JAX makes of it, one for each of its places."""
 
@@ -78,6 +80,7 @@ class Leaf:
         self.rule = rule
         self.state = state
         self.frozen = frozen
+        self.job = None
         self.tie = None
 
     def renewed(self, rule: Rule, state: Any) -> Leaf:
@@ -396,8 +399,7 @@ class _Tied:
             g = checked_gradient(gs[k], self.xs[k], partial(self.where, k))
             if g is not None:
                 g = self._seen_from(first, k, g)
-                with np.errstate(over="ignore", invalid="ignore"):
-                    total = g if total is None else total + g
+                total = g if total is None else _engine.summed(total, g)
         for k in group[1:] if total is not None else ():
             self._refuse_misfit(first, k)
         return total

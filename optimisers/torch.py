@@ -41,10 +41,11 @@ _FOREIGN = {
 class _Leaf:
     """What the engine needs to know of a parameter; it lives for one step."""
 
-    __slots__ = ("frozen", "rule", "state")
+    __slots__ = ("frozen", "job", "rule", "state")
 
     def __init__(self, rule: Rule, state: Any) -> None:
         self.frozen = False
+        self.job = None
         self.rule = rule
         self.state = state
 

@@ -28,9 +28,12 @@ PACKAGE = ROOT / "optimisers"
 # A module imports from floors below its own, nothing else.
 FLOORS = [
     {"_dlpack", "_arrays", "_path", "io._atomic"},
-    {"words", "_language", "_numba", "_nodes", "_jax", "_torch", "io._safetensors"}
+    {"words", "_language", "_numba", "_nodes", "_jax", "_torch", "_device", "io._safetensors"}
     | {"_kernels", "_kernels_avx2", "_kernels_avx512"},
-    {"_rule", "_tree"},
+    {"_rule", "_tree", "_device_words"},
+    {"_device_text"},
+    {"_cuda", "_device_plans"},
+    {"_device_batch"},
     {"rules", "_pytree", "_ties", "_lockstep"},
     {"compose"},
     {"_arraypath"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from pathlib import Path
 
@@ -23,6 +24,11 @@ def test_the_code_in_a_document_runs(
     for block in blocks:
         for library in IMPORT.findall(block[1]):
             pytest.importorskip(library)
+    if (
+        "from numba import cuda" in text
+        and not importlib.import_module("numba.cuda").is_available()
+    ):
+        pytest.skip("needs a GPU, or Numba's simulator: `make test-cuda`")
     monkeypatch.chdir(tmp_path)  # what the code writes, it writes there
     names = {"__name__": path.stem}
     for block in blocks:
