@@ -72,6 +72,13 @@ def checked_gradient(g: Any, x: Array, where: Callable[[], str]) -> Array | None
     return as_like(x, a)
 
 
+def is_finite(g: Array) -> bool:
+    """Tell whether all numbers of a checked gradient are finite; waits for its device."""
+    if _device.is_numba(g):
+        g = g.copy_to_host()
+    return bool(namespace(g).all(namespace(g).isfinite(g)))
+
+
 def _jax_gradient(g: Any, x: Array, wanted: str, where: Callable[[], str]) -> Array:
     """Return `g` as an array of JAX like `x`, which may be NumPy's if `g` is traced."""
     xp = namespace(g if is_jax(g) else x)

@@ -25,7 +25,7 @@ import numpy as np
 
 from . import _device, _torch, rules, words
 from . import _kernels as baseline
-from ._arraypath import Call, at_once, blank, checked_gradient, evaluate, writing
+from ._arraypath import Call, at_once, blank, checked_gradient, evaluate, is_finite, writing
 from ._arrays import isnumeric, maywrite
 from ._jax import attributes, holds_traced, is_jax, is_tracer, settled, with_attributes
 from ._rule import ElementwiseRule, Rule
@@ -238,6 +238,61 @@ def watching() -> Iterator[list[tuple[int, str]]]:
         yield seen
     finally:
         _watchers.remove(seen)
+
+
+NONFINITE = "ignore", "skip", "raise"
+"""What can be done about a gradient with NaN or infinity in it."""
+
+
+def judge(
+    leaves: list[Any],
+    xs: list[Array],
+    gs: list[Any],
+    higher: Sequence[list[Any]],
+    where: Callable[[int], str],
+    on_nonfinite: str,
+) -> tuple[list[Any], list[int]]:
+    """Return the first gradients, but for those that are to be skipped, and the places of these.
+
+    The arguments are those of `advance`. It cannot be done on the way: where the last number of an
+    array is NaN, the first must not have been updated.
+
+    Raises
+    ------
+    FloatingPointError
+        If a gradient holds NaN or infinity, and that is to be raised; the message names the path.
+    TypeError
+        If JAX traces, which knows no numbers yet.
+    """
+    if on_nonfinite == "ignore":
+        return gs, []
+    if on_nonfinite not in NONFINITE:
+        known = ", ".join(map(repr, NONFINITE))
+        raise ValueError(f"on_nonfinite must be one of {known}; got {on_nonfinite!r}")
+    found: set[int] = set()
+    for each in (gs, *higher):
+        bad, unknown = kernels.nonfinite(leaves, xs, each)
+        found.update(k for k in bad if gs[k] is not None)
+        for k in unknown:
+            if not isnumeric(xs[k]) or k in found:
+                continue
+            g = checked_gradient(each[k], xs[k], partial(where, k))
+            if is_tracer(g):
+                raise TypeError(
+                    f"at {where(k)}: on_nonfinite={on_nonfinite!r} cannot look at numbers while "
+                    "JAX traces; leave it out, or call update outside of jit, grad, scan, ..."
+                )
+            if g is not None and not is_finite(g):
+                found.add(k)
+    if not found:
+        return gs, []
+    if on_nonfinite == "raise":
+        others = f" and {len(found) - 1} other places" if len(found) > 1 else ""
+        raise FloatingPointError(
+            f"gradient at {where(min(found))}{others}: expected finite numbers, got NaN or "
+            "infinity; nothing was updated. on_nonfinite='skip' passes such arrays by"
+        )
+    return [None if k in found else g for k, g in enumerate(gs)], sorted(found)
 
 
 def advance(

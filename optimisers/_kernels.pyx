@@ -122,6 +122,7 @@ cdef extern from "_team.h":
     ctypedef void (*team_piece)(void* job, int64_t k, int member) noexcept nogil
     int team_take(int members)
     void team_leave()
+    int64_t team_swap(int64_t* at, int64_t to) nogil
     void team_run(team_piece run, void* job, int64_t pieces, int members, bint wake) nogil
     void team_forked()
 
@@ -148,6 +149,7 @@ cdef enum:
     STRETCH = 16384         # fewest numbers in one of them
     LANES = 32              # running sums side by side, so that a reduction fills a vector
     WAKING = 60             # times the work for which a thread takes part is worth waking one
+    JUDGED = 16384          # numbers in a block that is looked through for NaN and infinity
     PIECES = 32             # most pieces of an update for each thread ...
     PIECE = 32768           # ... and fewest bytes that one moves
 
@@ -971,7 +973,7 @@ cdef class Batch:
                 self.set_number(leaf, norm.stage, self.norm_rules[k].factor(value))
             self.failed = -1
             with nogil:
-                share_out(&run, update_piece, &run, run.pieces, run.bytes)
+                share_out(run.members, update_piece, &run, run.pieces, run.bytes)
                 for k in range(self.work.counts.length):
                     count = <Count*> self.work.counts.data + k
                     count.where[0] = count.value
@@ -1037,11 +1039,11 @@ cdef inline int enough(Py_ssize_t bytes) noexcept nogil:
     return <int> max(1, min(<Py_ssize_t> TEAM_MOST, bytes // work_per_thread))
 
 
-cdef void share_out(Run* run, team_piece piece, void* job, Py_ssize_t pieces,
+cdef void share_out(int members, team_piece piece, void* job, Py_ssize_t pieces,
                     Py_ssize_t bytes) noexcept nogil:
     """Do all pieces of a job: together, if there is enough to do."""
-    cdef int members = min(run.members, enough(bytes))
     cdef Py_ssize_t k
+    members = min(members, enough(bytes))
     if members > 1:
         team_run(piece, job, pieces, members, bytes >= WAKING * work_per_thread)
     else:
@@ -1184,7 +1186,7 @@ cdef double reduce(Run* run, Segment* leaf, Py_ssize_t stage, Reduction kind, do
     job.kind, job.p, job.unit = kind, p, unit
     job.length = max(STRETCH, (leaf.n + STRETCHES - 1) // STRETCHES)
     stretches = (leaf.n + job.length - 1) // job.length
-    share_out(run, reduce_stretch, &job, stretches, traffic(run, leaf, stage))
+    share_out(run.members, reduce_stretch, &job, stretches, traffic(run, leaf, stage))
     for k in range(stretches):
         total = joined(kind, total, job.parts[k])
     return total
@@ -1216,6 +1218,140 @@ cdef void reduce_stretch(void* job_, int64_t k, int member) noexcept nogil:
     for j in range(LANES):
         total = joined(job.kind, total, lanes[j])
     job.parts[k] = total
+
+# --- gradients that are not finite -----------------------------------------------------------
+
+cdef struct Gradient:
+    const char* numbers
+    Py_ssize_t n
+    int kind                # its dtype: NumPy's number
+    bint is_narrow
+    Py_ssize_t place
+    Py_ssize_t blocks       # of JUDGED numbers, in all gradients up to and including this one
+    int64_t is_bad
+
+
+cdef struct Judging:        # a job for the threads
+    Gradient* gradients
+    Py_ssize_t length
+    Py_ssize_t pieces
+
+
+def nonfinite(list leaves, list xs, list gs):
+    """Find the gradients that hold infinity or NaN; none is written, and none copied.
+
+    Returns
+    -------
+    (bad, unknown)
+        Places with such a gradient, and places whose gradients the kernels cannot read. Places
+        without a gradient and frozen leaves are in neither.
+    """
+    cdef list bad = [], unknown = []
+    cdef Vector found
+    cdef Judging job
+    cdef Gradient* gradient
+    cdef cnp.ndarray g
+    cdef Py_ssize_t place, k, bytes = 0, blocks = 0
+    cdef int members, kind
+    found.data, found.length, found.room = NULL, 0, 0
+    try:
+        for place in range(len(leaves)):
+            if gs[place] is None or leaves[place].frozen:
+                continue
+            if not cnp.PyArray_CheckExact(xs[place]) or not cnp.PyArray_CheckExact(gs[place]):
+                unknown.append(place)
+                continue
+            g = <cnp.ndarray> gs[place]
+            kind = cnp.PyArray_TYPE(g)
+            if (
+                kind != cnp.PyArray_TYPE(<cnp.ndarray> xs[place])
+                or not same_shape(<cnp.ndarray> xs[place], g)
+                or not (ready(g, kind, True) or ready(g, kind, False))
+                or (kind != cnp.NPY_FLOAT and kind != cnp.NPY_DOUBLE and not narrow_kind(g))
+            ):
+                unknown.append(place)
+                continue
+            gradient = <Gradient*> push(&found, sizeof(Gradient))
+            gradient.numbers, gradient.n = cnp.PyArray_BYTES(g), cnp.PyArray_SIZE(g)
+            gradient.kind, gradient.is_narrow = kind, narrow_kind(g) != NO
+            gradient.place, gradient.is_bad = place, 0
+            bytes += cnp.PyArray_NBYTES(g)
+            blocks += (gradient.n + JUDGED - 1) // JUDGED
+            gradient.blocks = blocks
+        job.gradients, job.length = <Gradient*> found.data, found.length
+        members = team_take(min(most_threads(), enough(bytes)))
+        job.pieces = min(blocks, bytes // PIECE + 1, members * PIECES)
+        with nogil:
+            share_out(members, judge_piece, &job, job.pieces, bytes)
+        if members > 1:
+            team_leave()
+        for k in range(found.length):
+            if job.gradients[k].is_bad:
+                bad.append(job.gradients[k].place)
+    finally:
+        free(found.data)
+    return bad, unknown
+
+
+cdef void judge_piece(void* job_, int64_t k, int member) noexcept nogil:
+    cdef Judging* job = <Judging*> job_
+    cdef Py_ssize_t blocks = job.gradients[job.length - 1].blocks
+    cdef Py_ssize_t first = k * blocks // job.pieces, last = (k + 1) * blocks // job.pieces
+    cdef Py_ssize_t low = 0, high = job.length, middle, before, start, end
+    cdef Gradient* g
+    while low < high:               # the gradient that holds block `first`
+        middle = (low + high) // 2
+        if job.gradients[middle].blocks <= first:
+            low = middle + 1
+        else:
+            high = middle
+    while first < last:
+        g = job.gradients + low
+        before = job.gradients[low - 1].blocks if low else 0
+        start = (first - before) * JUDGED
+        end = min((min(last, g.blocks) - before) * JUDGED, g.n)
+        if not all_finite(g, start, end - start):
+            team_swap(&g.is_bad, 1)
+        first = g.blocks
+        low += 1
+
+
+cdef bint all_finite(Gradient* g, Py_ssize_t start, Py_ssize_t n) noexcept nogil:
+    if g.is_narrow:
+        return narrow_finite(<uint16_t*> g.numbers + start, n, 0x7c00 if g.kind == NPY_HALF
+                             else 0x7f80)
+    if g.kind == cnp.NPY_DOUBLE:
+        return wide_finite[double](g.numbers, start, n)
+    return wide_finite[float](g.numbers, start, n)
+
+
+cdef bint wide_finite(const char* numbers, Py_ssize_t start, Py_ssize_t n,
+                      real unused=0) noexcept nogil:
+    """Tell whether all numbers are finite: each less itself is 0, or NaN if it is not."""
+    cdef const real* g = <const real*> numbers + start
+    cdef real sums[LANES]
+    cdef real total = 0
+    cdef Py_ssize_t whole = n // LANES, i
+    cdef int j
+    for j in range(LANES):
+        sums[j] = 0
+    for i in range(whole):
+        for j in range(LANES):
+            sums[j] += g[LANES * i + j] - g[LANES * i + j]
+    for j in range(LANES):
+        total += sums[j]
+    for i in range(LANES * whole, n):
+        total += g[i] - g[i]
+    return total == 0
+
+
+cdef bint narrow_finite(const uint16_t* g, Py_ssize_t n, uint16_t infinite) noexcept nogil:
+    cdef uint16_t largest = 0, size
+    cdef Py_ssize_t i
+    for i in range(n):
+        size = g[i] & 0x7fff
+        largest = size if size > largest else largest
+    return largest < infinite
 
 # --- loops over one block --------------------------------------------------------------------
 

@@ -130,7 +130,7 @@ def _unflatten(cls: type, structure: tuple[Any, ...], children: Iterable[Any]) -
     rule, frozen, tie = structure
     leaf: Any = object.__new__(cls)
     leaf.rule, leaf.state = _join(rule, iter(numbers)), state
-    leaf.frozen, leaf.job, leaf.tie = frozen, None, tie
+    leaf.frozen, leaf.skipped, leaf.job, leaf.tie = frozen, 0, None, tie
     note_crossing(tie)
     return leaf
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 import numpy as np
 
@@ -28,6 +28,7 @@ from ._tree import fmap, fold, walk
 Array = Any
 Tree = Any
 Model = TypeVar("Model")
+OnNonfinite = Literal["ignore", "skip", "raise"]
 
 
 @register_leaf
@@ -45,6 +46,8 @@ class Leaf:
         What the rule remembers.
     frozen : bool
         Whether updates pass it by.
+    skipped : int
+        How many updates passed it by for a gradient that was not finite (see `update`).
 
     Notes
     -----
@@ -56,7 +59,8 @@ class Leaf:
     brought the tree back.
 
     JAX makes one leaf for each place of a tied parameter. `update` goes on to treat them as one and
-    gives back one; `adjust_` and `freeze_` should until then be given all places.
+    gives back one; `adjust_` and `freeze_` should until then be given all places. What was skipped
+    is forgotten there: it is no part of a tree of JAX.
 
     Examples
     --------
@@ -65,39 +69,46 @@ class Leaf:
     Leaf(Momentum(eta=0.01, rho=0.9), MomentumState(v=array([0., 0.])))
     """
 
-    __slots__ = ("__weakref__", "frozen", "job", "rule", "state", "tie")
+    __slots__ = ("__weakref__", "frozen", "job", "rule", "skipped", "state", "tie")
 
     rule: Rule
     state: Any
     frozen: bool
+    skipped: int
     job: Any
     """What the CUDA kernels keep from step to step, or None; never looked at elsewhere."""
     tie: _pytree.Tie | None
     """What it has in common with the leaves that JAX makes of it, one for each of its places."""
 
-    def __init__(self, rule: Rule, state: Any, frozen: bool = False) -> None:
+    def __init__(self, rule: Rule, state: Any, frozen: bool = False, skipped: int = 0) -> None:
         _pytree.announce(Leaf)
         self.rule = rule
         self.state = state
         self.frozen = frozen
+        self.skipped = skipped
         self.job = None
         self.tie = None
 
     def renewed(self, rule: Rule, state: Any) -> Leaf:
         """Return another leaf for the same places."""
-        new = Leaf(rule, state, self.frozen)
+        new = Leaf(rule, state, self.frozen, self.skipped)
         new.tie = self.tie
         return new
 
     def __reduce__(self) -> Any:
-        return _unpickled, (self.rule, self.state, self.frozen, self.tie)
+        return _unpickled, (self.rule, self.state, self.frozen, self.tie, self.skipped)
 
     def __repr__(self) -> str:
-        return f"Leaf({self.rule!r}, {self.state!r}{', frozen=True' * self.frozen})"
+        more = ", frozen=True" * self.frozen
+        if self.skipped:
+            more += f", skipped={self.skipped}"
+        return f"Leaf({self.rule!r}, {self.state!r}{more})"
 
 
-def _unpickled(rule: Rule, state: Any, frozen: bool, tie: _pytree.Tie | None) -> Leaf:
-    leaf = Leaf(rule, state, frozen)
+def _unpickled(
+    rule: Rule, state: Any, frozen: bool, tie: _pytree.Tie | None, skipped: int = 0
+) -> Leaf:
+    leaf = Leaf(rule, state, frozen, skipped)
     leaf.tie = tie
     _pytree.note_crossing(tie)
     return leaf
@@ -171,7 +182,9 @@ def _new_leaf(rule: Rule, path: KeyPath, x: Array) -> Leaf:
 # --- update ----------------------------------------------------------------------------------
 
 
-def update(state: Tree, model: Model, grad: Tree, *higher: Tree) -> tuple[Tree, Model]:
+def update(
+    state: Tree, model: Model, grad: Tree, *higher: Tree, on_nonfinite: OnNonfinite = "ignore"
+) -> tuple[Tree, Model]:
     """Take one step; nothing given is written to.
 
     Parameters
@@ -186,6 +199,10 @@ def update(state: Tree, model: Model, grad: Tree, *higher: Tree) -> tuple[Tree, 
         dictionary or namespace of its attributes.
     *higher : tree
         Higher derivatives, for rules that use them.
+    on_nonfinite : {"ignore", "skip", "raise"}
+        What to do about a gradient with NaN or infinity in it: let it through; pass by its
+        parameter, whose state stays too, and count that in the `skipped` of its `Leaf`; or raise.
+        Only "ignore" can be had while JAX traces. On a device the other two wait for the gradients.
 
     Returns
     -------
@@ -197,7 +214,8 @@ def update(state: Tree, model: Model, grad: Tree, *higher: Tree) -> tuple[Tree, 
     TypeError, ValueError
         If `grad` does not fit `model`; the message names the path.
     FloatingPointError
-        If a norm is not finite (see `ClipNorm`).
+        If a norm is not finite (see `ClipNorm`), or a gradient, if asked for; the message names the
+        path, and nothing was updated.
 
     Examples
     --------
@@ -209,10 +227,12 @@ def update(state: Tree, model: Model, grad: Tree, *higher: Tree) -> tuple[Tree, 
     >>> model
     {'w': array([0.9, 1.9]), 'b': array([0.])}
     """
-    return _step(state, model, grad, higher, False)
+    return _step(state, model, grad, higher, False, on_nonfinite)
 
 
-def update_(state: Tree, model: Model, grad: Tree, *higher: Tree) -> tuple[Tree, Model]:
+def update_(
+    state: Tree, model: Model, grad: Tree, *higher: Tree, on_nonfinite: OnNonfinite = "ignore"
+) -> tuple[Tree, Model]:
     """Take one step in place.
 
     Like `update`, but writes into the writable arrays of `model` and into `state`. If it raises,
@@ -220,7 +240,7 @@ def update_(state: Tree, model: Model, grad: Tree, *higher: Tree) -> tuple[Tree,
 
     Parameters
     ----------
-    state, model, grad, *higher
+    state, model, grad, *higher, on_nonfinite
         As in `update`.
 
     Returns
@@ -249,12 +269,19 @@ def update_(state: Tree, model: Model, grad: Tree, *higher: Tree) -> tuple[Tree,
     >>> state, _ = update_(state, w, np.array([1.0, 1.0]))
     >>> w
     array([0.9, 1.9])
+    >>> update_(state, w, np.array([1.0, np.nan]), on_nonfinite="skip")
+    (Leaf(Descent(eta=0.1), (), skipped=1), array([0.9, 1.9]))
     """
-    return _step(state, model, grad, higher, True)
+    return _step(state, model, grad, higher, True, on_nonfinite)
 
 
 def _step(
-    state: Tree, model: Model, grad: Tree, higher: Sequence[Tree], in_place: bool
+    state: Tree,
+    model: Model,
+    grad: Tree,
+    higher: Sequence[Tree],
+    in_place: bool,
+    on_nonfinite: OnNonfinite,
 ) -> tuple[Tree, Model]:
     _pytree.announce(Leaf)
     held, xs, gs = gather(Leaf, state, model, grad)
@@ -265,17 +292,21 @@ def _step(
         return place(Leaf, state, model, k)
 
     if len(leaves) == 1 or len({*leaves}) == len(leaves):
+        gs, skipped = _engine.judge(leaves, xs, gs, higher, where, on_nonfinite)
         new_x, new_state = _engine.advance(leaves, xs, gs, higher, where, in_place)
     else:
-        new_x, new_state = _Tied(leaves, xs, where).advance(gs, higher, in_place)
+        tied = _Tied(leaves, xs, where)
+        new_x, new_state, skipped = tied.advance(gs, higher, in_place, on_nonfinite)
 
     if in_place:
+        for k in skipped:
+            leaves[k].skipped += 1
         for leaf, other in zip(leaves, held, strict=True) if leaves is not held else ():
-            other.state = leaf.state
+            other.state, other.skipped = leaf.state, leaf.skipped
         if not new_x:
             return state, model
     else:
-        state = _renewed(state, held, leaves, new_state)
+        state = _renewed(state, held, leaves, new_state, skipped)
         for k, x in enumerate(xs):
             if k not in new_x:
                 new_x[k] = fresh(x)
@@ -301,13 +332,21 @@ def _replaced(state: Tree, model: Model, xs: list[Array], new_x: dict[int, Array
     return cast("Model", new_model)
 
 
-def _renewed(state: Tree, held: list[Leaf], leaves: list[Leaf], new_state: dict[int, Any]) -> Tree:
+def _renewed(
+    state: Tree,
+    held: list[Leaf],
+    leaves: list[Leaf],
+    new_state: dict[int, Any],
+    skipped: Sequence[int],
+) -> Tree:
     """Return a state tree of new leaves, tied as before."""
     made: dict[int, Leaf] = {}
     for k, leaf in enumerate(leaves):
         if k in new_state or id(leaf) not in made:
             new = new_state[k] if k in new_state else fresh(leaf.state)
             made[id(leaf)] = leaf.renewed(leaf.rule, new)
+    for k in skipped:
+        made[id(leaves[k])].skipped += 1
     for leaf, other in zip(leaves, held, strict=True) if leaves is not held else ():
         made[id(other)] = made[id(leaf)]
     return fmap(lambda leaf: made.get(id(leaf), leaf), state)
@@ -334,16 +373,26 @@ class _Tied:
         self.leaves = [leaves[group[0]] for group in self.groups]
 
     def advance(
-        self, gs: list[Any], higher: Sequence[list[Any]], in_place: bool
-    ) -> tuple[dict[int, Array], dict[int, Any]]:
-        """Do what `_engine.advance` does, for all places."""
+        self,
+        gs: list[Any],
+        higher: Sequence[list[Any]],
+        in_place: bool,
+        on_nonfinite: OnNonfinite,
+    ) -> tuple[dict[int, Array], dict[int, Any], list[int]]:
+        """Do what `_engine.judge` and `_engine.advance` do, for all places."""
         summed, *higher = [[self._sum(g, group) for group in self.groups] for g in (gs, *higher)]
+        xs = [self._primary(group) for group in self.groups]
+
+        def where(j: int) -> str:
+            return self.where(self.groups[j][0])
+
+        summed, skipped = _engine.judge(self.leaves, xs, summed, higher, where, on_nonfinite)
         first, states = _engine.advance(
             self.leaves,
-            [self._primary(group) for group in self.groups],
+            xs,
             summed,
             higher,
-            lambda k: self.where(self.groups[k][0]),
+            where,
             in_place,
             partial(self._beside, summed) if in_place else None,
         )
@@ -363,7 +412,8 @@ class _Tied:
                         new_x[k] = new if other is x else shown(new, x, other)
                 elif moved and not (in_place and maywrite(other)):
                     new_x[k] = fresh(x if new is None else new)
-        return new_x, {self.groups[j][0]: state for j, state in states.items()}
+        new_state = {self.groups[j][0]: state for j, state in states.items()}
+        return new_x, new_state, [self.groups[j][0] for j in skipped]
 
     def _beside(self, summed: list[Any], new_x: dict[int, Array]) -> list[Call]:
         """Return the calls that write a group's new values into its separate arrays."""

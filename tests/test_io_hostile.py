@@ -296,6 +296,7 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "a key more in a node": (in_node("list", "class", "builtins:eval"), "node"),
     "a leaf with no such rule": (in_node("leaf", "leaf", 10**6), "number"),
     "a leaf with a text for frozen": (in_node("leaf", "frozen", "no"), "node"),
+    "a leaf skipped less than never": (in_node("leaf", "skipped", -1), "node"),
     "an array with no such number": (in_node("array", "array", 10**6), "number"),
     "a value of unknown kind": (in_node("value", "value", {"eval": "1"}), "value"),
     "a value that is a list": (in_node("value", "value", [1]), "value"),

@@ -200,9 +200,12 @@ class Archive:
             return self._checked_array(said), []
         if kind == "left_out" and not others and isinstance(x, str):
             return LeftOut(x), []
-        if kind == "leaf" and others == {"state", "frozen"} and type(said["frozen"]) is bool:
-            k = index_of(said["state"], self._nodes)
-            return LeafNode(index_of(x, self._rules), self._nodes[k], said["frozen"]), [k]
+        if kind == "leaf" and others - {"skipped"} == {"state", "frozen"}:
+            k, frozen, skipped = said["state"], said["frozen"], said.get("skipped", 0)
+            if type(frozen) is not bool or type(skipped) is not int or skipped < 0:
+                damaged(f"a node is {said!r:.60}")
+            state = self._nodes[index_of(k, self._nodes)]
+            return LeafNode(index_of(x, self._rules), state, frozen, skipped), [k]
         return self._checked_inner(said, kind, x)
 
     def _checked_inner(self, said: dict[str, Any], kind: str, below: Any) -> tuple[Node, list[int]]:
@@ -365,7 +368,9 @@ class Archive:
                 values = [made[id(child)] for child in node.values()]
                 made[id(node)] = _built(classes[id(node)], node, values)
             elif isinstance(node, LeafNode):
-                made[id(node)] = Leaf(rules[id(node)], made[id(node.state)], node.frozen)
+                made[id(node)] = Leaf(
+                    rules[id(node)], made[id(node.state)], node.frozen, node.skipped
+                )
             elif isinstance(node, ArrayNode):
                 made[id(node)] = self._array(node, None)
             else:
@@ -428,7 +433,7 @@ class Archive:
             if isinstance(y, LeafNode):
                 if id(y) not in made:
                     state = filled(x.state, y.state)
-                    made[id(y)] = Leaf(self.rule(y.rule), state, y.frozen)
+                    made[id(y)] = Leaf(self.rule(y.rule), state, y.frozen, y.skipped)
                 return made[id(y)]
             if isinstance(y, ArrayNode):
                 return self._array(y, x)

@@ -39,6 +39,7 @@ class LeafNode:
     rule: int
     state: Any
     frozen: bool
+    skipped: int
 
 
 @dataclasses.dataclass(eq=False, slots=True)

@@ -8,7 +8,8 @@ c) what is shared stays shared: one `Leaf`, one array, one list at several place
 
     {"dict": [0, 1], "keys": ["w", "b"]}     a node and its children; with a "class" if it has one
     {"array": 3}                             an array; {"array": 3, "view": ...} another view of it
-    {"leaf": 0, "state": 7, "frozen": false} a `Leaf` with the rule of that number
+    {"leaf": 0, "state": 7, "frozen": false} a `Leaf` with the rule of that number; with "skipped"
+                                             if updates passed it by
     {"value": 1.5}                           what JSON has; else {"float": "inf"} and such
 
 `_archive` reads what is written here.
@@ -196,7 +197,9 @@ class Encoder:
     def _state_leaf(self, place: str, name: str, leaf: Leaf) -> int:
         rule = self._rule(f"{place}.rule", f"{name}.rule", leaf.rule)
         state = self._add(f"{place}.state", name, leaf.state)
-        return self._new({"leaf": rule, "state": state, "frozen": bool(leaf.frozen)}, [state])
+        skipped = {"skipped": int(leaf.skipped)} if leaf.skipped else {}
+        frozen = bool(leaf.frozen)
+        return self._new({"leaf": rule, "state": state, "frozen": frozen, **skipped}, [state])
 
     def _node(self, place: Callable[[], str], x: Any, results: list[int]) -> int:
         kind = kind_of(x)
