@@ -15,7 +15,10 @@
    c) A member without work looks out for the next job for some 50 µs, then sleeps. To wake it takes
       the caller 5 to 50 µs. So it is woken only for a job that is worth that, or if jobs follow
       each other so closely that it will be awake for the next ones.
-   d) There is one team in a process, and one job at a time. A thread that comes meanwhile works
+   d) A member is kept off the caller's core, where it can only be in the way: it leaves, and is
+      woken on another. Linux puts it there if the other cores look busy, be it with threads that
+      wait, and in a virtual machine also if they are asleep.
+   e) There is one team in a process, and one job at a time. A thread that comes meanwhile works
       alone. A child that was forked has a new team.
 
    Needs nothing but Python's threads and locks, and atomic operations on 64 bits. */
@@ -54,6 +57,11 @@ static inline int team_move(volatile int64_t *at, int64_t *from, int64_t to) {
 }
 #endif
 
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #if defined(_WIN32)
 #include <windows.h>
 #define team_yield() SwitchToThread()
@@ -85,8 +93,10 @@ enum {
 typedef struct {
     volatile int64_t cursor;        /* of this member's stretch: job << 32 | piece */
     volatile int64_t asleep;
+    volatile int64_t thread;        /* its number, where the system has such */
+    int64_t off;                    /* the core that it is kept off, plus one */
     PyThread_type_lock bed;         /* held, so that who wants it sleeps until it is released */
-    char apart[104];                /* no two members in one cache line, nor in two side by side */
+    char apart[88];                 /* no two members in one cache line, nor in two side by side */
 } team_member;
 
 static struct {
@@ -94,6 +104,7 @@ static struct {
     volatile int64_t number;        /* of the last job */
     volatile int64_t run, job, pieces, members;     /* its particulars */
     volatile int64_t done;          /* pieces */
+    volatile int64_t core;          /* the caller's */
     int64_t ended;                  /* when the last job did; of use to who has taken the team */
     int hired;                      /* members with a thread of their own; the first has none */
     team_member member[TEAM_MOST];
@@ -102,6 +113,36 @@ static struct {
 static void team_close(int64_t number, int hired) {
     for (int m = 0; m <= hired; m++)
         team_swap(&team.member[m].cursor, number << 32 | TEAM_CLOSED);
+}
+
+#if defined(__linux__)
+static int64_t team_core(void) { return sched_getcpu(); }
+static int64_t team_thread(void) { return syscall(SYS_gettid); }
+
+/* Keep a sleeping member off this core. Tell whether it can run elsewhere, as far as is known. */
+static int team_keep_off(team_member *member, int64_t core) {
+    cpu_set_t others;
+    if (core < 0 || core >= CPU_SETSIZE || member->off == core + 1)
+        return 1;
+    if (sched_getaffinity(0, sizeof others, &others))
+        return 1;
+    CPU_CLR(core, &others);
+    if (CPU_COUNT(&others) == 0)
+        return 0;
+    if (!sched_setaffinity((pid_t) team_load(&member->thread), sizeof others, &others))
+        member->off = core + 1;
+    return 1;
+}
+#else
+static int64_t team_core(void) { return -1; }
+static int64_t team_thread(void) { return 0; }
+static int team_keep_off(team_member *member, int64_t core) { return member != NULL || core; }
+#endif
+
+/* Tell whether this thread is on the caller's core. */
+static int team_in_the_way(void) {
+    int64_t core = team_core();
+    return core >= 0 && core == team_load(&team.core);
 }
 
 /* Do pieces of job `number`, or none if it is over. */
@@ -115,12 +156,15 @@ static void team_work(int64_t number, int me) {
         int64_t whose = (me + k) % members, end = (whose + 1) * pieces / members;
         volatile int64_t *cursor = &team.member[whose].cursor;
         int64_t seen = team_load(cursor);
-        while (seen >> 32 == number && (seen & TEAM_CLOSED) < end)
+        while (seen >> 32 == number && (seen & TEAM_CLOSED) < end) {
+            if (me && team_in_the_way())
+                return;
             if (team_move(cursor, &seen, seen + 1)) {
                 run(job, seen & TEAM_CLOSED, me);
                 team_add(&team.done, 1);
                 seen = team_load(cursor);
             }
+        }
     }
 }
 
@@ -128,9 +172,10 @@ static void team_life(void *whose) {
     int me = (int) (intptr_t) whose;
     team_member *self = &team.member[me];
     int64_t last = 0;
+    int looked = 0;
+    team_swap(&self->thread, team_thread());
     for (;;) {
         int64_t number;
-        int looked = 0;
         while ((number = team_load(&team.number)) == last) {
             if (looked++ < TEAM_LOOKOUT) {
                 team_pause();
@@ -143,7 +188,10 @@ static void team_life(void *whose) {
             looked = 0;
         }
         last = number;
+        looked = 0;
         team_work(number, me);
+        if (team_in_the_way())
+            looked = TEAM_LOOKOUT;
     }
 }
 
@@ -185,19 +233,21 @@ static int64_t team_now(void) {
 /* Run a job to its end, by members of the team that the caller has taken; by those that are awake,
    unless it is worth waking the others. */
 static void team_run(team_piece run, void *job, int64_t pieces, int members, int worth_waking) {
-    int64_t number = (team_load(&team.number) + 1) & 0x7fffffff;
+    int64_t number = (team_load(&team.number) + 1) & 0x7fffffff, core = team_core();
     team_close(number, team.hired);
     team_swap(&team.run, (int64_t) (intptr_t) run);
     team_swap(&team.job, (int64_t) (intptr_t) job);
     team_swap(&team.pieces, pieces);
     team_swap(&team.members, members);
+    team_swap(&team.core, core);
     team_swap(&team.done, 0);
     for (int m = 0; m < members; m++)
         team_swap(&team.member[m].cursor, number << 32 | m * pieces / members);
     team_swap(&team.number, number);
     if (worth_waking || team_now() - team.ended < TEAM_CLOSELY)
         for (int m = 1; m < members; m++)
-            if (team_load(&team.member[m].asleep) && team_swap(&team.member[m].asleep, 0))
+            if (team_load(&team.member[m].asleep) && team_keep_off(&team.member[m], core)
+                    && team_swap(&team.member[m].asleep, 0))
                 PyThread_release_lock(team.member[m].bed);
     team_work(number, 0);
     for (int looked = 0; team_load(&team.done) < pieces; looked++)
