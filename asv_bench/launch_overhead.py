@@ -65,7 +65,7 @@ def install_stub() -> None:
         ParamHolder(args)
 
     there = SimpleNamespace(id=0, compute_capability=(9, 0))
-    function = SimpleNamespace(kernel=None, module=SimpleNamespace(initialized=True))
+    function = SimpleNamespace(kernel=object(), module=SimpleNamespace(initialized=True))
     dispatcher.get_current_device = lambda: there
     devices.get_context = lambda number=None: SimpleNamespace(device=there)
     CUDACodeLibrary.get_cufunc = lambda self: function
