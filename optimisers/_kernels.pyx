@@ -260,6 +260,7 @@ cdef struct Segment:        # one leaf
     bint is_double
     bint c_order
     bint swallowed          # its rule makes no step this time
+    int64_t is_bad          # whether infinity or NaN was found in its gradient
 
 cdef struct Norm:           # a barrier that waits for its number
     Py_ssize_t segment
@@ -1066,17 +1067,11 @@ cdef void update_piece(void* job, int64_t k, int member) noexcept nogil:
     cdef Py_ssize_t first = k * run.blocks // run.pieces
     cdef Py_ssize_t last = (k + 1) * run.blocks // run.pieces
     cdef Segment* leaf
-    cdef Py_ssize_t low = 0, high = run.length, middle, before, start, n
+    cdef Py_ssize_t at = segment_of(run.segments, run.length, first), before, start, n
     cdef const char* dx
-    while low < high:               # the segment that holds block `first`
-        middle = (low + high) // 2
-        if run.segments[middle].blocks <= first:
-            low = middle + 1
-        else:
-            high = middle
     while first < last:
-        leaf = run.segments + low
-        before = run.segments[low - 1].blocks if low else 0
+        leaf = run.segments + at
+        before = run.segments[at - 1].blocks if at else 0
         while first < last and first < leaf.blocks:
             start = (first - before) * leaf.block
             n = min(leaf.block, leaf.n - start)
@@ -1093,7 +1088,19 @@ cdef void update_piece(void* job, int64_t k, int member) noexcept nogil:
             elif leaf.narrow:
                 narrow(leaf.narrow, <float*> leaf.out + start, leaf.rounded + start, n)
             first += 1
-        low += 1
+        at += 1
+
+
+cdef Py_ssize_t segment_of(Segment* segments, Py_ssize_t n, Py_ssize_t wanted) noexcept nogil:
+    """Return which of `n` segments holds a block, counted over all of them."""
+    cdef Py_ssize_t low = 0, middle
+    while low < n:
+        middle = (low + n) // 2
+        if segments[middle].blocks <= wanted:
+            low = middle + 1
+        else:
+            n = middle
+    return low
 
 
 cdef const char* chain(Run* run, Segment* leaf, Py_ssize_t end, Py_ssize_t start, Py_ssize_t n,
@@ -1221,19 +1228,10 @@ cdef void reduce_stretch(void* job_, int64_t k, int member) noexcept nogil:
 
 # --- gradients that are not finite -----------------------------------------------------------
 
-cdef struct Gradient:
-    const char* numbers
-    Py_ssize_t n
-    int kind                # its dtype: NumPy's number
-    bint is_narrow
-    Py_ssize_t place
-    Py_ssize_t blocks       # of JUDGED numbers, in all gradients up to and including this one
-    int64_t is_bad
-
-
 cdef struct Judging:        # a job for the threads
-    Gradient* gradients
+    Segment* segments       # of which only the gradients count
     Py_ssize_t length
+    Py_ssize_t blocks
     Py_ssize_t pieces
 
 
@@ -1249,11 +1247,12 @@ def nonfinite(list leaves, list xs, list gs):
     cdef list bad = [], unknown = []
     cdef Vector found
     cdef Judging job
-    cdef Gradient* gradient
+    cdef Segment* leaf
     cdef cnp.ndarray g
-    cdef Py_ssize_t place, k, bytes = 0, blocks = 0
+    cdef Py_ssize_t place, k, bytes = 0
     cdef int members, kind
     found.data, found.length, found.room = NULL, 0, 0
+    job.blocks = 0
     try:
         for place in range(len(leaves)):
             if gs[place] is None or leaves[place].frozen:
@@ -1271,23 +1270,23 @@ def nonfinite(list leaves, list xs, list gs):
             ):
                 unknown.append(place)
                 continue
-            gradient = <Gradient*> push(&found, sizeof(Gradient))
-            gradient.numbers, gradient.n = cnp.PyArray_BYTES(g), cnp.PyArray_SIZE(g)
-            gradient.kind, gradient.is_narrow = kind, narrow_kind(g) != NO
-            gradient.place, gradient.is_bad = place, 0
+            leaf = <Segment*> push(&found, sizeof(Segment))
+            leaf.g, leaf.n, leaf.place = cnp.PyArray_BYTES(g), cnp.PyArray_SIZE(g), place
+            leaf.narrow, leaf.is_double = narrow_kind(g), kind == cnp.NPY_DOUBLE
+            leaf.is_bad = 0
+            job.blocks += (leaf.n + JUDGED - 1) // JUDGED
+            leaf.blocks = job.blocks
             bytes += cnp.PyArray_NBYTES(g)
-            blocks += (gradient.n + JUDGED - 1) // JUDGED
-            gradient.blocks = blocks
-        job.gradients, job.length = <Gradient*> found.data, found.length
+        job.segments, job.length = <Segment*> found.data, found.length
         members = team_take(min(most_threads(), enough(bytes)))
-        job.pieces = min(blocks, bytes // PIECE + 1, members * PIECES)
+        job.pieces = min(job.blocks, bytes // PIECE + 1, members * PIECES)
         with nogil:
             share_out(members, judge_piece, &job, job.pieces, bytes)
         if members > 1:
             team_leave()
         for k in range(found.length):
-            if job.gradients[k].is_bad:
-                bad.append(job.gradients[k].place)
+            if job.segments[k].is_bad:
+                bad.append(job.segments[k].place)
     finally:
         free(found.data)
     return bad, unknown
@@ -1295,34 +1294,28 @@ def nonfinite(list leaves, list xs, list gs):
 
 cdef void judge_piece(void* job_, int64_t k, int member) noexcept nogil:
     cdef Judging* job = <Judging*> job_
-    cdef Py_ssize_t blocks = job.gradients[job.length - 1].blocks
-    cdef Py_ssize_t first = k * blocks // job.pieces, last = (k + 1) * blocks // job.pieces
-    cdef Py_ssize_t low = 0, high = job.length, middle, before, start, end
-    cdef Gradient* g
-    while low < high:               # the gradient that holds block `first`
-        middle = (low + high) // 2
-        if job.gradients[middle].blocks <= first:
-            low = middle + 1
-        else:
-            high = middle
+    cdef Py_ssize_t first = k * job.blocks // job.pieces
+    cdef Py_ssize_t last = (k + 1) * job.blocks // job.pieces
+    cdef Py_ssize_t at = segment_of(job.segments, job.length, first), before, start, end
+    cdef Segment* leaf
     while first < last:
-        g = job.gradients + low
-        before = job.gradients[low - 1].blocks if low else 0
+        leaf = job.segments + at
+        before = job.segments[at - 1].blocks if at else 0
         start = (first - before) * JUDGED
-        end = min((min(last, g.blocks) - before) * JUDGED, g.n)
-        if not all_finite(g, start, end - start):
-            team_swap(&g.is_bad, 1)
-        first = g.blocks
-        low += 1
+        end = min((min(last, leaf.blocks) - before) * JUDGED, leaf.n)
+        if not all_finite(leaf, start, end - start):
+            team_swap(&leaf.is_bad, 1)
+        first = leaf.blocks
+        at += 1
 
 
-cdef bint all_finite(Gradient* g, Py_ssize_t start, Py_ssize_t n) noexcept nogil:
-    if g.is_narrow:
-        return narrow_finite(<uint16_t*> g.numbers + start, n, 0x7c00 if g.kind == NPY_HALF
-                             else 0x7f80)
-    if g.kind == cnp.NPY_DOUBLE:
-        return wide_finite[double](g.numbers, start, n)
-    return wide_finite[float](g.numbers, start, n)
+cdef bint all_finite(Segment* leaf, Py_ssize_t start, Py_ssize_t n) noexcept nogil:
+    if leaf.narrow:
+        return narrow_finite(<uint16_t*> leaf.g + start, n,
+                             0x7c00 if leaf.narrow == FLOAT16 else 0x7f80)
+    if leaf.is_double:
+        return wide_finite[double](leaf.g, start, n)
+    return wide_finite[float](leaf.g, start, n)
 
 
 cdef bint wide_finite(const char* numbers, Py_ssize_t start, Py_ssize_t n,
