@@ -84,7 +84,7 @@ class Kernel:
         Arguments are addresses, other whole numbers, and floats of NumPy.
         """
         if self.is_simulated:
-            return self._simulate, blocks, args
+            return self._simulate, blocks, *args
         config = self._configs.get(blocks)
         if config is None:
             config = self._config(blocks)
@@ -94,7 +94,7 @@ class Kernel:
             kernel = self._loaded[stream.device] = self.made.library.get_cufunc().kernel
         return _core().launch, stream.core, config, kernel, *args
 
-    def _simulate(self, blocks: int, args: tuple[Any, ...]) -> None:
+    def _simulate(self, blocks: int, *args: Any) -> None:
         self.simulated[blocks, grid.threads](*args)
 
     def _config(self, blocks: int) -> Any:
@@ -336,6 +336,8 @@ class Launch:
         self._kernels: dict[tuple[Any, ...], Kernel] = {}
         self.last: Kernel
         """The kernel that updates, behind those that measure."""
+        self.update: tuple[Any, ...] = ()
+        """The call that enqueues it, but for the numbers that are shared."""
         self.tokens: list[object] = []
         """What stands for the rows."""
         self.check: object = None
@@ -378,14 +380,15 @@ class Launch:
             self.factors.reserve(len(limits))
         where = self.rows.argument, self.blocks.argument
         self.head = *where, self.grid.stretch, self.factors.argument
+        self.update = ()
         self.renumber(numbers)
 
     def renumber(self, numbers: list[tuple[float, ...]]) -> None:
         """Do what `prepare` does where nothing but numbers has changed."""
         first = numbers[0]
-        varied = any(own is not first and own != first for own in numbers)
+        varied = len(numbers) > 1 and any(own is not first and own != first for own in numbers)
         if varied is not self.varied or not self._kernels:
-            self.varied = varied
+            self.varied, self.update = varied, ()
             for parts, key in self._steps():
                 self.last = self._kernel(parts, *key)
         if varied:
@@ -444,4 +447,6 @@ class Launch:
         """Return the call that enqueues the update, if there is something to do."""
         if not self.count:
             return []
-        return [self.last.call(self.count, self.stream, *self.head, *self.shared)]
+        if not self.update:
+            self.update = self.last.call(self.count, self.stream, *self.head)
+        return [(*self.update, *self.shared)]

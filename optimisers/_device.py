@@ -93,7 +93,7 @@ class _Numba(Library):
         return 0 if _is_simulated(x) or not x.size else int(x.gpu_data.context.device.id)
 
     def stream(self, x: Array) -> int:
-        return 0 if _is_simulated(x) or not x.stream else int(x.stream.handle)
+        return 0 if not x.stream or _is_simulated(x) else int(x.stream.handle)
 
     def blank(self, x: Array, dtype: str | None = None) -> Array:
         kind = x.dtype if dtype is None else numpy_dtype(dtype)

@@ -8,12 +8,11 @@ one launch. Where the rows of a launch are those of the last step, nothing is ch
 from __future__ import annotations
 
 import bisect
-import contextlib
 import itertools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -31,6 +30,9 @@ from ._device_plans import (
     StepPlan,
 )
 from ._device_text import Program
+
+if TYPE_CHECKING:
+    from ._arraypath import Call
 
 __all__ = [
     "AccumulatePlan", "Batch", "ChainPlan", "MixedPlan", "NormPlan", "Plan", "StepPlan", "summed"
@@ -81,7 +83,8 @@ class Batch:
         lower: Callable[[Any], Plan | None],
     ) -> None:
         self.blank, self.new_x, self.new_state = blank, new_x, new_state
-        self.lower, self.last_rule = lower, self  # no rule
+        self.lower = lower
+        self.last_rule: Any = None
         self.last_plan: Plan | None = None
         self.jobs: list[Job] = []
         self.groups: dict[Kind, _Group] = {}
@@ -91,6 +94,7 @@ class Batch:
         """Jobs that their leaves are to keep, with those, parameters and gradients."""
         self.streams: dict[tuple[str, int], int] = {}
         self.failed = -1
+        self.on = _call_on if _cuda.devices() > 1 else _call
 
     def plan(self, rule: Any) -> Plan | None:
         """Return what `lower` makes of a rule; leaves one after the other often have the same."""
@@ -214,17 +218,16 @@ class Batch:
             for group in self.groups.values():
                 group.launch.check = check
         for kind, group in self.groups.items():
-            with _on(kind.device):
-                self._prepare(kind, group)
+            self.on(kind.device, self._prepare, kind, group)
         return None
 
     def _lend(self, kind: Kind, group: _Group) -> None:
         """Give a group a launch that no batch uses: the one that had its rows, or most of them."""
         tokens, idle = [job.token for job in group.jobs], kind.idle
-        same = [k for k, a in enumerate(idle) if a.tokens == tokens and a.grid is _cuda.grid]
-        if same:
-            group.launch, group.is_known = idle.pop(same[0]), True
-            return
+        for k, launch in enumerate(idle):
+            if launch.tokens == tokens and launch.grid is _cuda.grid:
+                group.launch, group.is_known = idle.pop(k), True
+                return
         at = group.jobs[0].words[_device_text.PARAMETER]
         near = [k for k, a in enumerate(idle) if a.rows.values[_device_text.PARAMETER] == at]
         if near or len(idle) == MOST_IDLE:
@@ -296,15 +299,14 @@ class Batch:
         strict = []
         for kind, group in self.groups.items():
             if kind.has_norms:
-                with _on(kind.device):
-                    for function, *args in group.launch.measures():
-                        function(*args)
+                self.on(kind.device, _make, group.launch.measures())
                 if any(rule.throw for job in group.jobs for rule in job.norms):
                     strict.append((kind, group))
+        if not strict:
+            return
         found: list[tuple[Job, list[float]]] = []
         for kind, group in strict:
-            with _on(kind.device):
-                norms = iter(group.launch.norms())
+            norms = iter(self.on(kind.device, group.launch.norms))
             found += [(job, [next(norms) for _ in job.norms]) for job in group.jobs]
         for job, norms_of_job in sorted(found, key=lambda pair: pair[0].place):
             self.failed = job.place
@@ -314,14 +316,13 @@ class Batch:
 
     # --- running -----------------------------------------------------------------------------
 
-    def calls(self) -> list[tuple[Any, ...]]:
+    def calls(self) -> list[Call]:
         """Return the calls that enqueue the update of every leaf and count it."""
-        calls: list[tuple[Any, ...]] = []
+        calls: list[Call] = []
         for kind, group in self.groups.items():
-            run = group.launch.run()
-            if _cuda.devices() > 1:
-                run = [(_call_on, kind.device, *call) for call in run]
-            calls += run
+            for call in group.launch.run():
+                calls.append(call if self.on is _call else (_call_on, kind.device, *call))
+            calls.append((kind.idle.append, group.launch))
         for job in self.jobs:
             if job.back is not None and job.moves:
                 calls.append((job.lib.assign, *job.back))
@@ -329,16 +330,8 @@ class Batch:
                 calls.append((_carry_over, old, new))
             for count, value in job.counts:
                 calls.append((operator.setitem, count, ..., value))
-        calls.append((self._close,))
+        calls += [(_give, *entry) for entry in self.lasting]
         return calls
-
-    def _close(self) -> None:
-        """Keep what serves the next step."""
-        for kind, group in self.groups.items():
-            kind.idle.append(group.launch)
-        for job, leaf, x, g in self.lasting:
-            job.remember(leaf, x, g)
-            leaf.job = job
 
 
 @dataclass
@@ -360,8 +353,7 @@ def summed(a: Array, b: Array, hold: Plan) -> Array:
     was_taken = batch.take(0, _Sum(hold.rule, (a,)), a, b, str)
     assert was_taken, "gradients are checked before they are summed"
     batch.settle()
-    for function, *args in batch.calls():
-        function(*args)
+    _make(batch.calls())
     return batch.new_state[0][0]
 
 
@@ -378,15 +370,23 @@ def _carry_over(old: Any, new: Any) -> None:
         new[...] = old
 
 
-_HERE = contextlib.nullcontext()
+def _give(job: Job, leaf: Any, x: Array, g: Array) -> None:
+    """Let a leaf keep its job for the next step."""
+    job.remember(leaf, x, g)
+    leaf.job = job
 
 
-def _on(device: int) -> contextlib.AbstractContextManager[Any]:
-    """Return a context in which a device is the current one of Numba, where there are several."""
-    return _HERE if _cuda.devices() < 2 else _cuda.device(device)
-
-
-def _call_on(device: int, function: Callable[..., None], *args: Any) -> None:
-    """Make a call while a device is the current one."""
-    with _on(device):
+def _make(calls: Iterable[Call]) -> None:
+    for function, *args in calls:
         function(*args)
+
+
+def _call_on(device: int, function: Callable[..., Any], *args: Any) -> Any:
+    """Make a call while a device is the current one of Numba."""
+    with _cuda.device(device):
+        return function(*args)
+
+
+def _call(device: int, function: Callable[..., Any], *args: Any) -> Any:
+    """Make a call; there is but one device."""
+    return function(*args)

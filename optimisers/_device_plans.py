@@ -57,16 +57,17 @@ class StepPlan(Plan):
             t = 1 + read_count(old[self.slots], count)
             if t == 0:
                 return False
+            job.counts.append((count, t))
         job.steps.append((self, count))
-        job.add_numbers(self.numbers_at(t), count, t)
+        job.numbers += self.numbers_at(t)
         job.stages.append(Stage(self.step, self.slots, len(self.numbers)))
         return all(job.add_slot(old[j], new[j]) for j in range(self.slots))
 
     def numbers_at(self, t: int) -> tuple[float, ...]:
         """Return the numbers of a step; the same object for the same count, one after another."""
         if t != self.known_t:
-            numbers = self.rule.coefs(t) if self.counts else self.rule.coefs()
-            self.numbers, self.known_t = tuple(map(float, numbers)), t
+            self.numbers = tuple(self.rule.coefs(t) if self.counts else self.rule.coefs())
+            self.known_t = t
         return self.numbers
 
 
@@ -204,12 +205,6 @@ class Job:
         """Tell whether strides alone are different, and only where an axis has one element."""
         return self.lib.dtype(a) == self.real and _device.lies_like(self.lib, a, self.x)
 
-    def add_numbers(self, numbers: tuple[float, ...], count: Any, t: int) -> None:
-        """Add the numbers of a step, and what its count becomes."""
-        self.numbers = self.numbers + numbers if self.numbers else numbers
-        if count is not None:
-            self.counts.append((count, t))
-
     def lay_out(self, g_address: int, heads: Sequence[int]) -> None:
         """Write the row; `heads` are the addresses of what is read, written and rounded to."""
         is_aligned = (self.alignment | g_address) % 16 == 0
@@ -245,8 +240,9 @@ class Job:
         self.numbers, self.counts = (), []
         for plan, count in self.steps:
             t = 0 if count is None else 1 + int(count)
-            numbers = plan.numbers if t == plan.known_t else plan.numbers_at(t)
-            self.add_numbers(numbers, count, t)
+            self.numbers += plan.numbers if t == plan.known_t else plan.numbers_at(t)
+            if count is not None:
+                self.counts.append((count, t))
         return True
 
     def _is_still_there(self, memory: _Memory, x: Array) -> bool:
