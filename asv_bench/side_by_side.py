@@ -332,6 +332,26 @@ def pure(plan: Plan) -> Section:
     )
 
 
+def finite(plan: Plan) -> Section:
+    """Measure what it costs to look for NaN and infinity before anything is written."""
+    section = Section(
+        "Adam, told to refuse gradients that are not finite",
+        "Each gradient is read once more: of the seven arrays that Adam moves, one.",
+        ["work", "`on_nonfinite='ignore'`", "`'raise'`", "more"],
+    )
+    models = {f"one array of {counted(n)}": normal(n) for n in (1_000, plan.medium, plan.large)}
+    models[f"{counted(plan.arrays)} arrays of 64"] = many_arrays(plan.arrays)
+    for work, model in models.items():
+        plain = update_of(opt.Adam(), model, gradient_of(model))
+        took = plan.alternate({"ignore": plain, "raise": partial(plain, on_nonfinite="raise")})
+        more = took["raise"] / took["ignore"] - 1
+        section.rows.append([work, *map(duration, took.values()), percent(more)])
+        section.goals.append(
+            Goal(work, "beyond what it takes unwatched", more, 0.05, None, percent, less=True)
+        )
+    return section
+
+
 def threads(plan: Plan) -> Section:
     every = opt.get_num_threads()
     against = f"{every} threads against one"
@@ -453,7 +473,7 @@ def main() -> None:
     say("Adam")
     arrays = sweep(plan)
     sections = [adam(plan, arrays), memory_limit(plan, arrays)]
-    for section in (chains, rules, precision, pure, threads, footprint):
+    for section in (chains, rules, precision, pure, finite, threads, footprint):
         say(section.__name__)
         sections.append(section(plan))
 

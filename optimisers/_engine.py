@@ -244,57 +244,6 @@ NONFINITE = "ignore", "skip", "raise"
 """What can be done about a gradient with NaN or infinity in it."""
 
 
-def judge(
-    leaves: list[Any],
-    xs: list[Array],
-    gs: list[Any],
-    higher: Sequence[list[Any]],
-    where: Callable[[int], str],
-    on_nonfinite: str,
-) -> tuple[list[Any], list[int]]:
-    """Return the first gradients, but for those that are to be skipped, and the places of these.
-
-    The arguments are those of `advance`. It cannot be done on the way: where the last number of an
-    array is NaN, the first must not have been updated.
-
-    Raises
-    ------
-    FloatingPointError
-        If a gradient holds NaN or infinity, and that is to be raised; the message names the path.
-    TypeError
-        If JAX traces, which knows no numbers yet.
-    """
-    if on_nonfinite == "ignore":
-        return gs, []
-    if on_nonfinite not in NONFINITE:
-        known = ", ".join(map(repr, NONFINITE))
-        raise ValueError(f"on_nonfinite must be one of {known}; got {on_nonfinite!r}")
-    found: set[int] = set()
-    for each in (gs, *higher):
-        bad, unknown = kernels.nonfinite(leaves, xs, each)
-        found.update(k for k in bad if gs[k] is not None)
-        for k in unknown:
-            if not isnumeric(xs[k]) or k in found:
-                continue
-            g = checked_gradient(each[k], xs[k], partial(where, k))
-            if is_tracer(g):
-                raise TypeError(
-                    f"at {where(k)}: on_nonfinite={on_nonfinite!r} cannot look at numbers while "
-                    "JAX traces; leave it out, or call update outside of jit, grad, scan, ..."
-                )
-            if g is not None and not is_finite(g):
-                found.add(k)
-    if not found:
-        return gs, []
-    if on_nonfinite == "raise":
-        others = f" and {len(found) - 1} other places" if len(found) > 1 else ""
-        raise FloatingPointError(
-            f"gradient at {where(min(found))}{others}: expected finite numbers, got NaN or "
-            "infinity; nothing was updated. on_nonfinite='skip' passes such arrays by"
-        )
-    return [None if k in found else g for k, g in enumerate(gs)], sorted(found)
-
-
 def advance(
     leaves: list[Any],
     xs: list[Array],
@@ -302,8 +251,9 @@ def advance(
     higher: Sequence[list[Any]],
     where: Callable[[int], str],
     in_place: bool,
+    on_nonfinite: str = "ignore",
     beside: Callable[[dict[int, Array]], list[Call]] | None = None,
-) -> tuple[dict[int, Array], dict[int, Any]]:
+) -> tuple[dict[int, Array], dict[int, Any], list[int]]:
     """Update every leaf that has a gradient and is not frozen; all of them or none.
 
     Parameters
@@ -315,16 +265,29 @@ def advance(
     in_place : bool
         Write into the writable parameters and into the states of the leaves; else into nothing
         given.
+    on_nonfinite : {"ignore", "skip", "raise"}
+        What to do about a gradient with NaN or infinity in it.
     beside : callable, optional
         Given the parameters that are not written in place, by place, returns what else is to be
         written when they have their values.
 
     Returns
     -------
-    (new_x, new_state)
+    (new_x, new_state, skipped)
         By place, what was not written in place: parameters and states. If `in_place`, the leaves
-        have their states already.
+        have their states already. And the places that were skipped: `gs` has None there now.
+
+    Raises
+    ------
+    FloatingPointError
+        If a gradient holds NaN or infinity, and that is to be raised.
+    TypeError
+        If JAX traces, which knows no numbers yet, and numbers are to be looked at.
     """
+    judges = on_nonfinite != "ignore"
+    if judges and on_nonfinite not in NONFINITE:
+        known = ", ".join(map(repr, NONFINITE))
+        raise ValueError(f"on_nonfinite must be one of {known}; got {on_nonfinite!r}")
     batch = kernels.Batch(None if in_place else blank)
     try:
         rest = batch.gather(leaves, xs, gs, lower)
@@ -340,8 +303,12 @@ def advance(
     new_x, new_state = batch.new_x, batch.new_state
     on_device: Any = None
     stored: dict[int, Array] = {}
+    bad: set[int] = set()
     for k in rest:
         leaf, x = leaves[k], xs[k]
+        if judges and _holds_nonfinite(k, x, [gs, *higher], partial(where, k)):
+            bad.add(k)
+            continue
         if leaf.job is not None:
             on_device = on_device or _device_batch(batch, in_place)
             if on_device.again(k, leaf, x, gs[k]):
@@ -378,6 +345,18 @@ def advance(
             stored[k] = new
         else:
             new_x[k] = new
+    if judges:
+        bad.update(batch.nonfinite())
+        for k in batch.places() if higher else ():
+            if _holds_nonfinite(k, xs[k], higher, partial(where, k)):
+                bad.add(k)
+    if bad:
+        if on_nonfinite == "raise":
+            raise nonfinite(where(min(bad)), len(bad))
+        for k in bad:
+            gs[k] = None
+        made = advance(leaves, xs, gs, higher, where, in_place, beside=beside)
+        return *made[:2], sorted(bad)
     clash = batch.settle() or (on_device and on_device.settle())
     by_cuda = on_device.places() if on_device else []
     if clash := clash or (stored and _clash(batch, xs, [*by_cuda, *stored])):
@@ -387,11 +366,14 @@ def advance(
             on_device.measure()
         if (in_place and rest) or beside is not None or on_device:
             states = new_state.items() if in_place else ()
-            writes = on_device.calls() if on_device else []
+            writes: list[Call] = [(batch.run,)]
+            if on_device:
+                writes += on_device.calls()
             writes += [writing(xs[k], new) for k, new in stored.items()]
             writes += [(setattr, leaves[k], "state", new) for k, new in states]
-            writes += beside(new_x) if beside is not None else []
-            at_once([(batch.run,), *writes])
+            if beside is not None:
+                writes += beside(new_x)
+            at_once(writes)
         else:
             batch.run()
     except FloatingPointError as error:
@@ -406,7 +388,34 @@ def advance(
         seen.extend((k, "kernels") for k in batch.places())
         seen.extend((k, "cuda") for k in by_cuda)
         seen.extend((k, "arrays") for k in rest if k in new_state and k not in taken)
-    return new_x, new_state
+    return new_x, new_state, []
+
+
+def _holds_nonfinite(
+    k: int, x: Array, gradients: Sequence[list[Any]], where: Callable[[], str]
+) -> bool:
+    """Tell whether one of the gradients in place `k`, first or higher, holds infinity or NaN."""
+    if not isnumeric(x):
+        return False
+    for each in gradients:
+        g = checked_gradient(each[k], x, where)
+        if is_tracer(g):
+            raise TypeError(
+                f"at {where()}: on_nonfinite cannot look at numbers while JAX traces; leave it "
+                "out, or call update outside of jit, grad, scan, ..."
+            )
+        if g is not None and not is_finite(g):
+            return True
+    return False
+
+
+def nonfinite(path: str, places: int) -> FloatingPointError:
+    """Return the error that gradients, the first one at `path`, hold infinity or NaN."""
+    others = f" and {places - 1} other places" if places > 1 else ""
+    return FloatingPointError(
+        f"gradient at {path}{others}: expected finite numbers, got NaN or infinity; nothing was "
+        "updated. on_nonfinite='skip' passes such arrays by"
+    )
 
 
 def _note(error: Exception, leaf: Any, path: str) -> None:

@@ -25,7 +25,7 @@ cimport numpy as cnp
 from cpython.ref cimport Py_INCREF, Py_XDECREF, PyObject
 from cpython.tuple cimport PyTuple_Check, PyTuple_GET_ITEM, PyTuple_GET_SIZE
 from libc.math cimport INFINITY, fabs, fabsf, isfinite, pow
-from libc.stdint cimport INT64_MAX, int64_t, uint16_t, uintptr_t
+from libc.stdint cimport INT64_MAX, int64_t, uint16_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free, realloc
 from libc.string cimport memcpy
 
@@ -149,13 +149,17 @@ cdef enum:
     STRETCH = 16384         # fewest numbers in one of them
     LANES = 32              # running sums side by side, so that a reduction fills a vector
     WAKING = 60             # times the work for which a thread takes part is worth waking one
-    JUDGED = 16384          # numbers in a block that is looked through for NaN and infinity
     PIECES = 32             # most pieces of an update for each thread ...
     PIECE = 32768           # ... and fewest bytes that one moves
 
 ctypedef fused real:
     float
     double
+
+ctypedef fused bits:        # of a number
+    uint16_t
+    uint32_t
+    uint64_t
 
 # --- words -----------------------------------------------------------------------------------
 # The values are NumPy's, bit for bit, so that a step means the same here and there. Each is one
@@ -363,18 +367,20 @@ cdef void give_back(Work* work) noexcept:
         free(work)
 
 
-cdef void* push(Vector* v, size_t size, Py_ssize_t more=1) except NULL:
+cdef inline void* push(Vector* v, size_t size, Py_ssize_t more=1) except NULL:
     """Return new room for `more` items of `size` bytes at the end of `v`."""
-    cdef Py_ssize_t room
-    cdef char* data
     if v.length + more > v.room:
-        room = 2 * (v.length + more)
-        data = <char*> realloc(v.data, room * size)
-        if data is NULL:
-            raise MemoryError(f"no memory for {room} work items")
-        v.data, v.room = data, room
+        make_room(v, size, 2 * (v.length + more))
     v.length += more
     return v.data + (v.length - more) * size
+
+
+cdef int make_room(Vector* v, size_t size, Py_ssize_t room) except -1:
+    cdef char* data = <char*> realloc(v.data, room * size)
+    if data is NULL:
+        raise MemoryError(f"no memory for {room} work items")
+    v.data, v.room = data, room
+    return 0
 
 # --- settings --------------------------------------------------------------------------------
 
@@ -775,6 +781,7 @@ cdef class Batch:
         leaf.is_double = kind == cnp.NPY_DOUBLE
         leaf.place = place
         leaf.swallowed = False
+        leaf.is_bad = 0
         leaf.first = self.work.stages.length
         norms, counts, spans = (
             self.work.norms.length, self.work.counts.length, self.work.spans.length
@@ -790,13 +797,13 @@ cdef class Batch:
         if self.blank is not None:
             self.new_state[place] = made
         elif leaf.narrow:
-            self.add_span(&self.work.spans, new, place)
+            self.add_span(&self.work.spans, new, leaf.n, place)
         leaf.unrounded = <uint16_t*> cnp.PyArray_BYTES(xa)
         if self.blank is not None or not cnp.PyArray_ISWRITEABLE(xa):
             xa = PyArray_NewLikeArray(xa, cnp.NPY_KEEPORDER, NULL, 0)
             self.new_x[place] = xa
         else:
-            self.add_span(&self.work.parameters, xa, place)
+            self.add_span(&self.work.parameters, xa, leaf.n, place)
         leaf.g, leaf.x = cnp.PyArray_BYTES(ga), cnp.PyArray_BYTES(old)
         leaf.out = cnp.PyArray_BYTES(new if leaf.narrow else xa)
         leaf.rounded = <uint16_t*> cnp.PyArray_BYTES(xa)
@@ -821,7 +828,7 @@ cdef class Batch:
             if a is b:
                 if not cnp.PyArray_ISWRITEABLE(a):
                     return NULL
-                self.add_span(&self.work.spans, a, leaf.place)
+                self.add_span(&self.work.spans, a, leaf.n, leaf.place)
             stage.old[k], stage.new[k] = cnp.PyArray_BYTES(a), cnp.PyArray_BYTES(b)
         return stage
 
@@ -866,7 +873,7 @@ cdef class Batch:
         # One that owns its memory, and that only the state and `a` hold, overlaps with nothing:
         # who sees that memory holds it too.
         if held.ob_refcnt > 2 or not cnp.PyArray_CHKFLAGS(a, cnp.NPY_ARRAY_OWNDATA):
-            self.add_span(&self.work.spans, a, place)
+            self.add_span(&self.work.spans, a, 1, place)
         return 0
 
     cdef int carry_over(self, old, new) except -1:
@@ -880,12 +887,14 @@ cdef class Batch:
             new[...] = old
         return 0
 
-    cdef int add_span(self, Vector* spans, cnp.ndarray a, Py_ssize_t place) except -1:
+    cdef inline int add_span(self, Vector* spans, cnp.ndarray a, Py_ssize_t n,
+                             Py_ssize_t place) except -1:
+        """Note that the run writes the `n` numbers of an array."""
         cdef Span* span
-        if cnp.PyArray_SIZE(a):
+        if n:
             span = <Span*> push(spans, sizeof(Span))
             span.low = <uintptr_t> cnp.PyArray_DATA(a)
-            span.high = span.low + cnp.PyArray_NBYTES(a)
+            span.high = span.low + n * cnp.PyArray_ITEMSIZE(a)
             span.place = place
         return 0
 
@@ -913,7 +922,7 @@ cdef class Batch:
                 return spans[k - 1].place, spans[k].place
         for k in range(self.work.segments.length):
             leaf = <Segment*> self.work.segments.data + k
-            bytes = leaf.n * (2 if leaf.narrow else 8 if leaf.is_double else 4)
+            bytes = leaf.n * number_size(leaf)
             leaf.g = self.apart(leaf.g, bytes)
             if leaf.narrow:
                 if leaf.rounded != leaf.unrounded:
@@ -951,6 +960,21 @@ cdef class Batch:
         return first < n and spans[first].low < low + <uintptr_t> bytes
 
     # --- running -----------------------------------------------------------------------------
+
+    def nonfinite(self):
+        """Return the places of the leaves whose gradients hold infinity or NaN."""
+        cdef Run run
+        cdef Py_ssize_t k, bytes = 0
+        self.prepare(&run)
+        for k in range(run.length):
+            bytes += run.segments[k].n * number_size(&run.segments[k])
+        run.members = team_take(min(most_threads(), enough(bytes)))
+        run.pieces = min(run.blocks, bytes // PIECE + 1, run.members * PIECES)
+        with nogil:
+            share_out(run.members, judge_piece, &run, run.pieces, bytes)
+        if run.members > 1:
+            team_leave()
+        return [run.segments[k].place for k in range(run.length) if run.segments[k].is_bad]
 
     def run(self):
         """Update every leaf. Raises, if at all, before anything is written."""
@@ -1033,6 +1057,11 @@ cdef struct Run:            # what the threads share
     int members             # threads, the caller's among them
     double* scratch         # their memory ...
     Py_ssize_t room         # ... and how much of it each has
+
+
+cdef inline Py_ssize_t number_size(Segment* leaf) noexcept nogil:
+    """Return how many bytes a number of the gradient has."""
+    return 2 if leaf.narrow else 8 if leaf.is_double else 4
 
 
 cdef inline int enough(Py_ssize_t bytes) noexcept nogil:
@@ -1228,81 +1257,18 @@ cdef void reduce_stretch(void* job_, int64_t k, int member) noexcept nogil:
 
 # --- gradients that are not finite -----------------------------------------------------------
 
-cdef struct Judging:        # a job for the threads
-    Segment* segments       # of which only the gradients count
-    Py_ssize_t length
-    Py_ssize_t blocks
-    Py_ssize_t pieces
-
-
-def nonfinite(list leaves, list xs, list gs):
-    """Find the gradients that hold infinity or NaN; none is written, and none copied.
-
-    Returns
-    -------
-    (bad, unknown)
-        Places with such a gradient, and places whose gradients the kernels cannot read. Places
-        without a gradient and frozen leaves are in neither.
-    """
-    cdef list bad = [], unknown = []
-    cdef Vector found
-    cdef Judging job
-    cdef Segment* leaf
-    cdef cnp.ndarray g
-    cdef Py_ssize_t place, k, bytes = 0
-    cdef int members, kind
-    found.data, found.length, found.room = NULL, 0, 0
-    job.blocks = 0
-    try:
-        for place in range(len(leaves)):
-            if gs[place] is None or leaves[place].frozen:
-                continue
-            if not cnp.PyArray_CheckExact(xs[place]) or not cnp.PyArray_CheckExact(gs[place]):
-                unknown.append(place)
-                continue
-            g = <cnp.ndarray> gs[place]
-            kind = cnp.PyArray_TYPE(g)
-            if (
-                kind != cnp.PyArray_TYPE(<cnp.ndarray> xs[place])
-                or not same_shape(<cnp.ndarray> xs[place], g)
-                or not (ready(g, kind, True) or ready(g, kind, False))
-                or (kind != cnp.NPY_FLOAT and kind != cnp.NPY_DOUBLE and not narrow_kind(g))
-            ):
-                unknown.append(place)
-                continue
-            leaf = <Segment*> push(&found, sizeof(Segment))
-            leaf.g, leaf.n, leaf.place = cnp.PyArray_BYTES(g), cnp.PyArray_SIZE(g), place
-            leaf.narrow, leaf.is_double = narrow_kind(g), kind == cnp.NPY_DOUBLE
-            leaf.is_bad = 0
-            job.blocks += (leaf.n + JUDGED - 1) // JUDGED
-            leaf.blocks = job.blocks
-            bytes += cnp.PyArray_NBYTES(g)
-        job.segments, job.length = <Segment*> found.data, found.length
-        members = team_take(min(most_threads(), enough(bytes)))
-        job.pieces = min(job.blocks, bytes // PIECE + 1, members * PIECES)
-        with nogil:
-            share_out(members, judge_piece, &job, job.pieces, bytes)
-        if members > 1:
-            team_leave()
-        for k in range(found.length):
-            if job.segments[k].is_bad:
-                bad.append(job.segments[k].place)
-    finally:
-        free(found.data)
-    return bad, unknown
-
-
-cdef void judge_piece(void* job_, int64_t k, int member) noexcept nogil:
-    cdef Judging* job = <Judging*> job_
-    cdef Py_ssize_t first = k * job.blocks // job.pieces
-    cdef Py_ssize_t last = (k + 1) * job.blocks // job.pieces
-    cdef Py_ssize_t at = segment_of(job.segments, job.length, first), before, start, end
+cdef void judge_piece(void* job, int64_t k, int member) noexcept nogil:
+    """Note which gradients hold infinity or NaN in the blocks of piece `k`."""
+    cdef Run* run = <Run*> job
+    cdef Py_ssize_t first = k * run.blocks // run.pieces
+    cdef Py_ssize_t last = (k + 1) * run.blocks // run.pieces
+    cdef Py_ssize_t at = segment_of(run.segments, run.length, first), before, start, end
     cdef Segment* leaf
     while first < last:
-        leaf = job.segments + at
-        before = job.segments[at - 1].blocks if at else 0
-        start = (first - before) * JUDGED
-        end = min((min(last, leaf.blocks) - before) * JUDGED, leaf.n)
+        leaf = run.segments + at
+        before = run.segments[at - 1].blocks if at else 0
+        start = (first - before) * leaf.block
+        end = min((min(last, leaf.blocks) - before) * leaf.block, leaf.n)
         if not all_finite(leaf, start, end - start):
             team_swap(&leaf.is_bad, 1)
         first = leaf.blocks
@@ -1310,41 +1276,28 @@ cdef void judge_piece(void* job_, int64_t k, int member) noexcept nogil:
 
 
 cdef bint all_finite(Segment* leaf, Py_ssize_t start, Py_ssize_t n) noexcept nogil:
+    if leaf.narrow == FLOAT16:
+        return none_holds[uint16_t](leaf.g, start, n, 0x7c00)
     if leaf.narrow:
-        return narrow_finite(<uint16_t*> leaf.g + start, n,
-                             0x7c00 if leaf.narrow == FLOAT16 else 0x7f80)
+        return none_holds[uint16_t](leaf.g, start, n, 0x7f80)
     if leaf.is_double:
-        return wide_finite[double](leaf.g, start, n)
-    return wide_finite[float](leaf.g, start, n)
+        return none_holds[uint64_t](leaf.g, start, n, 0x7ff0000000000000)
+    return none_holds[uint32_t](leaf.g, start, n, 0x7f800000)
 
 
-cdef bint wide_finite(const char* numbers, Py_ssize_t start, Py_ssize_t n,
-                      real unused=0) noexcept nogil:
-    """Tell whether all numbers are finite: each less itself is 0, or NaN if it is not."""
-    cdef const real* g = <const real*> numbers + start
-    cdef real sums[LANES]
-    cdef real total = 0
-    cdef Py_ssize_t whole = n // LANES, i
-    cdef int j
-    for j in range(LANES):
-        sums[j] = 0
-    for i in range(whole):
-        for j in range(LANES):
-            sums[j] += g[LANES * i + j] - g[LANES * i + j]
-    for j in range(LANES):
-        total += sums[j]
-    for i in range(LANES * whole, n):
-        total += g[i] - g[i]
-    return total == 0
+cdef bint none_holds(const void* numbers, Py_ssize_t start, Py_ssize_t n,
+                     bits exponent) noexcept nogil:
+    """Tell whether no number has all bits of its exponent set, as infinity and NaN do.
 
-
-cdef bint narrow_finite(const uint16_t* g, Py_ssize_t n, uint16_t infinite) noexcept nogil:
-    cdef uint16_t largest = 0, size
+    One more in the lowest of these bits then carries into the sign.
+    """
+    cdef const bits* g = <const bits*> numbers + start
+    cdef bits one = exponent & (~exponent + 1), found = 0
     cdef Py_ssize_t i
     for i in range(n):
-        size = g[i] & 0x7fff
-        largest = size if size > largest else largest
-    return largest < infinite
+        found |= (g[i] & exponent) + one
+    return not found & ~(exponent | (one - 1))
+
 
 # --- loops over one block --------------------------------------------------------------------
 

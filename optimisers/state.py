@@ -292,8 +292,9 @@ def _step(
         return place(Leaf, state, model, k)
 
     if len(leaves) == 1 or len({*leaves}) == len(leaves):
-        gs, skipped = _engine.judge(leaves, xs, gs, higher, where, on_nonfinite)
-        new_x, new_state = _engine.advance(leaves, xs, gs, higher, where, in_place)
+        new_x, new_state, skipped = _engine.advance(
+            leaves, xs, gs, higher, where, in_place, on_nonfinite
+        )
     else:
         tied = _Tied(leaves, xs, where)
         new_x, new_state, skipped = tied.advance(gs, higher, in_place, on_nonfinite)
@@ -379,21 +380,21 @@ class _Tied:
         in_place: bool,
         on_nonfinite: OnNonfinite,
     ) -> tuple[dict[int, Array], dict[int, Any], list[int]]:
-        """Do what `_engine.judge` and `_engine.advance` do, for all places."""
+        """Do what `_engine.advance` does, for all places."""
         summed, *higher = [[self._sum(g, group) for group in self.groups] for g in (gs, *higher)]
         xs = [self._primary(group) for group in self.groups]
 
         def where(j: int) -> str:
             return self.where(self.groups[j][0])
 
-        summed, skipped = _engine.judge(self.leaves, xs, summed, higher, where, on_nonfinite)
-        first, states = _engine.advance(
+        first, states, skipped = _engine.advance(
             self.leaves,
             xs,
             summed,
             higher,
             where,
             in_place,
+            on_nonfinite,
             partial(self._beside, summed) if in_place else None,
         )
         new_x: dict[int, Array] = {}
@@ -405,13 +406,18 @@ class _Tied:
                 new = fresh(x)
             if isinstance(new, np.ndarray) and any(self.xs[k] is not x for k in group):
                 new = laid_out(new, x)  # so that each view of x has its like
+            by_array = {id(x): new}
             for k in group:
                 other = self.xs[k]
-                if other is x or same_elements(x, other):
-                    if new is not None:
-                        new_x[k] = new if other is x else shown(new, x, other)
-                elif moved and not (in_place and maywrite(other)):
-                    new_x[k] = fresh(x if new is None else new)
+                if id(other) not in by_array:
+                    made = None
+                    if same_elements(x, other):
+                        made = None if new is None else shown(new, x, other)
+                    elif moved and not (in_place and maywrite(other)):
+                        made = fresh(x if new is None else new)
+                    by_array[id(other)] = made
+                if by_array[id(other)] is not None:
+                    new_x[k] = by_array[id(other)]
         new_state = {self.groups[j][0]: state for j, state in states.items()}
         return new_x, new_state, [self.groups[j][0] for j in skipped]
 

@@ -251,7 +251,7 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
                     leaves.append(_Leaf(rule, self._state(p, rule, kept)))
                     xs.append(p)
                     gs.append(g)
-        _, new = _engine.advance(leaves, xs, gs, (), lambda k: self._path(xs[k]), True)
+        _, new, _ = _engine.advance(leaves, xs, gs, (), lambda k: self._path(xs[k]), True)
         for k in {*begun, *new}:
             self.state[xs[k]] = dict(_named(new.get(k, leaves[k].state)))
         return loss
