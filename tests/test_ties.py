@@ -420,6 +420,15 @@ def test_ties_equal_one_parameter_with_the_gradients_summed(call, views, data):
     assert len({id(leaf) for leaf in state.values()}) == 1
 
 
+@pytest.mark.parametrize("grad", [None, {"view": np.ones((3, 2))}])
+def test_an_array_at_two_places_stays_one_beside_its_view(grad):
+    w = np.zeros((2, 3))
+    model = {"view": w.T, "there": w, "again": w}
+    _, new = update(setup(Descent(), model), model, grad)
+    assert new["there"] is new["again"]
+    assert tied(*new.values()) == [0, 0, 0]
+
+
 @BOTH
 def test_a_gradient_at_one_place_moves_all(call):
     w = np.zeros((2, 3))
