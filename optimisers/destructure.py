@@ -33,7 +33,7 @@ from ._lockstep import places as walk_places
 from ._nodes import mirror, rebuild, register_leaf, trainable_keys
 from ._path import KeyPath
 from ._ties import View, carry, owners, parameters
-from ._tree import fold
+from ._tree import fold, walk
 from .words import namespace
 
 Array = Any
@@ -222,6 +222,8 @@ class Restructure(Generic[Model]):
     _own_dtype: Any
     """The one dtype that all parameters have, else None."""
     _runs: list[_Run]
+    _in_turn: bool
+    """Whether each parameter has one place, and the places come in the order of the vector."""
 
     @classmethod
     def _of(cls, model: Model) -> Restructure[Model]:
@@ -272,6 +274,8 @@ class Restructure(Generic[Model]):
             keys=trainable_keys,
             skipped=lambda child: (),
         )
+        turns = [slot.k for _, slot in walk(re._template) if isinstance(slot, _Slot)]
+        re._in_turn = turns == [*range(len(re._parameters))]
         return re
 
     def _compile(self, model: Model, slot: Callable[[KeyPath, Any], _Slot | None]) -> None:
@@ -413,8 +417,11 @@ class Restructure(Generic[Model]):
         >>> re.flatten({"a": np.array([1.0, 2.0]), "b": np.array(3.0)})
         array([1., 2., 3.])
         """
+        slots, xs = self._places(model)
+        if self._are_plain(xs):
+            return self._joined(xs, out)
         pieces: list[Any] = [None] * len(self._parameters)
-        for slot, x in self._places(model):
+        for slot, x in zip(slots, xs, strict=True):
             if slot.view is None and pieces[slot.k] is None:
                 pieces[slot.k] = x
         return self._joined(pieces, out)
@@ -450,6 +457,8 @@ class Restructure(Generic[Model]):
         array([11., 22., 0., 0.])
         """
         slots, blanks, gs = gather(_Slot, self._template, self._outline, grad)
+        if self._are_plain(gs):
+            return self._joined(gs, out)
         pieces: list[Any] = [None] * len(self._parameters)
         for i, (slot, blank, g) in enumerate(zip(slots, blanks, gs, strict=True)):
             if not (type(g) is np.ndarray and g.dtype == blank.dtype and g.shape == blank.shape):
@@ -461,9 +470,21 @@ class Restructure(Generic[Model]):
             pieces[slot.k] = g if pieces[slot.k] is None else _sum(pieces[slot.k], g)
         return self._joined(pieces, out)
 
-    def _places(self, model: Tree) -> Iterable[tuple[_Slot, Array]]:
+    def _are_plain(self, xs: list[Any]) -> bool:
+        """Tell whether these are the parameters one by one, or what takes their place as it is."""
+        return (
+            self._in_turn
+            and self._own_dtype is not None
+            and {*map(type, xs)} == {np.ndarray}
+            and [x.dtype for x in xs].count(self._own_dtype) == len(xs)
+            and [x.shape for x in xs] == [p.shape for p in self._parameters]
+        )
+
+    def _places(self, model: Tree) -> tuple[list[_Slot], list[Array]]:
         """Return the slots beside what `model` has there, checked."""
         slots, xs, _ = gather(_Slot, self._template, model, None, _MISFIT)
+        if self._are_plain(xs):
+            return slots, xs
         fault: type[Exception]
         for i, (slot, x) in enumerate(zip(slots, xs, strict=True)):
             p = self._parameters[slot.k]
@@ -481,31 +502,35 @@ class Restructure(Generic[Model]):
             where = place(_Slot, self._template, model, i)
             wanted = f"expected an array of shape {shape} and dtype {p.dtype}"
             raise fault(f"at {where}: {wanted}, got {got}")
-        return zip(slots, xs, strict=True)
+        return slots, xs
 
     def _joined(self, pieces: list[Any], out: Any) -> Any:
         """Write the pieces of the vector into `out`, or into a new vector; None is zeros."""
-        foreign = [piece for piece in pieces if _is_foreign(piece)]
-        if foreign and out is None:
-            return self._concatenated(pieces, foreign[0])
+        are_numpy = {*map(type, pieces)} <= {np.ndarray}
+        if out is None and not are_numpy:
+            foreign = [piece for piece in pieces if _is_foreign(piece)]
+            if foreign:
+                return self._concatenated(pieces, foreign[0])
         fresh = out is None
         if fresh:
             out = np.empty(self._size, _numpy_dtype(self._dtype))
         else:
             _check_out(out, self._size, self._dtype)
-        parts: list[np.ndarray] = []
-        for piece, p in zip(pieces, self._parameters, strict=True):
-            if piece is None:
-                parts.append(np.broadcast_to(np.zeros((), out.dtype), p.stop - p.start))
-            else:
-                parts.append(_numpy(piece).reshape(-1))
+        if are_numpy:
+            parts = pieces
+        else:
+            nothing = np.zeros((), out.dtype)
+            parts = [
+                np.broadcast_to(nothing, p.shape) if piece is None else _numpy(piece)
+                for piece, p in zip(pieces, self._parameters, strict=True)
+            ]
         if not parts:
             return out
         target = out
-        if not fresh and any(np.may_share_memory(part, out) for part in parts):
+        if not fresh and any(_may_overlap(part, out) for part in parts):
             target = np.empty_like(out)
         with np.errstate(all="ignore"):
-            np.concatenate(parts, out=target, casting="unsafe")
+            np.concatenate(parts, axis=None, out=target, casting="unsafe")
         if target is not out:
             out[...] = target
         return out
@@ -555,7 +580,7 @@ class Restructure(Generic[Model]):
         {'a': array([1., 2.]), 'b': array(3.)}
         """
         v = self._checked(v)
-        places = list(self._places(model))
+        places = [*zip(*self._places(model), strict=True)]
         for i, (_, x) in enumerate(places):
             if not maywrite(x):
                 raise ValueError(
@@ -734,6 +759,13 @@ def _cast(x: Array, dtype: Any, copy: bool) -> Array:
     if copy and _is_torch(x):
         return x.clone()
     return x.copy() if copy and maywrite(x) else x
+
+
+def _may_overlap(x: np.ndarray, out: np.ndarray) -> bool:
+    """Tell whether two arrays may share memory; quickly, if each has its own."""
+    if x.base is None and out.base is None and x.flags.owndata and out.flags.owndata:
+        return x is out
+    return np.may_share_memory(x, out)
 
 
 def _numpy(x: Any) -> np.ndarray:
