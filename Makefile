@@ -11,7 +11,7 @@ args ?=
 .DELETE_ON_ERROR:
 .PHONY: help demo test coverage docs-test examples bench lint format types oracles
 .PHONY: build oldest newest reproducible audit clean distclean
-.PHONY: sanitize sanitize-threads fuzz big
+.PHONY: sanitize sanitize-threads fuzz fuzz-guided big
 .PHONY: test-cuda test-gpu bench-gpu
 
 help: ## show this list
@@ -77,6 +77,15 @@ sanitize-threads: build/thread/built ## look for races: first where there are so
 fuzz: $(VENV)/test ## throw 20,000 random trees, states and gradients at the engine
 	@$(BIN)/python -m pytest --hypothesis-profile=long tests/test_fuzz.py $(args)
 
+FUZZED := what_is_refused_changes_nothing_and_what_is_taken_is_right flat_vectors_of_such_models changes_of_such_states
+fuzz-guided: $(VENV)/test $(VENV)/fuzz ## the same for some minutes, chosen by atheris by what code they reach
+	@mkdir -p build/fuzz
+	@set -e; for test in $(addprefix test_,$(FUZZED)); do \
+	    mkdir -p build/fuzz/$$test; echo $$test; \
+	    $(BIN)/python tests/guided_fuzz.py $$test build/fuzz/$$test -artifact_prefix=build/fuzz/ \
+	        -verbosity=0 -print_final_stats=1 -len_control=0 -max_len=4096 $(or $(args),-max_total_time=120); \
+	done
+
 big: $(VENV)/test ## update arrays of more than 2^31 numbers; needs 18 GB
 	@$(BIN)/python -m pytest --big tests/test_big.py $(args)
 
@@ -141,7 +150,7 @@ $(VENV)/built: $(VENV)/made pyproject.toml setup.py optimisers/_kernels.pyx opti
 
 # The library with kernels under the checks that the folder is named after, and how it is run there.
 ALONE := env PYTHONSAFEPATH=1 OPTIMISERS_ISA=baseline
-SANITIZED := $(addprefix tests/test_,$(addsuffix .py,engine parity compose hostile fuzz threads))
+SANITIZED := $(addprefix tests/test_,$(addsuffix .py,engine parity compose hostile fuzz nonfinite threads))
 RACES = $(ALONE) PYTHONPATH=build/thread TSAN_OPTIONS=die_after_fork=0 \
     LD_PRELOAD="$$(gcc -print-file-name=libtsan.so)" \
     $(BIN)/python -m pytest -s -p no:cacheprovider
@@ -153,6 +162,6 @@ build/%/built: setup.py $(wildcard optimisers/*.py optimisers/*/*.py optimisers/
 	@touch $@
 
 # The extra that `make demo`, `make test`, ... names, read from what was just installed.
-$(VENV)/demo $(VENV)/test $(VENV)/cuda $(VENV)/bench $(VENV)/dev $(VENV)/oracles $(VENV)/audit: $(VENV)/%: $(VENV)/built pyproject.toml
+$(VENV)/demo $(VENV)/test $(VENV)/cuda $(VENV)/bench $(VENV)/dev $(VENV)/oracles $(VENV)/audit $(VENV)/fuzz: $(VENV)/%: $(VENV)/built pyproject.toml
 	@test $@ -nt pyproject.toml || { echo "installing optimisers[$*]" && $(PIP) "optimisers[$*]"; }
 	@touch $@

@@ -2,7 +2,7 @@
 
 Whatever comes is refused, and then nothing has changed, bit for bit; or it is taken, and then the
 kernels give what the array path gives, their slow twin. What was found here stands by a name in
-test_hostile.py. `make fuzz` goes on for longer, and along what the code covers.
+test_hostile.py. `make fuzz` goes on for longer, `make fuzz-guided` along what the code covers.
 """
 
 from __future__ import annotations
