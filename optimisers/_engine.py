@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import itertools
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -331,14 +332,7 @@ def advance(
                 raise
         elif _take(batch, k, leaf, x, g):
             continue
-        others = [checked_gradient(h[k], x, partial(where, k)) for h in higher]
-        try:
-            new_state[k], new = evaluate(leaf.rule, leaf.state, x, [g, *others])
-        except FloatingPointError as error:
-            raise FloatingPointError(f"at {where(k)}: {error}") from error
-        except Exception as error:
-            _note(error, leaf, where(k))
-            raise
+        new_state[k], new = _evaluated(k, leaf, x, g, higher, where)
         if new is None:
             continue
         if in_place and maywrite(x) and not is_tracer(new):
@@ -365,12 +359,10 @@ def advance(
         if on_device:
             on_device.measure()
         if (in_place and rest) or beside is not None or on_device:
-            states = new_state.items() if in_place else ()
             writes: list[Call] = [(batch.run,)]
             if on_device:
                 writes += on_device.calls()
-            writes += [writing(xs[k], new) for k, new in stored.items()]
-            writes += [(setattr, leaves[k], "state", new) for k, new in states]
+            writes += _stores(leaves, xs, stored, new_state if in_place else {})
             if beside is not None:
                 writes += beside(new_x)
             at_once(writes)
@@ -382,13 +374,35 @@ def advance(
     if tensors:
         _give_tensors(batch, tensors, leaves, xs, in_place)
         if in_place and by_cuda:
-            _torch.note_written([xs[k] for k in {*by_cuda}.intersection(tensors)])
+            _torch.note_written([*map(xs.__getitem__, {*by_cuda}.intersection(tensors))])
     for seen in _watchers:
-        taken = {*batch.places(), *by_cuda}
-        seen.extend((k, "kernels") for k in batch.places())
-        seen.extend((k, "cuda") for k in by_cuda)
-        seen.extend((k, "arrays") for k in rest if k in new_state and k not in taken)
+        by_kernels = batch.places()
+        arrays = {*new_state}.intersection(rest).difference(by_kernels, by_cuda)
+        for backend, taken in (("kernels", by_kernels), ("cuda", by_cuda), ("arrays", arrays)):
+            seen.extend(zip(sorted(taken), itertools.repeat(backend)))
     return new_x, new_state, []
+
+
+def _evaluated(
+    k: int, leaf: Any, x: Array, g: Array, higher: Sequence[list[Any]], where: Callable[[int], str]
+) -> tuple[Any, Array | None]:
+    """Return the state and the parameter that the array path makes; what it raises has the path."""
+    others = [checked_gradient(h[k], x, partial(where, k)) for h in higher]
+    try:
+        return evaluate(leaf.rule, leaf.state, x, [g, *others])
+    except FloatingPointError as error:
+        raise FloatingPointError(f"at {where(k)}: {error}") from error
+    except Exception as error:
+        _note(error, leaf, where(k))
+        raise
+
+
+def _stores(
+    leaves: list[Any], xs: list[Array], stored: dict[int, Array], new_state: dict[int, Any]
+) -> list[Call]:
+    """Return the calls that store what the array path has made."""
+    parameters = [writing(xs[k], new) for k, new in stored.items()]
+    return parameters + [(setattr, leaves[k], "state", new) for k, new in new_state.items()]
 
 
 def _holds_nonfinite(
