@@ -218,7 +218,11 @@ class Batch:
             for group in self.groups.values():
                 group.launch.check = check
         for kind, group in self.groups.items():
-            self.on(kind.device, self._prepare, kind, group)
+            numbers = [job.numbers for job in group.jobs]
+            if group.is_known:
+                self.on(kind.device, group.launch.renumber, numbers)
+            else:
+                self.on(kind.device, self._prepare, kind, group, numbers)
         return None
 
     def _lend(self, kind: Kind, group: _Group) -> None:
@@ -276,12 +280,8 @@ class Batch:
         job.lay_out(lib.address(copy), job.words[_device_text.PARAMETER : _device_text.SLOTS])
         self.lasting = [entry for entry in self.lasting if entry[0] is not job]
 
-    def _prepare(self, kind: Kind, group: _Group) -> None:
+    def _prepare(self, kind: Kind, group: _Group, numbers: list[tuple[float, ...]]) -> None:
         launch, jobs = group.launch, group.jobs
-        numbers = [job.numbers for job in jobs]
-        if group.is_known:
-            launch.renumber(numbers)
-            return
         rows = [word for job in jobs for word in job.words]
         firsts = launch.lay_out([job.length for job in jobs])
         rows[_device_text.FIRST_BLOCK :: _device_text.width(kind.program)] = firsts
