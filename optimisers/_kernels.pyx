@@ -22,6 +22,7 @@ e) A *barrier* (a norm) needs all of a leaf before its step can run. The steps a
 import os
 
 cimport numpy as cnp
+from cpython.list cimport PyList_GET_ITEM
 from cpython.ref cimport Py_INCREF, Py_XDECREF, PyObject
 from cpython.tuple cimport PyTuple_Check, PyTuple_GET_ITEM, PyTuple_GET_SIZE
 from libc.math cimport INFINITY, fabs, fabsf, isfinite, pow
@@ -151,6 +152,8 @@ cdef enum:
     WAKING = 60             # times the work for which a thread takes part is worth waking one
     PIECES = 32             # most pieces of an update for each thread ...
     PIECE = 32768           # ... and fewest bytes that one moves
+
+cdef uint64_t GOLDEN = 0x9e3779b97f4a7c15   # spreads addresses over a table: Knuth's multiplier
 
 ctypedef fused real:
     float
@@ -633,6 +636,31 @@ cdef Narrow narrow_kind(cnp.ndarray a):
     return NO
 
 # --- gathering -------------------------------------------------------------------------------
+
+
+def are_distinct(list objects):
+    """Tell whether no object stands twice in a list."""
+    cdef Py_ssize_t n = len(objects), width = 2, k, at
+    cdef uintptr_t* table
+    cdef uintptr_t p
+    cdef bint found = False
+    while n > <Py_ssize_t> 1 << (width - 1):    # so that half the table stays empty
+        width += 1
+    table = <uintptr_t*> calloc(<size_t> 1 << width, sizeof(uintptr_t))
+    if table is NULL:
+        raise MemoryError
+    for k in range(n):
+        p = <uintptr_t> PyList_GET_ITEM(objects, k)
+        at = <Py_ssize_t> (<uint64_t> p * GOLDEN >> (64 - width))
+        while table[at] and table[at] != p:
+            at = (at + 1) & ((<Py_ssize_t> 1 << width) - 1)
+        if table[at]:
+            found = True
+            break
+        table[at] = p
+    free(table)
+    return not found
+
 
 cdef inline bint ready(cnp.ndarray a, int kind, bint c_order) noexcept:
     """Tell whether `a` is plain memory of one type, in the order asked for."""

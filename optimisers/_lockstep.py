@@ -99,7 +99,7 @@ def _add_all(
     mark: type[M], s: Any, m: Any, g: Any, marks: list[M], xs: list[Array], gs: list[Any]
 ) -> bool:
     """Add what stands below three nodes at one stroke, if all are marks and the keys in order."""
-    if {*map(type, s.values() if type(s) is dict else s)} != {mark}:
+    if [*map(type, s.values() if type(s) is dict else s)].count(mark) < len(s):
         return False
     if type(s) is dict:
         if not [*s] == [*m] == [*g]:

@@ -291,7 +291,7 @@ def _step(
     def where(k: int) -> str:
         return place(Leaf, state, model, k)
 
-    if len(leaves) == 1 or len({*leaves}) == len(leaves):
+    if len(leaves) == 1 or _engine.kernels.are_distinct(leaves):
         new_x, new_state, skipped = _engine.advance(
             leaves, xs, gs, higher, where, in_place, on_nonfinite
         )

@@ -547,3 +547,14 @@ def test_coefficients_that_raise_leave_everything_as_it_was(call):
     with pytest.raises(RuntimeError, match="no coefficients today"):
         call(state, model, model)
     assert [(p, bits(a)) for p, a in arrays_in([state, model])] == before
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 3, 4, 5, 8, 9, 1000])
+def test_an_object_that_stands_twice_is_found(n):
+    objects = [object() for _ in range(n)]
+    assert _engine.kernels.are_distinct(objects)
+    for k in {0, n // 2, n - 1} if n else ():
+        for at in (0, k, n):
+            twice = objects.copy()
+            twice.insert(at, objects[k])
+            assert not _engine.kernels.are_distinct(twice)
