@@ -418,7 +418,7 @@ class Restructure(Generic[Model]):
         array([1., 2., 3.])
         """
         slots, xs = self._places(model)
-        if self._are_plain(xs):
+        if self._in_turn:
             return self._joined(xs, out)
         pieces: list[Any] = [None] * len(self._parameters)
         for slot, x in zip(slots, xs, strict=True):
@@ -527,7 +527,7 @@ class Restructure(Generic[Model]):
         if not parts:
             return out
         target = out
-        if not fresh and any(_may_overlap(part, out) for part in parts):
+        if not fresh and _may_overlap(parts, out):
             target = np.empty_like(out)
         with np.errstate(all="ignore"):
             np.concatenate(parts, axis=None, out=target, casting="unsafe")
@@ -761,11 +761,11 @@ def _cast(x: Array, dtype: Any, copy: bool) -> Array:
     return x.copy() if copy and maywrite(x) else x
 
 
-def _may_overlap(x: np.ndarray, out: np.ndarray) -> bool:
-    """Tell whether two arrays may share memory; quickly, if each has its own."""
-    if x.base is None and out.base is None and x.flags.owndata and out.flags.owndata:
-        return x is out
-    return np.may_share_memory(x, out)
+def _may_overlap(parts: list[np.ndarray], out: np.ndarray) -> bool:
+    """Tell whether one of the arrays may share memory with `out`."""
+    if out.flags.owndata:  # then only views can, and itself
+        parts = [part for part in parts if part.base is not None or part is out]
+    return any(np.may_share_memory(part, out) for part in parts)
 
 
 def _numpy(x: Any) -> np.ndarray:
