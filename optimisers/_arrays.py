@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import numpy as np
 
-__all__ = ["isnumeric", "library_of", "maywrite"]
+__all__ = ["dtype_name", "isnumeric", "library_of", "maywrite"]
 
 
 def isnumeric(x: object) -> bool:
@@ -40,6 +40,12 @@ def isnumeric(x: object) -> bool:
             return bool(dtype.is_floating_point or dtype.is_complex)
     kind = getattr(dtype, "kind", "")
     return kind in _FLOATING or (kind == "V" and _is_named_float(dtype))
+
+
+@functools.lru_cache(maxsize=256)
+def dtype_name(dtype: Any) -> str:
+    """Return the name of a dtype of any library and byte order, like ``float32``."""
+    return str(getattr(dtype, "name", dtype)).removeprefix("torch.")
 
 
 def maywrite(x: object) -> bool:

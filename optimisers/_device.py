@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from ._arrays import isnumeric, library_of
+from ._arrays import dtype_name, isnumeric, library_of
 
 Array = Any
 
@@ -42,7 +42,7 @@ class Library:
 
     def dtype(self, x: Array) -> str:
         """Return the name of its dtype."""
-        return _name_of(x.dtype)
+        return dtype_name(x.dtype)
 
     def layout(self, x: Array) -> tuple[Any, ...]:
         """Return what must be the same for two arrays to be alike: shape, strides, dtype."""
@@ -195,11 +195,6 @@ def library(x: object) -> Library | None:
 def is_numba(x: object) -> bool:
     """Tell whether `x` is a device array of Numba, with which nothing else can compute."""
     return library_of(type(x)) == "numba"
-
-
-@functools.lru_cache(maxsize=256)
-def _name_of(dtype: Any) -> str:
-    return str(getattr(dtype, "name", dtype)).removeprefix("torch.")
 
 
 def counts_in_numpy(x: object) -> bool:

@@ -17,6 +17,7 @@ from typing import Annotated, Any, ClassVar, NamedTuple, Self
 import numpy as np
 
 from . import _device
+from ._arrays import dtype_name
 from ._jax import (
     Maybe,
     Number,
@@ -356,7 +357,7 @@ class ElementwiseRule(Rule):
         epsilon = getattr(self, "epsilon", None)
         if epsilon is None:
             return self
-        if getattr(x.dtype, "name", str(x.dtype)).removeprefix("torch.") != "float16":
+        if dtype_name(x.dtype) != "float16":
             return self
         if is_traced(epsilon):
             epsilon = where(epsilon > 0, maximum(epsilon, 1e-7), epsilon)

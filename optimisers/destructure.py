@@ -27,7 +27,7 @@ import numpy as np
 
 from . import _device, _engine
 from ._arraypath import at_once, checked_gradient, fresh, writing
-from ._arrays import isnumeric, maywrite
+from ._arrays import dtype_name, isnumeric, maywrite
 from ._lockstep import gather, place
 from ._lockstep import places as walk_places
 from ._nodes import mirror, rebuild, register_leaf, trainable_keys
@@ -693,13 +693,8 @@ def _is_c_contiguous(x: Array) -> bool:
     return bool(x.is_contiguous()) if _is_torch(x) else True
 
 
-def _name(dtype: Any) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-@functools.lru_cache(maxsize=256)
 def _is_complex(dtype: Any) -> bool:
-    return _name(dtype).startswith("complex")
+    return dtype_name(dtype).startswith("complex")
 
 
 def _native(dtype: Any) -> Any:
@@ -707,13 +702,13 @@ def _native(dtype: Any) -> Any:
 
 
 def _numpy_dtype(dtype: Any) -> np.dtype:
-    return np.dtype(dtype if isinstance(dtype, np.dtype) else _name(dtype))
+    return np.dtype(dtype if isinstance(dtype, np.dtype) else dtype_name(dtype))
 
 
 def _dtype_for(like: Array, dtype: Any) -> Any:
     """Return `dtype` as the library of `like` has it."""
     if _is_torch(like):
-        return getattr(sys.modules["torch"], _name(dtype))
+        return getattr(sys.modules["torch"], dtype_name(dtype))
     dtype = _numpy_dtype(dtype)
     jax = sys.modules.get("jax")
     if jax is not None and isinstance(like, jax.Array):  # without jax_enable_x64, float64 is not
