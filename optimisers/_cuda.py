@@ -310,6 +310,13 @@ class Table:
 # --- launches --------------------------------------------------------------------------------
 
 
+class _Begun(NamedTuple):
+    """A call that is the same in each step, but for numbers at its end."""
+
+    call: tuple[Any, ...]
+    takes_numbers: bool
+
+
 class Launch:
     """A program on many arrays of one device and stream; its tables serve from step to step."""
 
@@ -333,11 +340,13 @@ class Launch:
         self.first: tuple[float, ...] | None = None
         self.shared: tuple[Any, ...] = ()
         self.head: tuple[Any, ...] = ()
-        self._kernels: dict[tuple[Any, ...], Kernel] = {}
-        self.last: Kernel
-        """The kernel that updates, behind those that measure."""
-        self.update: tuple[Any, ...] = ()
-        """The call that enqueues it, but for the numbers that are shared."""
+        self._kernels: list[tuple[Kernel, tuple[Any, ...]]] = []
+        """What an update launches, in turn, and what that was compiled for."""
+        self.measuring: list[_Begun] = []
+        """What enqueues the norms, and the factors that steps behind them take."""
+        self.updating: list[_Begun] = []
+        """What enqueues the update; nothing if there are no numbers to update."""
+        self.is_begun = False
         self.tokens: list[object] = []
         """What stands for the rows."""
         self.check: object = None
@@ -380,7 +389,7 @@ class Launch:
             self.factors.reserve(len(limits))
         where = self.rows.argument, self.blocks.argument
         self.head = *where, self.grid.stretch, self.factors.argument
-        self.update = ()
+        self.is_begun = False
         self.renumber(numbers)
 
     def renumber(self, numbers: list[tuple[float, ...]]) -> None:
@@ -388,50 +397,63 @@ class Launch:
         first = numbers[0]
         varied = len(numbers) > 1 and any(own is not first and own != first for own in numbers)
         if varied is not self.varied or not self._kernels:
-            self.varied, self.update = varied, ()
-            for parts, key in self._steps():
-                self.last = self._kernel(parts, *key)
+            self.varied = varied
+            self._kernels = [(compiled(*key), key) for key in self._keys()]
+            self.is_begun = False
         if varied:
             self.numbers.hold([number for own in numbers for number in own], self.stream)
             self.shared = (self.numbers.argument,)
         elif first is not self.first:
             self.shared = tuple(np.array(first, self.number))
         self.first = None if varied else first
+        if not self.is_begun:
+            self._begin()
 
-    def _steps(self) -> Iterator[tuple[Callable[..., Any], tuple[Any, ...]]]:
-        """Yield what is compiled for each kernel that an update launches, in turn."""
+    def _keys(self) -> Iterator[tuple[Any, ...]]:
+        """Yield what `compiled` takes for each kernel that an update launches, in turn."""
         program = self.program
         for b, stage in enumerate(program.barriers):
             p = cast(float, program.stages[stage].order)
             kinds = sums_of_norm(p, program.real)
             for kind in kinds:
-                yield measure_kernel_parts, (program, self.varied, b, p, kind)
-                yield combine_kernel_parts, (program.real, p, kind, kind is kinds[-1])
-        yield step_kernel_parts, (program, self.varied)
+                yield measure_kernel_parts, program, self.varied, b, p, kind
+                yield combine_kernel_parts, program.real, p, kind, kind is kinds[-1]
+        yield step_kernel_parts, program, self.varied
 
-    def _kernel(self, *key: Any) -> Kernel:
-        kernel = self._kernels.get(key)
-        if kernel is None:
-            kernel = self._kernels[key] = compiled(*key)
-        return kernel
-
-    def measures(self) -> Iterator[tuple[Any, ...]]:
-        """Yield the calls that enqueue the norms, and the factors that steps behind them take."""
+    def _begin(self) -> None:
+        """Make the calls that enqueue an update, but for the numbers that its steps share."""
+        self.measuring, self.updating = [], []
         barrier, barriers = 0, len(self.program.barriers)
         sums = self.units.argument, self.parts.argument
-        for parts, key in self._steps():
-            kernel = self._kernel(parts, *key)
-            if parts is measure_kernel_parts:
-                barrier = key[2]
-                if self.count:
-                    yield kernel.call(self.count, self.stream, *self.head, *sums, *self.shared)
-            elif parts is combine_kernel_parts:
-                yield kernel.call(
+        for kernel, (parts, *key) in self._kernels:
+            if parts is combine_kernel_parts:
+                call = kernel.call(
                     len(self.firsts), self.stream,
                     self.rows.argument, self.width, self.grid.stretch, *reversed(sums),
                     self.found.argument, self.factors.argument, self.limits.argument,
                     barrier, barriers,
                 )  # fmt: skip
+                self.measuring.append(_Begun(call, False))
+            elif self.count and parts is measure_kernel_parts:
+                barrier = key[2]
+                call = kernel.call(self.count, self.stream, *self.head, *sums)
+                self.measuring.append(_Begun(call, True))
+            elif self.count:
+                call = kernel.call(self.count, self.stream, *self.head)
+                self.updating.append(_Begun(call, True))
+        self.is_begun = True
+
+    def measures(self) -> list[tuple[Any, ...]]:
+        """Return the calls that enqueue the norms, and the factors that steps behind them take."""
+        return self._with_numbers(self.measuring)
+
+    def run(self) -> list[tuple[Any, ...]]:
+        """Return the call that enqueues the update, if there is something to do."""
+        return self._with_numbers(self.updating)
+
+    def _with_numbers(self, begun: list[_Begun]) -> list[tuple[Any, ...]]:
+        shared = self.shared
+        return [(*call, *shared) if takes_numbers else call for call, takes_numbers in begun]
 
     def norms(self) -> list[float]:
         """Wait for the norms, and return them row by row."""
@@ -442,11 +464,3 @@ class Launch:
         if not is_simulated():
             self.stream.numba.synchronize()
         return host.tolist()
-
-    def run(self) -> list[tuple[Any, ...]]:
-        """Return the call that enqueues the update, if there is something to do."""
-        if not self.count:
-            return []
-        if not self.update:
-            self.update = self.last.call(self.count, self.stream, *self.head)
-        return [(*self.update, *self.shared)]
