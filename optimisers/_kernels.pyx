@@ -23,7 +23,7 @@ import os
 
 cimport numpy as cnp
 from cpython.list cimport PyList_GET_ITEM
-from cpython.ref cimport Py_INCREF, Py_XDECREF, PyObject
+from cpython.ref cimport Py_INCREF, Py_REFCNT, Py_XDECREF, PyObject
 from cpython.tuple cimport PyTuple_Check, PyTuple_GET_ITEM, PyTuple_GET_SIZE
 from libc.math cimport INFINITY, fabs, fabsf, isfinite, pow
 from libc.stdint cimport INT64_MAX, int64_t, uint16_t, uint32_t, uint64_t, uintptr_t
@@ -266,6 +266,7 @@ cdef struct Segment:        # one leaf
     Py_ssize_t block        # numbers in each of its own
     bint is_double
     bint c_order
+    bint alone              # whether the leaf alone holds the tuple at hand of its state
     bint swallowed          # its rule makes no step this time
     int64_t is_bad          # whether infinity or NaN was found in its gradient
 
@@ -500,7 +501,7 @@ cdef class StepPlan(Plan):
             t = batch.read_count(item(old, self.step.slots)) + 1
             if t == 0:
                 return False
-            batch.store_count(new, self.step.slots, t, leaf.place)
+            batch.store_count(new, self.step.slots, t, leaf)
         if self.known[kind] < 0 or self.known_t[kind] != t:
             numbers = self.coefs(t) if self.counts else self.coefs()
             if len(numbers) != self.step.coefs:
@@ -558,9 +559,11 @@ cdef class ChainPlan(Plan):
     cdef bint stack(self, Batch batch, Segment* leaf, old, new) except -1:
         cdef Plan part
         cdef Py_ssize_t k
+        cdef bint alone = leaf.alone
         if PyTuple_GET_SIZE(old) != PyTuple_GET_SIZE(self.parts):
             return False
         for k in range(PyTuple_GET_SIZE(self.parts)):
+            leaf.alone = alone and is_alone(PyTuple_GET_ITEM(old, k))
             part = <Plan> item(self.parts, k)
             if not PyTuple_Check(item(old, k)):
                 return False
@@ -613,7 +616,7 @@ cdef class AccumulatePlan(Plan):
         if held < 0:
             return False
         leaf.swallowed = held + 1 < self.n
-        batch.store_count(new, 1, held + 1 if leaf.swallowed else 0, leaf.place)
+        batch.store_count(new, 1, held + 1 if leaf.swallowed else 0, leaf)
         return (self.hold if leaf.swallowed else self.release).stack(batch, leaf, old[:1], new[:1])
 
 cdef class MixedPlan(Plan):
@@ -670,6 +673,19 @@ cdef inline bint ready(cnp.ndarray a, int kind, bint c_order) noexcept:
         and cnp.PyArray_CHKFLAGS(a, order | cnp.NPY_ARRAY_ALIGNED)
         and cnp.PyArray_ISNOTSWAPPED(a)
     )
+
+
+cdef inline bint is_alone(PyObject* held, Py_ssize_t holders=1) noexcept:
+    """Tell whether nobody holds an object but so many holders that are known."""
+    return Py_REFCNT(<object> held) <= holders
+
+
+cdef inline bint owns(PyObject* array) noexcept:
+    """Tell whether the memory of an array in a tuple is no other array's, so far as that goes.
+
+    One that owns its memory shares it with views alone, and these would hold it as well.
+    """
+    return is_alone(array) and cnp.PyArray_CHKFLAGS(<cnp.ndarray> array, cnp.NPY_ARRAY_OWNDATA)
 
 
 cdef inline bint same_shape(cnp.ndarray a, cnp.ndarray b) noexcept:
@@ -775,6 +791,7 @@ cdef class Batch:
         cdef cnp.ndarray xa, ga, old, new
         cdef Segment leaf
         cdef int kind
+        leaf.alone = is_alone(<PyObject*> state, 2)     # the leaf, and who calls this
         if not cnp.PyArray_CheckExact(x) or not cnp.PyArray_CheckExact(g):
             return False
         xa, ga = <cnp.ndarray> x, <cnp.ndarray> g
@@ -800,6 +817,7 @@ cdef class Batch:
                 return False
             if not cnp.PyArray_ISWRITEABLE(new):
                 return False
+            leaf.alone = leaf.alone and is_alone(PyTuple_GET_ITEM(state, 1))
             plan, old_state, new_state = (<MixedPlan> plan).inner, item(state, 1), item(made, 1)
         if kind != cnp.NPY_FLOAT and kind != cnp.NPY_DOUBLE:
             return False
@@ -844,19 +862,22 @@ cdef class Batch:
         cdef Stage* stage = <Stage*> push(&self.work.stages, sizeof(Stage))
         cdef cnp.ndarray a, b
         cdef int k
+        cdef bint alone
         cdef int kind = cnp.NPY_DOUBLE if leaf.is_double else cnp.NPY_FLOAT
         stage.run, stage.finish = step.run[leaf.is_double], step.finish[leaf.is_double]
         stage.slots = step.slots
         for k in range(step.slots):
             if not cnp.PyArray_CheckExact(item(old, k)):
                 return NULL
+            alone = leaf.alone and owns(PyTuple_GET_ITEM(old, k))
             a, b = <cnp.ndarray> item(old, k), <cnp.ndarray> item(new, k)
             if not ready(a, kind, leaf.c_order) or not same_shape(a, self.like):
                 return NULL
             if a is b:
                 if not cnp.PyArray_ISWRITEABLE(a):
                     return NULL
-                self.add_span(&self.work.spans, a, leaf.n, leaf.place)
+                if not alone:
+                    self.add_span(&self.work.spans, a, leaf.n, leaf.place)
             stage.old[k], stage.new[k] = cnp.PyArray_BYTES(a), cnp.PyArray_BYTES(b)
         return stage
 
@@ -891,17 +912,15 @@ cdef class Batch:
         value = (<int64_t*> cnp.PyArray_DATA(count))[0]
         return value if value < INT64_MAX else -1
 
-    cdef int store_count(self, state, Py_ssize_t k, int64_t value, Py_ssize_t place) except -1:
+    cdef int store_count(self, state, Py_ssize_t k, int64_t value, Segment* leaf) except -1:
         """See to it that the run stores a count into item `k` of a state."""
-        cdef PyObject* held = PyTuple_GET_ITEM(state, k)
-        cdef cnp.ndarray a = <cnp.ndarray> held
+        cdef bint alone = leaf.alone and owns(PyTuple_GET_ITEM(state, k))
+        cdef cnp.ndarray a = <cnp.ndarray> item(state, k)
         cdef Count* count = <Count*> push(&self.work.counts, sizeof(Count))
         count.where = <int64_t*> cnp.PyArray_DATA(a)
         count.value = value
-        # One that owns its memory, and that only the state and `a` hold, overlaps with nothing:
-        # who sees that memory holds it too.
-        if held.ob_refcnt > 2 or not cnp.PyArray_CHKFLAGS(a, cnp.NPY_ARRAY_OWNDATA):
-            self.add_span(&self.work.spans, a, 1, place)
+        if not alone:
+            self.add_span(&self.work.spans, a, 1, leaf.place)
         return 0
 
     cdef int carry_over(self, old, new) except -1:

@@ -145,6 +145,51 @@ def test_one_count_for_two_leaves():
     refused(r"\['a'\] and \['b'\] overlap", state, model, model)
 
 
+SHARED = {
+    "a state": (Adam(), lambda state: state),
+    "a slot": (Adam(), lambda state: state._replace(t=np.array(0))),
+    "a count": (Adam(), lambda state: type(state)(*map(np.copy, state[:2]), state.t)),
+    "a state in a chain": (OptimiserChain(Descent(), Adam()), lambda state: (*state,)),
+    "a slot in a chain": (
+        OptimiserChain(Descent(), Adam()),
+        lambda state: ((), state[1]._replace(t=np.array(0))),
+    ),
+    "a master": (MixedPrecision(Adam()), lambda state: (state[0], (*map(np.copy, state[1]),))),
+    "a state beside masters": (
+        MixedPrecision(OptimiserChain(Adam())),
+        lambda state: (state[0].copy(), state[1]),
+    ),
+    "a sum": (AccumGrad(3), lambda state: state._replace(count=np.array(0))),
+}
+
+
+@parametrize("shared", SHARED)
+def test_two_leaves_that_share(shared):
+    rule, other = SHARED[shared]
+    dtype = "float16" if isinstance(rule, MixedPrecision) else "float32"
+    model = {"a": np.ones(3, dtype), "b": np.ones(3, dtype)}
+    one = Leaf(rule, rule.init(model["a"]))
+    state = {"a": one, "b": Leaf(rule, other(one.state))}
+    with pytest.raises(ValueError, match=r"\['a'\] and \['b'\] overlap in memory"):
+        update_(state, model, model)
+    assert_same_bits([*model.values()], [np.ones(3, dtype)] * 2)
+
+
+@parametrize("wrap", [lambda r: r, OptimiserChain])
+def test_a_view_of_a_state_that_nothing_else_holds(wrap):
+    """A parameter, and a gradient, that lie in a slot: the slot is held by them and the state."""
+    rule, ones = wrap(Momentum(0.5, 0.5)), np.ones(4, np.float32)
+    state = setup(rule, ones)
+    slot = (state.state[0] if wrap is OptimiserChain else state.state)[0]
+    view = slot[:]
+    del slot
+    with pytest.raises(ValueError, match="overlap in memory"):
+        update_(state, view, ones)
+    view[...] = 4
+    _, x = update_(state, ones.copy(), view)
+    np.testing.assert_array_equal(x, 1 - (0.5 * 4 + 0.5 * 4))
+
+
 @parametrize("dtype", ["float16", "float64"])
 def test_parameters_beside_the_kernels_that_overlap(dtype):
     room = np.ones(8, dtype)
