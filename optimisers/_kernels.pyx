@@ -48,6 +48,24 @@ cdef extern from *:
     #else
     #define APART __restrict__
     #endif
+    /* Where objects keep what a name in the `__slots__` of their class stands for; else 0. */
+    #ifndef Py_T_OBJECT_EX
+    #include <structmember.h>
+    #define Py_T_OBJECT_EX T_OBJECT_EX
+    #endif
+    static Py_ssize_t slot_offset(PyObject *cls, const char *name) {
+        PyObject *found = PyObject_GetAttrString(cls, name);
+        Py_ssize_t offset = 0;
+        if (found == NULL)
+            PyErr_Clear();
+        else if (Py_TYPE(found) == &PyMemberDescr_Type) {
+            PyMemberDef *member = ((PyMemberDescrObject *) found)->d_member;
+            if (member->type == Py_T_OBJECT_EX)
+                offset = member->offset;
+        }
+        Py_XDECREF(found);
+        return offset;
+    }
     #if defined(__x86_64__) && defined(__GNUC__)
     static int runs_avx2(void) {
         __builtin_cpu_init();
@@ -110,6 +128,7 @@ cdef extern from *:
     uint16_t narrow_float16(float) nogil
     uint16_t narrow_bfloat16(float) nogil
     void* exchange(void** at, void* p) nogil
+    Py_ssize_t slot_offset(object cls, const char* name)
     int runs_avx2()
     int runs_avx512()
     ctypedef float* float_p
@@ -665,6 +684,31 @@ def are_distinct(list objects):
     return not found
 
 
+cdef class Slots:
+    """Where the leaves of a class keep their attributes: see `slot_offset`."""
+
+    cdef object kind
+    cdef Py_ssize_t frozen
+    cdef Py_ssize_t rule
+    cdef Py_ssize_t state
+
+    def __init__(self, kind):
+        self.kind = kind
+        self.frozen = slot_offset(kind, b"frozen")
+        self.rule = slot_offset(kind, b"rule")
+        self.state = slot_offset(kind, b"state")
+
+cdef Slots known_slots = Slots(object)
+
+
+cdef inline object slot(object leaf, Py_ssize_t offset, str name):
+    """Return an attribute, without a search for it if its offset is known."""
+    cdef PyObject* found = NULL
+    if offset:
+        found = (<PyObject**> (<char*> <PyObject*> leaf + offset))[0]
+    return getattr(leaf, name) if found is NULL else <object> found
+
+
 cdef inline bint ready(cnp.ndarray a, int kind, bint c_order) noexcept:
     """Tell whether `a` is plain memory of one type, in the order asked for."""
     cdef int order = cnp.NPY_ARRAY_C_CONTIGUOUS if c_order else cnp.NPY_ARRAY_F_CONTIGUOUS
@@ -744,23 +788,28 @@ cdef class Batch:
         Places without a gradient and frozen leaves are neither taken nor returned. `lower` turns
         a rule into a plan, or None.
         """
+        global known_slots
         cdef list rest = []
         cdef Py_ssize_t place
         cdef Plan plan = None
+        cdef Slots slots = known_slots
         last = self             # no rule
         self.kept += xs, gs
         for place in range(len(leaves)):
             leaf, x, g = leaves[place], xs[place], gs[place]
-            if g is None or leaf.frozen:
+            if type(leaf) is not slots.kind:
+                slots = Slots(type(leaf))
+            if g is None or slot(leaf, slots.frozen, "frozen"):
                 continue
             self.failed = place
-            rule = leaf.rule
+            rule = slot(leaf, slots.rule, "rule")
             if rule is not last:
                 last = rule
                 plan = self.plan(rule, lower)
-            if plan is None or not self.add(place, plan, leaf.state, x, g):
+            if plan is None or not self.add(place, plan, slot(leaf, slots.state, "state"), x, g):
                 rest.append(place)
         self.failed = -1
+        known_slots = slots
         return rest
 
     def take(self, Py_ssize_t place, Plan plan, state, x, g):
