@@ -22,6 +22,7 @@ e) A *barrier* (a norm) needs all of a leaf before its step can run. The steps a
 import os
 
 cimport numpy as cnp
+from cpython.dict cimport PyDict_Next
 from cpython.list cimport PyList_GET_ITEM
 from cpython.ref cimport Py_INCREF, Py_REFCNT, Py_XDECREF, PyObject
 from cpython.tuple cimport PyTuple_Check, PyTuple_GET_ITEM, PyTuple_GET_SIZE
@@ -42,7 +43,7 @@ cdef extern from *:
     #else
     static int omp_get_max_threads(void) { return 0; }
     #endif
-    /* Blocks never overlap (see Batch.overlaps), and the loops may rely on it. */
+    /* Blocks never overlap (see Batch.settle), and the loops may rely on it. */
     #if defined(_MSC_VER)
     #define APART __restrict
     #else
@@ -657,7 +658,32 @@ cdef Narrow narrow_kind(cnp.ndarray a):
         return BFLOAT16
     return NO
 
-# --- gathering -------------------------------------------------------------------------------
+# --- what the walk asks of many leaves at once -----------------------------------------------
+
+
+def all_are(kind, list objects):
+    """Tell whether all objects of a list are of this class itself."""
+    cdef Py_ssize_t k
+    for k in range(len(objects)):
+        if type(objects[k]) is not kind:
+            return False
+    return True
+
+
+def same_keys(dict a, dict b, dict c):
+    """Tell whether three dictionaries have the same keys, in the same order."""
+    cdef PyObject *in_a
+    cdef PyObject *in_b
+    cdef PyObject *in_c
+    cdef Py_ssize_t i = 0, j = 0, k = 0
+    if not len(a) == len(b) == len(c):
+        return False
+    while PyDict_Next(a, &i, &in_a, NULL):
+        PyDict_Next(b, &j, &in_b, NULL)
+        PyDict_Next(c, &k, &in_c, NULL)
+        if not in_a == in_b == in_c:    # equal all the same?
+            return [*a] == [*b] == [*c]
+    return True
 
 
 def are_distinct(list objects):
@@ -684,6 +710,8 @@ def are_distinct(list objects):
     return not found
 
 
+# --- gathering -------------------------------------------------------------------------------
+
 cdef class Slots:
     """Where the leaves of a class keep their attributes: see `slot_offset`."""
 
@@ -697,6 +725,7 @@ cdef class Slots:
         self.frozen = slot_offset(kind, b"frozen")
         self.rule = slot_offset(kind, b"rule")
         self.state = slot_offset(kind, b"state")
+
 
 cdef Slots known_slots = Slots(object)
 

@@ -15,6 +15,7 @@ from itertools import islice
 from types import SimpleNamespace
 from typing import Any, Protocol, TypeVar
 
+from ._kernels import all_are, same_keys
 from ._nodes import children, is_node, rebuild
 from ._path import KeyPath
 from ._tree import child_path, walk
@@ -99,13 +100,14 @@ def _add_all(
     mark: type[M], s: Any, m: Any, g: Any, marks: list[M], xs: list[Array], gs: list[Any]
 ) -> bool:
     """Add what stands below three nodes at one stroke, if all are marks and the keys in order."""
-    if [*map(type, s.values() if type(s) is dict else s)].count(mark) < len(s):
+    found = [*s.values()] if type(s) is dict else s
+    if not all_are(mark, found):
         return False
     if type(s) is dict:
-        if not [*s] == [*m] == [*g]:
+        if not same_keys(s, m, g):
             return False
-        s, m, g = s.values(), m.values(), g.values()
-    marks += s
+        m, g = m.values(), g.values()
+    marks += found
     xs += m
     gs += g
     return True

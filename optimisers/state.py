@@ -18,6 +18,7 @@ import numpy as np
 from . import _engine, _pytree
 from ._arraypath import Call, at_once, checked_gradient, fresh, shown, writing
 from ._arrays import isnumeric, maywrite
+from ._kernels import are_distinct
 from ._lockstep import gather, place, places
 from ._nodes import mirror, rebuild, register_leaf, trainable_keys
 from ._path import KeyPath
@@ -291,7 +292,7 @@ def _step(
     def where(k: int) -> str:
         return place(Leaf, state, model, k)
 
-    if len(leaves) == 1 or _engine.kernels.are_distinct(leaves):
+    if len(leaves) == 1 or are_distinct(leaves):
         new_x, new_state, skipped = _engine.advance(
             leaves, xs, gs, higher, where, in_place, on_nonfinite
         )

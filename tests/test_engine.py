@@ -558,3 +558,33 @@ def test_an_object_that_stands_twice_is_found(n):
             twice = objects.copy()
             twice.insert(at, objects[k])
             assert not _engine.kernels.are_distinct(twice)
+
+
+def test_objects_of_another_class_are_found():
+    class Other(Descent):
+        pass
+
+    all_are = _engine.kernels.all_are
+    assert all_are(Descent, [])
+    assert all_are(Descent, [Descent()] * 9)
+    for other in (Other(), None, Descent):
+        assert not all_are(Descent, [*[Descent()] * 9, other])
+
+
+def test_keys_in_another_order_are_found():
+    same = _engine.kernels.same_keys
+    names = [f"layer {k}" for k in range(9)]
+    one = dict.fromkeys(names)
+    equal = dict.fromkeys("".join(name) for name in map(list, names))  # not the same objects
+    other = dict.fromkeys(names[::-1])
+    fewer, another = dict.fromkeys(names[1:]), dict.fromkeys([*names[1:], "head"])
+    assert same({}, {}, {})
+    assert same(one, dict(one), equal)
+    assert same(equal, one, dict(one))
+    for wrong in (other, fewer, another, {}):
+        assert not same(one, one, wrong)
+        assert not same(one, wrong, one)
+        assert not same(wrong, one, one)
+    longer = dict(one)
+    del longer["layer 3"]  # leaves a gap in the table
+    assert same(longer, dict(longer), dict.fromkeys(n for n in names if n != "layer 3"))
