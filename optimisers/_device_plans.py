@@ -59,7 +59,7 @@ class StepPlan(Plan):
                 return False
             job.counts.append((count, t))
         job.steps.append((self, count))
-        job.numbers += self.numbers_at(t)
+        job.numbers += tuple(map(float, self.numbers_at(t)))  # an error here gets its path
         job.stages.append(Stage(self.step, self.slots, len(self.numbers)))
         return all(job.add_slot(old[j], new[j]) for j in range(self.slots))
 
