@@ -15,6 +15,7 @@ import importlib
 import math
 import numbers
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,7 +26,7 @@ from ._arrays import dtype_name, isnumeric, library_of
 Array = Any
 
 
-class Library:
+class Library(ABC):
     """What is done with the arrays of one library."""
 
     name: str
@@ -36,9 +37,9 @@ class Library:
     stays = True
     """Whether an array has the same memory and layout as long as it lives."""
 
+    @abstractmethod
     def address(self, x: Array) -> int:
         """Return where its first element lies."""
-        raise NotImplementedError
 
     def dtype(self, x: Array) -> str:
         """Return the name of its dtype."""
@@ -52,21 +53,21 @@ class Library:
         """Return its strides, in elements."""
         return tuple(s // x.dtype.itemsize for s in x.strides)
 
+    @abstractmethod
     def device(self, x: Array) -> int:
         """Return the number of its device."""
-        raise NotImplementedError
 
+    @abstractmethod
     def stream(self, x: Array) -> int:
         """Return the handle of the stream on which work with it is enqueued."""
-        raise NotImplementedError
 
+    @abstractmethod
     def blank(self, x: Array, dtype: str | None = None) -> Array:
         """Return an array of its shape whose elements follow each other as its own do."""
-        raise NotImplementedError
 
+    @abstractmethod
     def assign(self, x: Array, values: Any) -> None:
         """Write the values of a device array, of any layout, dtype and library, or a number."""
-        raise NotImplementedError
 
     def adopt(self, g: Array) -> Array:
         """Return an array of another library as one of this; the same memory."""
