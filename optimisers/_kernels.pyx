@@ -168,6 +168,7 @@ cdef enum:
     REDUCING = 3 + MAX_SLOTS    # ... and that it needs in a dry run
     STRETCHES = 256         # most partial sums of a norm
     STRETCH = 16384         # fewest numbers in one of them
+    LINE = 64               # bytes in a line of the caches
     LANES = 32              # running sums side by side, so that a reduction fills a vector
     WAKING = 60             # times the work for which a thread takes part is worth waking one
     PIECES = 32             # most pieces of an update for each thread ...
@@ -1414,14 +1415,25 @@ cdef bint none_holds(const void* numbers, Py_ssize_t start, Py_ssize_t n,
                      bits exponent) noexcept nogil:
     """Tell whether no number has all bits of its exponent set, as infinity and NaN do.
 
-    One more in the lowest of these bits then carries into the sign.
+    One more in the lowest of these bits then carries into the sign. Four quarters are read side by
+    side: memory hands out more along four ways than along one.
     """
-    cdef const bits* g = <const bits*> numbers + start
-    cdef bits one = exponent & (~exponent + 1), found = 0
-    cdef Py_ssize_t i
-    for i in range(n):
-        found |= (g[i] & exponent) + one
-    return not found & ~(exponent | (one - 1))
+    cdef const bits* a = <const bits*> numbers + start
+    cdef Py_ssize_t lines = n * sizeof(bits) // (4 * LINE), i
+    cdef Py_ssize_t quarter = lines * (LINE // sizeof(bits))
+    cdef const bits* b = a + quarter
+    cdef const bits* c = b + quarter
+    cdef const bits* d = c + quarter
+    cdef bits one = exponent & (~exponent + 1)
+    cdef bits in_a = 0, in_b = 0, in_c = 0, in_d = 0
+    for i in range(quarter):
+        in_a |= (a[i] & exponent) + one
+        in_b |= (b[i] & exponent) + one
+        in_c |= (c[i] & exponent) + one
+        in_d |= (d[i] & exponent) + one
+    for i in range(4 * quarter, n):
+        in_a |= (a[i] & exponent) + one
+    return not (in_a | in_b | in_c | in_d) & ~(exponent | (one - 1))
 
 
 # --- loops over one block --------------------------------------------------------------------
