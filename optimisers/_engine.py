@@ -7,6 +7,9 @@ everything else goes the array path (`_arraypath`), with the same steps. Whateve
 refused before anything is written: first everything is gathered and checked, then the leaves on
 the array path are evaluated into new arrays, then the kernels run (a norm that throws does so
 before they write), and only then is the rest stored.
+
+A single array, such as the flat vector of a model, goes straight to the kernels (`advance_one`);
+what is out of the ordinary about it, `advance` finds out.
 """
 
 from __future__ import annotations
@@ -243,6 +246,18 @@ def watching() -> Iterator[list[tuple[int, str]]]:
 
 NONFINITE = "ignore", "skip", "raise"
 """What can be done about a gradient with NaN or infinity in it."""
+
+
+def advance_one(leaf: Any, x: Array, g: Any, on_nonfinite: str) -> bool:
+    """Update a leaf that is the whole state tree in place, at one stroke; tell whether it could be.
+
+    If not, nothing has happened: `advance` does it then, or says why not.
+    """
+    if not kernels.update_one(leaf, x, g, lower, on_nonfinite):
+        return False
+    for seen in _watchers:
+        seen.append((0, "kernels"))
+    return True
 
 
 def advance(

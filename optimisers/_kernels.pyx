@@ -8,6 +8,7 @@ b) A `Plan` is a rule made ready: it knows how to stack its steps on a leaf.
 c) A `Batch` gathers leaves: for each a *segment* (parameter, gradient, length) and for each step of
    its rule a *stage* (function, slots, coefs). What the kernels cannot take is handed back
    untouched; nothing that the caller can see is written while gathering.
+   `update_one` does all this for a leaf on its own.
 d) `Batch.run` cuts every segment into blocks that fit the first cache and runs the whole chain on
    a block before it goes to the next, so that a chain of any length moves each array through
    memory once. The last step of the chain subtracts as it goes. Threads (_team.h) share the blocks
@@ -21,6 +22,7 @@ e) A *barrier* (a norm) needs all of a leaf before its step can run. The steps a
 
 import os
 
+cimport cython
 cimport numpy as cnp
 from cpython.dict cimport PyDict_Next
 from cpython.list cimport PyList_GET_ITEM
@@ -173,6 +175,7 @@ cdef enum:
     WAKING = 60             # times the work for which a thread takes part is worth waking one
     PIECES = 32             # most pieces of an update for each thread ...
     PIECE = 32768           # ... and fewest bytes that one moves
+    SHORT = 32768           # bytes that are moved before others could have had the GIL
 
 cdef uint64_t GOLDEN = 0x9e3779b97f4a7c15   # spreads addresses over a table: Knuth's multiplier
 
@@ -731,6 +734,14 @@ cdef class Slots:
 cdef Slots known_slots = Slots(object)
 
 
+cdef inline Slots slots_of(leaf):
+    global known_slots
+    cdef Slots slots = known_slots
+    if type(leaf) is not slots.kind:
+        known_slots = slots = Slots(type(leaf))
+    return slots
+
+
 cdef inline object slot(object leaf, Py_ssize_t offset, str name):
     """Return an attribute, without a search for it if its offset is known."""
     cdef PyObject* found = NULL
@@ -772,6 +783,7 @@ cdef inline bint same_shape(cnp.ndarray a, cnp.ndarray b) noexcept:
     return True
 
 
+@cython.freelist(2)
 cdef class Batch:
     """Leaves to be updated together.
 
@@ -818,7 +830,6 @@ cdef class Batch:
         Places without a gradient and frozen leaves are neither taken nor returned. `lower` turns
         a rule into a plan, or None.
         """
-        global known_slots
         cdef list rest = []
         cdef Py_ssize_t place
         cdef Plan plan = None
@@ -828,7 +839,7 @@ cdef class Batch:
         for place in range(len(leaves)):
             leaf, x, g = leaves[place], xs[place], gs[place]
             if type(leaf) is not slots.kind:
-                slots = Slots(type(leaf))
+                slots = slots_of(leaf)
             if g is None or slot(leaf, slots.frozen, "frozen"):
                 continue
             self.failed = place
@@ -839,7 +850,6 @@ cdef class Batch:
             if plan is None or not self.add(place, plan, slot(leaf, slots.state, "state"), x, g):
                 rest.append(place)
         self.failed = -1
-        known_slots = slots
         return rest
 
     def take(self, Py_ssize_t place, Plan plan, state, x, g):
@@ -1024,7 +1034,7 @@ cdef class Batch:
             span.place = place
         return 0
 
-    def settle(self):
+    cpdef settle(self):
         """See to it that nothing is written which is read elsewhere.
 
         Gradients and read-only parameters that lie in memory which the run writes are copied.
@@ -1089,20 +1099,28 @@ cdef class Batch:
 
     def nonfinite(self):
         """Return the places of the leaves whose gradients hold infinity or NaN."""
+        cdef Py_ssize_t k
+        cdef Segment* leaves = <Segment*> self.work.segments.data
+        if not self.judge():
+            return []
+        return [leaves[k].place for k in range(self.work.segments.length) if leaves[k].is_bad]
+
+    cdef bint judge(self) except -1:
+        """Mark the leaves whose gradients hold infinity or NaN; tell whether there are any."""
         cdef Run run
         cdef Py_ssize_t k, bytes = 0
         self.prepare(&run)
         for k in range(run.length):
             bytes += run.segments[k].n * number_size(&run.segments[k])
+        run.is_bad = 0
         run.members = team_take(min(most_threads(), enough(bytes)))
         run.pieces = min(run.blocks, bytes // PIECE + 1, run.members * PIECES)
-        with nogil:
-            share_out(run.members, judge_piece, &run, run.pieces, bytes)
+        work_on(&run, judge_piece, bytes)
         if run.members > 1:
             team_leave()
-        return [run.segments[k].place for k in range(run.length) if run.segments[k].is_bad]
+        return run.is_bad
 
-    def run(self):
+    cpdef run(self):
         """Update every leaf. Raises, if at all, before anything is written."""
         cdef Run run
         cdef Py_ssize_t k
@@ -1123,11 +1141,10 @@ cdef class Batch:
                 self.failed = leaf.place
                 self.set_number(leaf, norm.stage, self.norm_rules[k].factor(value))
             self.failed = -1
-            with nogil:
-                share_out(run.members, update_piece, &run, run.pieces, run.bytes)
-                for k in range(self.work.counts.length):
-                    count = <Count*> self.work.counts.data + k
-                    count.where[0] = count.value
+            work_on(&run, update_piece, run.bytes)
+            for k in range(self.work.counts.length):
+                count = <Count*> self.work.counts.data + k
+                count.where[0] = count.value
         finally:
             if run.members > 1:
                 team_leave()
@@ -1170,6 +1187,34 @@ cdef class Batch:
             (<float*> cell)[0] = <float> value
         return 0
 
+
+def update_one(leaf, x, g, lower, on_nonfinite):
+    """Update one leaf in place, unless anything at all is out of the ordinary; tell whether it did.
+
+    If not, nothing was written, and who takes the long way finds out what it is. A gradient that
+    holds infinity or NaN is ordinary if these are to be ignored.
+    """
+    cdef Batch batch
+    cdef Slots slots = slots_of(leaf)
+    cdef Plan plan
+    cdef bint judges = on_nonfinite != "ignore"
+    if judges and on_nonfinite != "raise" and on_nonfinite != "skip":
+        return False
+    batch = Batch()
+    try:
+        if g is None or slot(leaf, slots.frozen, "frozen"):
+            return False
+        plan = batch.plan(slot(leaf, slots.rule, "rule"), lower)
+        if plan is None or not batch.add(0, plan, slot(leaf, slots.state, "state"), x, g):
+            return False
+        if batch.new_x or batch.settle() is not None or (judges and batch.judge()):
+            return False
+        batch.run()
+    except Exception:
+        return False
+    return True
+
+
 # --- a run -----------------------------------------------------------------------------------
 
 cdef struct Run:            # what the threads share
@@ -1183,6 +1228,7 @@ cdef struct Run:            # what the threads share
     int members             # threads, the caller's among them
     double* scratch         # their memory ...
     Py_ssize_t room         # ... and how much of it each has
+    int64_t is_bad          # whether infinity or NaN was found in any gradient
 
 
 cdef inline Py_ssize_t number_size(Segment* leaf) noexcept nogil:
@@ -1205,6 +1251,15 @@ cdef void share_out(int members, team_piece piece, void* job, Py_ssize_t pieces,
     else:
         for k in range(pieces):
             piece(job, k, 0)
+
+
+cdef void work_on(Run* run, team_piece piece, Py_ssize_t bytes) noexcept:
+    """Do all pieces of a run; if that takes a while, other threads of Python go on meanwhile."""
+    if bytes < SHORT and run.members == 1:
+        share_out(1, piece, run, run.pieces, bytes)
+        return
+    with nogil:
+        share_out(run.members, piece, run, run.pieces, bytes)
 
 
 cdef Py_ssize_t traffic(Run* run, Segment* leaf, Py_ssize_t end) noexcept nogil:
@@ -1397,6 +1452,7 @@ cdef void judge_piece(void* job, int64_t k, int member) noexcept nogil:
         end = min((min(last, leaf.blocks) - before) * leaf.block, leaf.n)
         if not all_finite(leaf, start, end - start):
             team_swap(&leaf.is_bad, 1)
+            team_swap(&run.is_bad, 1)
         first = leaf.blocks
         at += 1
 

@@ -178,16 +178,17 @@ def _register_with_optree(cls: type) -> None:
     )
 
 
+_JAX, _OPTREE = "jax.tree_util", "optree"
 # What to do once a module has this name: until then it is not loaded, or only in part.
 _pending: dict[str, Any] = {
-    "jax.tree_util": ("register_pytree_with_keys", _register_with_jax),
-    "optree": ("register_pytree_node", _register_with_optree),
+    _JAX: ("register_pytree_with_keys", _register_with_jax),
+    _OPTREE: ("register_pytree_node", _register_with_optree),
 }
 
 
 def announce(cls: type) -> None:
     """Register `cls`, the class of leaves, with JAX and optree, once they are loaded."""
-    if sys.modules.keys().isdisjoint(_pending):  # quick, since asked at each update
+    if _JAX not in sys.modules and _OPTREE not in sys.modules:  # quick: asked at each update
         return
     for module in [*_pending]:
         if module in sys.modules:

@@ -273,6 +273,10 @@ def update_(
     >>> update_(state, w, np.array([1.0, np.nan]), on_nonfinite="skip")
     (Leaf(Descent(eta=0.1), (), skipped=1), array([0.9, 1.9]))
     """
+    if state.__class__ is Leaf and not higher:  # one array, such as a flat vector
+        _pytree.announce(Leaf)
+        if _engine.advance_one(state, model, grad, on_nonfinite):
+            return state, model
     return _step(state, model, grad, higher, True, on_nonfinite)
 
 

@@ -142,6 +142,8 @@ def ema_weight(beta: Any, t: Any) -> Any:
     >>> ema_weight(0.9, 2)
     0.18999999999999995
     """
+    if type(beta) is float and type(t) is int:  # nearly always, and asked at each step
+        return 1.0 - beta**t
     number = isinstance(beta, _REAL)
     if number and isinstance(t, _WHOLE):
         return 1.0 - math.pow(beta, t)
