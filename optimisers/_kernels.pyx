@@ -27,7 +27,9 @@ cimport numpy as cnp
 from cpython.dict cimport PyDict_Next
 from cpython.list cimport PyList_GET_ITEM
 from cpython.ref cimport Py_INCREF, Py_REFCNT, Py_XDECREF, PyObject
-from cpython.tuple cimport PyTuple_Check, PyTuple_GET_ITEM, PyTuple_GET_SIZE
+from cpython.tuple cimport (
+    PyTuple_Check, PyTuple_GET_ITEM, PyTuple_GET_SIZE, PyTuple_New, PyTuple_SET_ITEM,
+)
 from libc.math cimport INFINITY, fabs, fabsf, isfinite, pow
 from libc.stdint cimport INT64_MAX, int64_t, uint16_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free, realloc
@@ -820,9 +822,20 @@ cdef class Batch:
 
     def places(self):
         """Return the places taken."""
+        return self.places_of(bad=False)
+
+    cdef list places_of(self, bint bad):
+        """Return the places taken, or those of them with a bad gradient.
+
+        No comprehension: of those that Cython 3.3 makes, one without memory frees an item twice.
+        """
         cdef Py_ssize_t k
         cdef Segment* leaves = <Segment*> self.work.segments.data
-        return [leaves[k].place for k in range(self.work.segments.length)]
+        cdef list found = []
+        for k in range(self.work.segments.length):
+            if leaves[k].is_bad or not bad:
+                found.append(leaves[k].place)
+        return found
 
     def gather(self, list leaves, list xs, list gs, lower):
         """Take every leaf that the kernels can update; return the places of the others.
@@ -890,7 +903,7 @@ cdef class Batch:
             return False
         if not PyTuple_Check(state) or not same_shape(xa, ga):
             return False
-        made = state if self.blank is None else self.blank(state)
+        made = state if self.blank is None else self.blank_like(state)
 
         old_state, new_state, old, new = state, made, xa, xa
         leaf.narrow = NO
@@ -945,6 +958,21 @@ cdef class Batch:
         (<Segment*> push(&self.work.segments, sizeof(Segment)))[0] = leaf
         self.kept.append(state)
         return True
+
+    cdef object blank_like(self, state):
+        """Return an empty state of the same form; `blank` is asked for what is no plain array."""
+        cdef Py_ssize_t k
+        cdef tuple made
+        if cnp.PyArray_CheckExact(state):
+            return PyArray_NewLikeArray(<cnp.ndarray> state, cnp.NPY_KEEPORDER, NULL, 0)
+        if not PyTuple_Check(state):
+            return self.blank(state)
+        made = PyTuple_New(PyTuple_GET_SIZE(state))
+        for k in range(PyTuple_GET_SIZE(state)):
+            part = self.blank_like(item(state, k))
+            Py_INCREF(part)             # which the tuple takes over
+            PyTuple_SET_ITEM(made, k, part)
+        return made if type(state) is tuple else tuple.__new__(type(state), made)
 
     cdef Stage* add_stage(self, Segment* leaf, StepInfo* step, old, new) except? NULL:
         """Add a stage whose slots stand at the head of `old` and `new`; NULL if they cannot."""
@@ -1099,11 +1127,7 @@ cdef class Batch:
 
     def nonfinite(self):
         """Return the places of the leaves whose gradients hold infinity or NaN."""
-        cdef Py_ssize_t k
-        cdef Segment* leaves = <Segment*> self.work.segments.data
-        if not self.judge():
-            return []
-        return [leaves[k].place for k in range(self.work.segments.length) if leaves[k].is_bad]
+        return self.places_of(bad=True) if self.judge() else []
 
     cdef bint judge(self) except -1:
         """Mark the leaves whose gradients hold infinity or NaN; tell whether there are any."""

@@ -86,6 +86,11 @@ def kind_of(x: object) -> Kind | None:
         return _find_kind(type(x), x)
 
 
+def are_leaves(xs: Iterable[object]) -> bool:
+    """Tell whether all are leaves, of classes that are nothing else for good."""
+    return all(_known.get(cls, cls) is None for cls in {*map(type, xs)})
+
+
 def _find_kind(cls: type, x: object) -> Kind | None:
     if cls not in _presumed:
         if _decide(cls):

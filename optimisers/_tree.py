@@ -4,11 +4,12 @@ What is a node and what is a leaf, `_nodes` decides. Nothing here recurses: tree
 than Python's stack. `walk` yields every leaf with its path; `fold` is the one post-order pass from
 which `fmap`, ``setup`` and ``destructure`` are made:
 
-    fold(tree, leaf, node, is_leaf=None, keys=None, skipped=identity, rest=())
+    fold(tree, leaf, node, is_leaf=None, keys=None, skipped=identity, rest=(), row=None)
 
     leaf(path, x, *others) -> result       of a leaf, beside those of the trees in ``rest``
     node(path, x, results) -> result       of a node; ``results`` in the order of ``children(x)``
     keys(x) -> the keys to enter or None   a child under another key gives ``skipped(child)``
+    row(xs) -> results                     of all children of a node, if they are leaves
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from collections.abc import Callable, Container, Hashable, Iterable, Iterator, S
 from typing import Any, cast
 
 from ._arrays import library_of
-from ._nodes import Kind, children, is_node, kind_of, listed, rebuild
+from ._nodes import Kind, are_leaves, children, is_node, kind_of, listed, rebuild
 from ._path import KeyPath
 
 __all__ = ["child_path", "fmap", "fold", "getkeypath", "haskeypath", "setkeypath_", "walk"]
@@ -81,6 +82,7 @@ def fold(
     keys: Callable[[Any], Container[Any] | None] | None = None,
     skipped: Callable[[Any], Any] = lambda child: child,
     rest: Sequence[Any] = (),
+    row: Callable[[list[Any]], list[Any]] | None = None,
 ) -> Any:
     """Turn a tree into one result, from its leaves up, without recursion.
 
@@ -101,6 +103,9 @@ def fold(
         ``skipped(child)`` gives the result of a child that is not entered; by default itself.
     rest : sequence of trees, optional
         Trees of the same structure, whose leaves are the ``others`` of ``leaf``.
+    row : callable, optional
+        ``row(xs)`` gives the results of the children of a node at one stroke, where all are leaves.
+        For callers who need no paths, and have neither `is_leaf`, `keys` nor `rest`.
 
     Returns
     -------
@@ -128,7 +133,7 @@ def fold(
         return leaf(_ROOT, tree, *rest)
     done: dict[tuple[int, ...], tuple[Any, _Frame]] = {}
     open_nodes = {id(tree): (_ROOT, tree)}
-    stack = [_Frame(_ROOT, tree, kind, keys, rest)]
+    stack = [_Frame(_ROOT, tree, kind, keys, rest, row)]
     while True:
         frame = stack[-1]
         path, by_item, entered, others, results = (
@@ -150,7 +155,7 @@ def fold(
                 continue
             _refuse_cycle(open_nodes, here, x)
             open_nodes[id(x)] = here, x
-            stack.append(_Frame(here, x, kind, keys, beside))
+            stack.append(_Frame(here, x, kind, keys, beside, row))
             break
         else:
             result = node(path, frame.x, results)
@@ -176,6 +181,7 @@ class _Frame:
         kind: Kind,
         keys: Callable[[Any], Container[Any] | None] | None,
         beside: Sequence[Any],
+        row: Callable[[list[Any]], list[Any]] | None,
     ) -> None:
         found = kind.children(x)
         self.path, self.x, self.kind, self.beside = path, x, kind, beside
@@ -183,6 +189,8 @@ class _Frame:
         self.entered = None if keys is None else _entered(path, x, keys)
         self.items = iter(found.items())
         self.results: list[Any] = []
+        if row is not None and are_leaves(found.values()):
+            self.items, self.results = iter(()), row([*found.values()])
 
 
 def _refuse_cycle(open_nodes: dict[int, tuple[KeyPath, Any]], path: KeyPath, x: Any) -> None:
@@ -259,7 +267,11 @@ def fmap(
             done[marks] = f(x, *others), (x, others)
         return done[marks][0]
 
-    return fold(tree, leaf, _rebuild_at, is_leaf=is_leaf, rest=rest)
+    def row(xs: list[Any]) -> list[Any]:
+        return [leaf(_ROOT, x) for x in xs]
+
+    alone = is_leaf is None and not rest
+    return fold(tree, leaf, _rebuild_at, is_leaf=is_leaf, rest=rest, row=row if alone else None)
 
 
 def _rebuild_at(path: KeyPath, x: Any, results: list[Any]) -> Any:
