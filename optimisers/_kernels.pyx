@@ -1132,14 +1132,11 @@ cdef class Batch:
     cdef bint judge(self) except -1:
         """Mark the leaves whose gradients hold infinity or NaN; tell whether there are any."""
         cdef Run run
-        cdef Py_ssize_t k, bytes = 0
         self.prepare(&run)
-        for k in range(run.length):
-            bytes += run.segments[k].n * number_size(&run.segments[k])
         run.is_bad = 0
-        run.members = team_take(min(most_threads(), enough(bytes)))
-        run.pieces = min(run.blocks, bytes // PIECE + 1, run.members * PIECES)
-        work_on(&run, judge_piece, bytes)
+        run.members = take_team(run.gradients)
+        run.pieces = min(run.blocks, run.gradients // PIECE + 1, run.members * PIECES)
+        work_on(&run, judge_piece, run.gradients)
         if run.members > 1:
             team_leave()
         return run.is_bad
@@ -1153,7 +1150,7 @@ cdef class Batch:
         cdef Count* count
         cdef double value
         self.prepare(&run)
-        run.members = team_take(min(most_threads(), enough(run.bytes)))
+        run.members = take_team(run.bytes)
         try:
             run.pieces = min(run.blocks, run.bytes // PIECE + 1, run.members * PIECES)
             self.lend_scratch(&run)
@@ -1181,9 +1178,10 @@ cdef class Batch:
         run.length = self.work.segments.length
         run.stages = <Stage*> self.work.stages.data
         run.numbers = <double*> self.work.numbers.data
-        run.blocks = run.bytes = 0
+        run.blocks = run.bytes = run.gradients = 0
         for k in range(run.length):
             leaf = run.segments + k
+            run.gradients += leaf.n * number_size(leaf)
             leaf.block = chain_block if leaf.stages > 1 or leaf.narrow else block
             run.bytes += traffic(run, leaf, leaf.first + leaf.stages)
             run.blocks += (leaf.n + leaf.block - 1) // leaf.block
@@ -1248,6 +1246,7 @@ cdef struct Run:            # what the threads share
     double* numbers
     Py_ssize_t blocks       # in all segments
     Py_ssize_t bytes        # that the update moves
+    Py_ssize_t gradients    # bytes of them
     Py_ssize_t pieces       # into which it is cut
     int members             # threads, the caller's among them
     double* scratch         # their memory ...
@@ -1263,6 +1262,12 @@ cdef inline Py_ssize_t number_size(Segment* leaf) noexcept nogil:
 cdef inline int enough(Py_ssize_t bytes) noexcept nogil:
     """Return how many threads have enough to do, if there are so many bytes to move."""
     return <int> max(1, min(<Py_ssize_t> TEAM_MOST, bytes // work_per_thread))
+
+
+cdef int take_team(Py_ssize_t bytes):
+    """Take as many threads as have enough to do, if they are free; return how many."""
+    cdef int members = enough(bytes)
+    return team_take(min(most_threads(), members)) if members > 1 else 1
 
 
 cdef void share_out(int members, team_piece piece, void* job, Py_ssize_t pieces,
