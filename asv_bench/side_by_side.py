@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import Limit, alternate, import_time, memory_growth
+from benchmarks.measure import Limit, Times, alternate, import_time, memory_growth
 from benchmarks.models import RULES, gradient_of, many_arrays, mlp, normal, resnet18
 from benchmarks.peers import TWINS, Step, numpy_adam, optax_step, torch_step, torch_twins
 from report import Goal, Section, counted, duration, megabytes, page, per_second, percent, times
@@ -43,7 +43,6 @@ IN_BRACKETS = "In brackets: how many times our time that is."
 
 Tree = Any
 Steps = dict[str, Step | None]
-Times = Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ class Plan:
     hidden: int = 128
     width: int = 64
 
-    def alternate(self, steps: Steps) -> dict[str, float]:
+    def alternate(self, steps: Steps) -> Times:
         return alternate(steps, self.runs, self.least)
 
 
@@ -93,7 +92,7 @@ def contenders(model: Tree) -> Steps:
 
 def faster_than(peer: str, took: Times, ours: str = OURS) -> float | None:
     """Return how many times our time a peer takes."""
-    return took[peer] / took[ours] if peer in took else None
+    return took.ratio(peer, ours) if peer in took else None
 
 
 def beside(peer: str, took: Times, ours: str = OURS) -> str:
@@ -152,7 +151,7 @@ def adam(plan: Plan, arrays: Sweep) -> Section:
         section.goals.append(faster_goal(work, FUSED, took, must, aim))
         if size == 10:
             section.goals.append(Goal(work, "time", took[OURS], None, 2e-6, duration, less=True))
-    section.goals.append(limit_goal(work, 28 * size / took[OURS] / arrays.bandwidth))
+    section.goals.append(limit_goal(work, arrays.limit.share(took, OURS, 28 * size)))
 
     many, work = many_arrays(plan.arrays), f"{plan.arrays:,} arrays of 64"
     as_dict, as_vector = f"{work}, a dict", f"{work}, one flat vector"
@@ -181,7 +180,7 @@ def adam(plan: Plan, arrays: Sweep) -> Section:
     limit = Limit(16 * size)
     took = plan.alternate(contenders(resnet) | limit.steps)
     row(work, took)
-    share = 28 * size / took[OURS] / limit.bandwidth(took)
+    share = limit.share(took, OURS, 28 * size)
     section.goals += [faster_goal(work, FUSED, took, 1.0, None), limit_goal(work, share)]
     return section
 
@@ -224,7 +223,7 @@ def chains(plan: Plan) -> Section:
             "`Adam`": update_of(plain, x.copy(), g),
         }
     )
-    more = took[by_value] / took["`Adam`"] - 1
+    more = took.ratio(by_value, "`Adam`") - 1
     peers = (beside(peer, took, by_norm) for peer in (by_torch, OPTAX))
     return Section(
         f"Chains, one array of {counted(plan.large)}",
@@ -260,15 +259,15 @@ def rules(plan: Plan) -> Section:
             twins = torch_twins(name, [x], [g])
         took = plan.alternate({**twins, OURS: update_of(rule, x, g), **limit.steps})
         mode = min(twins, key=took.__getitem__, default="")
-        rate = 4 * (2 * arrays - 1) * plan.large / took[OURS]  # only the gradient is not written
-        share = rate / limit.bandwidth(took)
+        nbytes = 4 * (2 * arrays - 1) * plan.large  # only the gradient is not written
+        share = limit.share(took, OURS, nbytes)
         section.rows.append(
             [
                 f"`{name}`",
                 duration(took[OURS]),
                 beside(mode, took),
                 f"`{TWINS[name][0]}`, {mode}" if mode else "–",
-                per_second(rate),
+                per_second(nbytes / took[OURS]),
                 percent(share),
             ]
         )
@@ -294,9 +293,10 @@ def precision(plan: Plan) -> Section:
         x, g = normal(plan.large, dtype=dtype), normal(plan.large, dtype=dtype)
         limit = Limit(16 * plan.large)
         took = plan.alternate({OURS: update_of(rule, x, g), **limit.steps})
-        rate = 28 * plan.large / took[OURS]  # g, x: 2 each; the rest is read and written
-        share = rate / limit.bandwidth(took)
-        section.rows.append([dtype, duration(took[OURS]), per_second(rate), percent(share)])
+        nbytes = 28 * plan.large  # g, x: 2 each; the rest is read and written
+        share = limit.share(took, OURS, nbytes)
+        rate = per_second(nbytes / took[OURS])
+        section.rows.append([dtype, duration(took[OURS]), rate, percent(share)])
         section.goals.append(limit_goal(f"`MixedPrecision(Adam())`, {dtype}", share))
     return section
 
@@ -319,7 +319,7 @@ def pure(plan: Plan) -> Section:
     )
     names = ["`update`", "`update_`", FRESH, OPTAX]
     work = f"`update`, one array of {counted(plan.large)}"
-    ratio = took["`update`"] / took["`update_`"]
+    ratio = took.ratio("`update`", "`update_`")
     return Section(
         f"The pure `update` of Adam, one array of {counted(plan.large)}",
         "",
@@ -344,7 +344,7 @@ def finite(plan: Plan) -> Section:
     for work, model in models.items():
         plain = update_of(opt.Adam(), model, gradient_of(model))
         took = plan.alternate({"ignore": plain, "raise": partial(plain, on_nonfinite="raise")})
-        more = took["raise"] / took["ignore"] - 1
+        more = took.ratio("raise", "ignore") - 1
         section.rows.append([work, *map(duration, took.values()), percent(more)])
         section.goals.append(
             Goal(work, "beyond what it takes unwatched", more, 0.05, None, percent, less=True)
@@ -371,8 +371,8 @@ def threads(plan: Plan) -> Section:
         limit = Limit(16 * size)
         took = plan.alternate({"one": partial(on, 1), "all": partial(on, every), **limit.steps})
         opt.set_num_threads(0)
-        gain = took["one"] / took["all"]
-        share = 28 * size / took["all"] / limit.bandwidth(took)
+        gain = took.ratio("one", "all")
+        share = limit.share(took, "all", 28 * size)
         work = f"one array of {counted(size)}"
         section.rows.append(
             [work, duration(took["one"]), duration(took["all"]), times(gain), percent(share)]
@@ -479,8 +479,9 @@ def main() -> None:
 
     intro = (
         "`make bench` measures all this and writes this page. The contenders take turns in one "
-        f"process, run by run; times are medians of {plan.runs} runs after warm-up. Whether a goal "
-        "is met is computed."
+        f"process, run by run; times are medians of {plan.runs} runs after warm-up. Ratios are "
+        "medians over the rounds, within which a machine that is slow for a while is so for all. "
+        "Whether a goal is met is computed."
     )
     if options.no_write:
         print(page(intro, machine(), sections, None))

@@ -135,6 +135,16 @@ def test_numbers_are_written_in_the_unit_that_suits_them(report: ModuleType) -> 
     ]
 
 
+def test_ratios_are_taken_within_each_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCH)
+    from benchmarks.measure import Times
+
+    times = Times({"ours": [1.0, 9.0, 2.0], "peer": [2.0, 2.0, 8.0]})
+    assert times == {"ours": 2.0, "peer": 2.0}
+    assert times.ratio("peer", "ours") == 2.0
+    assert times.ratio("ours", "peer") == 0.5
+
+
 def test_asv_takes_the_suite(tmp_path: Path) -> None:
     pytest.importorskip("asv")
     home = {**os.environ, "HOME": str(tmp_path)}

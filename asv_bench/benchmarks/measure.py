@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from timeit import Timer
@@ -21,10 +21,31 @@ REST = 0.02
 """Seconds of sleep before each run: the threads of the one before have then stopped spinning."""
 
 
-def alternate(
-    steps: Mapping[str, Step | None], runs: int = 15, least: float = 0.002
-) -> dict[str, float]:
-    """Return for each contender the median time of one call, in seconds.
+class Times(dict[str, float]):
+    """The median time of one call of each contender, in seconds.
+
+    Parameters
+    ----------
+    runs : mapping
+        By contender, the times of all its runs; those of one round stand at the same place.
+    """
+
+    def __init__(self, runs: Mapping[str, Sequence[float]]) -> None:
+        super().__init__({name: median(times) for name, times in runs.items()})
+        self.runs = runs
+
+    def ratio(self, one: str, other: str) -> float:
+        """Return how many times as long one takes as another: the median over the rounds.
+
+        A machine that is slow for a while is so for both sides of a round, where it could make up
+        the median of one contender but not of another.
+        """
+        rounds = zip(self.runs[one], self.runs[other], strict=True)
+        return median(a / b for a, b in rounds)
+
+
+def alternate(steps: Mapping[str, Step | None], runs: int = 15, least: float = 0.002) -> Times:
+    """Return how long one call of each contender takes.
 
     The contenders take turns, run by run, so that a machine that slows down does so for all. A
     run follows one call that is not timed, and repeats a quick step until it lasts `least`
@@ -38,7 +59,7 @@ def alternate(
             time.sleep(REST)
             timer.timeit(1)
             times[name].append(timer.timeit(calls[name]) / calls[name])
-    return {name: median(measured) for name, measured in times.items()}
+    return Times(times)
 
 
 def _calls(timer: Timer, least: float) -> int:
@@ -85,6 +106,10 @@ class Limit:
     def bandwidth(self, times: Mapping[str, float]) -> float:
         """Return the bytes in a second of the faster ``x += a g``."""
         return max(rate for name, rate in self.rates(times).items() if name in self.steps)
+
+    def share(self, times: Times, name: str, nbytes: int) -> float:
+        """Return how near a contender that moves so many bytes comes to the limit."""
+        return min(nbytes / (12 * self.size) * times.ratio(limit, name) for limit in self.steps)
 
 
 # --- in processes of their own ---------------------------------------------------------------

@@ -36,5 +36,4 @@ class Ratios:
         def ours() -> None:
             opt.update_(self.state, self.model, self.grad)
 
-        times = alternate({"ours": ours, "peer": self.peer}, runs=7)
-        return times["ours"] / times["peer"]
+        return alternate({"ours": ours, "peer": self.peer}, runs=7).ratio("ours", "peer")
