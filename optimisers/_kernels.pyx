@@ -871,18 +871,21 @@ cdef class Batch:
         return self.add(place, plan, state, x, g)
 
     cdef Plan plan(self, rule, lower):
+        """Return the plan of a rule, or None; often that of the last batch."""
         cdef Plan plan
         if self.work.rule == <PyObject*> rule:
-            plan = <Plan> <object> self.work.plan
-            plan.forget()
+            plan = None if self.work.plan is NULL else <Plan> <object> self.work.plan
+            if plan is not None:
+                plan.forget()
             return plan
         plan = lower(rule)
+        Py_XDECREF(self.work.rule)
+        Py_XDECREF(self.work.plan)
+        Py_INCREF(rule)
+        self.work.rule, self.work.plan = <PyObject*> rule, NULL
         if plan is not None:
-            Py_XDECREF(self.work.rule)
-            Py_XDECREF(self.work.plan)
-            Py_INCREF(rule)
             Py_INCREF(plan)
-            self.work.rule, self.work.plan = <PyObject*> rule, <PyObject*> plan
+            self.work.plan = <PyObject*> plan
         return plan
 
     cdef bint add(self, Py_ssize_t place, Plan plan, state, x, g) except -1:
@@ -1224,7 +1227,7 @@ def update_one(leaf, x, g, lower, on_nonfinite):
         return False
     batch = Batch()
     try:
-        if g is None or slot(leaf, slots.frozen, "frozen"):
+        if not cnp.PyArray_CheckExact(x) or g is None or slot(leaf, slots.frozen, "frozen"):
             return False
         plan = batch.plan(slot(leaf, slots.rule, "rule"), lower)
         if plan is None or not batch.add(0, plan, slot(leaf, slots.state, "state"), x, g):
