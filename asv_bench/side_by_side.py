@@ -342,8 +342,8 @@ def finite(plan: Plan) -> Section:
     models = {f"one array of {counted(n)}": normal(n) for n in (1_000, plan.medium, plan.large)}
     models[f"{counted(plan.arrays)} arrays of 64"] = many_arrays(plan.arrays)
     for work, model in models.items():
-        plain = update_of(opt.Adam(), model, gradient_of(model))
-        took = plan.alternate({"ignore": plain, "raise": partial(plain, on_nonfinite="raise")})
+        step = update_of(opt.Adam(), model, gradient_of(model))
+        took = plan.alternate({w: partial(step, on_nonfinite=w) for w in ("ignore", "raise")})
         more = took.ratio("raise", "ignore") - 1
         section.rows.append([work, *map(duration, took.values()), percent(more)])
         section.goals.append(
