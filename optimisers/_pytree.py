@@ -188,10 +188,10 @@ _pending: dict[str, Any] = {
 
 def announce(cls: type) -> None:
     """Register `cls`, the class of leaves, with JAX and optree, once they are loaded."""
-    if _JAX not in sys.modules and _OPTREE not in sys.modules:  # quick: asked at each update
-        return
-    for module in [*_pending]:
-        if module in sys.modules:
-            name, register = _pending[module]
-            if hasattr(sys.modules[module], name) and _pending.pop(module, ()):
-                register(cls)
+    loaded = sys.modules  # a quick look comes first, since this is asked at each update
+    if (_JAX in loaded and _JAX in _pending) or (_OPTREE in loaded and _OPTREE in _pending):
+        for module in [*_pending]:
+            if module in loaded:
+                name, register = _pending[module]
+                if hasattr(loaded[module], name) and _pending.pop(module, ()):
+                    register(cls)
