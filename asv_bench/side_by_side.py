@@ -49,7 +49,7 @@ Steps = dict[str, Step | None]
 class Plan:
     """How much is measured."""
 
-    runs: int = 15
+    runs: int = 31
     least: float = 0.002
     large: int = 10_000_000
     medium: int = 100_000
