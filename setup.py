@@ -34,6 +34,9 @@ DLPACK = Path("optimisers/_dlpack.pyx")
 # Equal bits on every instruction set need separate roundings: no contraction to fma, no fast-math.
 # The other two flags let loops with `sqrt` and comparisons use vector instructions.
 EXACT = ["-O3", "-g0", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+# Loops begin at a cache line. Short ones, as in a chain, lie in one line then; across two they take
+# up to a third longer, and which of them do would depend on what is compiled before them.
+ALIGNED = ["-falign-loops=64"]
 OPENMP = "-fopenmp"
 EXACT_MSVC = ["/O2", "/fp:precise"]
 # For `make sanitize`: checks by the compiler's runtime, with the lines at which they fail.
@@ -82,7 +85,7 @@ class BuildKernels(build_ext):
             STEPS.write_text(steps, encoding="utf-8")
 
         msvc = self.compiler.compiler_type == "msvc"
-        flags = EXACT_MSVC if msvc else [flag for flag in EXACT if self.takes(flag)]
+        flags = EXACT_MSVC if msvc else [flag for flag in EXACT + ALIGNED if self.takes(flag)]
         flags += [flag for pair in HARDENED if not msvc and self.takes(*pair) for flag in pair]
         hardened = [] if msvc else [flag for flag in HARDENED_LINK if self.takes(flag)]
         openmp = OPENMP_MSVC if msvc else OPENMP

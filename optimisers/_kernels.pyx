@@ -219,6 +219,9 @@ cdef inline real minimum(real x, real y) noexcept nogil:
     return x if (x < y) | (x != x) else y
 
 cdef inline real clip(real x, real low, real high) noexcept nogil:
+    if (low < 0) & (high > 0):      # asked before the loop: then no limit ties with another zero,
+        x = low if low > x else x   # and each line is one instruction, which keeps nan
+        return high if high < x else x
     x = low if x <= low else x
     return high if x >= high else x
 

@@ -309,6 +309,14 @@ def test_clip_in_the_kernels(dtype, delta):
 
 
 @KERNEL_DTYPES
+@pytest.mark.parametrize("g", [0.0, -0.0, 1.0, -1.0])
+def test_clip_to_zero_leaves_the_upper_limit(dtype, g):
+    x = np.full(100, -0.0, dtype)  # minus 0 stays -0, minus -0 would be 0
+    update_(setup(ClipGrad(0.0), x), x, np.full(100, g, dtype))
+    assert np.signbit(x).all()
+
+
+@KERNEL_DTYPES
 def test_maximum_and_absolute_in_the_kernels(dtype):
     u, g = special_pairs(dtype)
     with np.errstate(all="ignore"):
