@@ -400,7 +400,7 @@ def footprint(plan: Plan) -> Section:
         "",
         ["what", "measured"],
         [
-            [f"{imports}, beyond NumPy", duration(seconds)],
+            [f"{imports}, beyond NumPy, byte code cached", duration(seconds)],
             ["which of JAX, Numba, PyTorch, SciPy it imports", ", ".join(sorted(big)) or "none"],
             [views, duration(rebuilt)],
             [f"{memory}, growth of peak memory", "–" if growth is None else megabytes(growth)],
