@@ -275,18 +275,20 @@ cdef struct Stage:          # one step on one leaf
     char* new[MAX_SLOTS]    # ... and where they are written; the same for an update in place
     Py_ssize_t coefs        # where its numbers stand among the batch's
 
-cdef enum Narrow:
-    NO
-    FLOAT16
+cdef enum Copied:           # what a parameter is, of which a master copy is updated
+    NO                      # there is no such copy
+    EQUALS                  # of the master's dtype
+    FLOAT16                 # narrower: gradients are made wider, and what comes out is rounded
     BFLOAT16
+    FLOAT32
 
 cdef struct Segment:        # one leaf
     const char* x           # what the rule updates: the parameter, or a master copy of it
     const char* g
     char* out               # where x - dx goes; x itself for an update in place
-    Narrow narrow           # whether x is a master copy; then g and the next two are this narrow
-    const uint16_t* unrounded   # the parameter before ...
-    uint16_t* rounded       # ... and where it goes
+    Copied copied           # whether x is a master copy; then g and the next two are of this kind
+    const char* unrounded   # the parameter before ...
+    char* rounded           # ... and where it goes
     Py_ssize_t n
     Py_ssize_t place        # which of the caller's places it is
     Py_ssize_t first        # of its stages
@@ -649,22 +651,30 @@ cdef class AccumulatePlan(Plan):
         return (self.hold if leaf.swallowed else self.release).stack(batch, leaf, old[:1], new[:1])
 
 cdef class MixedPlan(Plan):
-    """A rule that updates a float32 master copy of a narrower parameter."""
+    """A rule that updates a master copy of a parameter, which may be narrower."""
 
     cdef Plan inner
+    cdef int kind           # of the master's numbers
 
     def __init__(self, rule, Plan inner):
         self.inner = inner
+        self.kind = rule.dtype.num
 
     cdef int forget(self) except -1:
         return self.inner.forget()
 
 
-cdef Narrow narrow_kind(cnp.ndarray a):
-    if cnp.PyArray_TYPE(a) == NPY_HALF:
-        return FLOAT16
-    if cnp.PyArray_TYPE(a) >= NPY_USERDEF and a.dtype.name == "bfloat16":
-        return BFLOAT16
+cdef Copied copied_kind(cnp.ndarray x, int master):
+    """Return what a parameter is next to its master; `NO` if the loops have no words for it."""
+    cdef int kind = cnp.PyArray_TYPE(x)
+    if master == cnp.NPY_DOUBLE:
+        return EQUALS if kind == master else FLOAT32 if kind == cnp.NPY_FLOAT else NO
+    if master == cnp.NPY_FLOAT:
+        if kind == NPY_HALF:
+            return FLOAT16
+        if kind >= NPY_USERDEF and x.dtype.name == "bfloat16":
+            return BFLOAT16
+        return EQUALS if kind == master else NO
     return NO
 
 # --- what the walk asks of many leaves at once -----------------------------------------------
@@ -912,15 +922,15 @@ cdef class Batch:
         made = state if self.blank is None else self.blank_like(state)
 
         old_state, new_state, old, new = state, made, xa, xa
-        leaf.narrow = NO
+        leaf.copied = NO
         if isinstance(plan, MixedPlan):
-            leaf.narrow = narrow_kind(xa)
-            if leaf.narrow == NO or PyTuple_GET_SIZE(state) != 2:
+            kind = (<MixedPlan> plan).kind
+            leaf.copied = copied_kind(xa, kind)
+            if leaf.copied == NO or PyTuple_GET_SIZE(state) != 2:
                 return False
             if not cnp.PyArray_CheckExact(item(state, 0)) or not PyTuple_Check(item(state, 1)):
                 return False
             old, new = <cnp.ndarray> item(state, 0), <cnp.ndarray> item(made, 0)
-            kind = cnp.NPY_FLOAT
             if not ready(old, kind, leaf.c_order) or not same_shape(old, xa):
                 return False
             if not cnp.PyArray_ISWRITEABLE(new):
@@ -950,17 +960,17 @@ cdef class Batch:
         leaf.stages = self.work.stages.length - leaf.first
         if self.blank is not None:
             self.new_state[place] = made
-        elif leaf.narrow:
+        elif leaf.copied:
             self.add_span(&self.work.spans, new, leaf.n, place)
-        leaf.unrounded = <uint16_t*> cnp.PyArray_BYTES(xa)
+        leaf.unrounded = cnp.PyArray_BYTES(xa)
         if self.blank is not None or not cnp.PyArray_ISWRITEABLE(xa):
             xa = PyArray_NewLikeArray(xa, cnp.NPY_KEEPORDER, NULL, 0)
             self.new_x[place] = xa
         else:
             self.add_span(&self.work.parameters, xa, leaf.n, place)
         leaf.g, leaf.x = cnp.PyArray_BYTES(ga), cnp.PyArray_BYTES(old)
-        leaf.out = cnp.PyArray_BYTES(new if leaf.narrow else xa)
-        leaf.rounded = <uint16_t*> cnp.PyArray_BYTES(xa)
+        leaf.out = cnp.PyArray_BYTES(new if leaf.copied else xa)
+        leaf.rounded = cnp.PyArray_BYTES(xa)
         (<Segment*> push(&self.work.segments, sizeof(Segment)))[0] = leaf
         self.kept.append(state)
         return True
@@ -1094,9 +1104,9 @@ cdef class Batch:
             leaf = <Segment*> self.work.segments.data + k
             bytes = leaf.n * number_size(leaf)
             leaf.g = self.apart(leaf.g, bytes)
-            if leaf.narrow:
+            if leaf.copied:
                 if leaf.rounded != leaf.unrounded:
-                    leaf.unrounded = <uint16_t*> self.apart(<char*> leaf.unrounded, bytes)
+                    leaf.unrounded = self.apart(leaf.unrounded, bytes)
             elif leaf.out != leaf.x:
                 leaf.x = self.apart(leaf.x, bytes)
         return None
@@ -1188,7 +1198,7 @@ cdef class Batch:
         for k in range(run.length):
             leaf = run.segments + k
             run.gradients += leaf.n * number_size(leaf)
-            leaf.block = chain_block if leaf.stages > 1 or leaf.narrow else block
+            leaf.block = chain_block if leaf.stages > 1 or leaf.copied else block
             run.bytes += traffic(run, leaf, leaf.first + leaf.stages)
             run.blocks += (leaf.n + leaf.block - 1) // leaf.block
             leaf.blocks = run.blocks
@@ -1261,8 +1271,10 @@ cdef struct Run:            # what the threads share
 
 
 cdef inline Py_ssize_t number_size(Segment* leaf) noexcept nogil:
-    """Return how many bytes a number of the gradient has."""
-    return 2 if leaf.narrow else 8 if leaf.is_double else 4
+    """Return how many bytes a number of the gradient has, and one of the parameter."""
+    if leaf.copied == FLOAT16 or leaf.copied == BFLOAT16:
+        return 2
+    return 8 if leaf.is_double and leaf.copied != FLOAT32 else 4
 
 
 cdef inline int enough(Py_ssize_t bytes) noexcept nogil:
@@ -1327,11 +1339,8 @@ cdef void update_piece(void* job, int64_t k, int member) noexcept nogil:
                 subtract[double](leaf.x, leaf.out, dx, start, n, leaf.swallowed)
             else:
                 subtract[float](leaf.x, leaf.out, dx, start, n, leaf.swallowed)
-            if leaf.narrow and leaf.swallowed:
-                if leaf.rounded != leaf.unrounded:
-                    memcpy(leaf.rounded + start, leaf.unrounded + start, n * sizeof(uint16_t))
-            elif leaf.narrow:
-                narrow(leaf.narrow, <float*> leaf.out + start, leaf.rounded + start, n)
+            if leaf.copied:
+                round_back(leaf, start, n)
             first += 1
         at += 1
 
@@ -1360,7 +1369,7 @@ cdef const char* chain(Run* run, Segment* leaf, Py_ssize_t end, Py_ssize_t start
     cdef Py_ssize_t size = 8 if leaf.is_double else 4
     cdef Py_ssize_t offset = start * size
     cdef Py_ssize_t room = leaf.block * size
-    cdef const char* g = leaf.g + offset
+    cdef const char* g = leaf.g + start * number_size(leaf)
     cdef char* dx = scratch
     cdef void* slots[MAX_SLOTS]
     cdef double* coefs
@@ -1368,8 +1377,8 @@ cdef const char* chain(Run* run, Segment* leaf, Py_ssize_t end, Py_ssize_t start
     cdef Py_ssize_t last = -1 if dry or leaf.swallowed else end - 1
     cdef Py_ssize_t k
     cdef int j
-    if leaf.narrow:
-        widen(leaf.narrow, <uint16_t*> leaf.g + start, <float*> (scratch + 2 * room), n)
+    if leaf.copied > EQUALS:
+        widen(leaf.copied, g, scratch + 2 * room, n)
         g = scratch + 2 * room
     for k in range(leaf.first, end):
         stage = run.stages + k
@@ -1453,7 +1462,8 @@ cdef void reduce_stretch(void* job_, int64_t k, int member) noexcept nogil:
     cdef Py_ssize_t start = k * job.length
     cdef Py_ssize_t end = min(start + job.length, leaf.n)
     # A gradient that reaches the norm as it is needs no scratch, and so no blocks.
-    cdef Py_ssize_t most = leaf.n if job.stage == leaf.first and not leaf.narrow else leaf.block
+    cdef bint as_it_is = job.stage == leaf.first and leaf.copied <= EQUALS
+    cdef Py_ssize_t most = leaf.n if as_it_is else leaf.block
     cdef Py_ssize_t m
     cdef const char* g
     cdef int j
@@ -1493,11 +1503,11 @@ cdef void judge_piece(void* job, int64_t k, int member) noexcept nogil:
 
 
 cdef bint all_finite(Segment* leaf, Py_ssize_t start, Py_ssize_t n) noexcept nogil:
-    if leaf.narrow == FLOAT16:
+    if leaf.copied == FLOAT16:
         return none_holds[uint16_t](leaf.g, start, n, 0x7c00)
-    if leaf.narrow:
+    if leaf.copied == BFLOAT16:
         return none_holds[uint16_t](leaf.g, start, n, 0x7f80)
-    if leaf.is_double:
+    if number_size(leaf) == 8:
         return none_holds[uint64_t](leaf.g, start, n, 0x7ff0000000000000)
     return none_holds[uint32_t](leaf.g, start, n, 0x7f800000)
 
@@ -1550,24 +1560,43 @@ cdef void subtract(const void* x_, void* out_, const void* dx_, Py_ssize_t start
         memcpy(out, x, n * sizeof(real))
 
 
-cdef void widen(Narrow kind, const uint16_t* source, float* target, Py_ssize_t n) noexcept nogil:
+cdef void widen(Copied kind, const void* source, void* target, Py_ssize_t n) noexcept nogil:
+    """Bring numbers of a narrow kind to the dtype of their master."""
+    cdef const uint16_t* halves = <const uint16_t*> source
+    cdef const float* singles = <const float*> source
     cdef Py_ssize_t i
     if kind == FLOAT16:
         for i in range(n):
-            target[i] = widen_float16(source[i])
+            (<float*> target)[i] = widen_float16(halves[i])
+    elif kind == BFLOAT16:
+        for i in range(n):
+            (<float*> target)[i] = widen_bfloat16(halves[i])
     else:
         for i in range(n):
-            target[i] = widen_bfloat16(source[i])
+            (<double*> target)[i] = singles[i]
 
 
-cdef void narrow(Narrow kind, const float* source, uint16_t* target, Py_ssize_t n) noexcept nogil:
-    cdef Py_ssize_t i
-    if kind == FLOAT16:
+cdef void round_back(Segment* leaf, Py_ssize_t start, Py_ssize_t n) noexcept nogil:
+    """Round a block of the master copy into the parameter."""
+    cdef Py_ssize_t size = number_size(leaf), i
+    cdef const char* before = leaf.unrounded + start * size
+    cdef char* target = leaf.rounded + start * size
+    cdef const float* singles = <const float*> leaf.out + start
+    cdef const double* doubles = <const double*> leaf.out + start
+    if leaf.swallowed:
+        if target != before:
+            memcpy(target, before, n * size)
+    elif leaf.copied == EQUALS:
+        memcpy(target, leaf.out + start * size, n * size)
+    elif leaf.copied == FLOAT16:
         for i in range(n):
-            target[i] = narrow_float16(source[i])
+            (<uint16_t*> target)[i] = narrow_float16(singles[i])
+    elif leaf.copied == BFLOAT16:
+        for i in range(n):
+            (<uint16_t*> target)[i] = narrow_bfloat16(singles[i])
     else:
         for i in range(n):
-            target[i] = narrow_bfloat16(source[i])
+            (<float*> target)[i] = <float> doubles[i]
 
 
 cdef void accumulate(const void* g_, Py_ssize_t n, double* lanes, Reduction kind, double p,

@@ -359,7 +359,10 @@ class MixedPrecision(Rule):
         )
         if master is None:
             return MixedPrecisionState(state.master, inner), None
-        return MixedPrecisionState(master, inner), as_like(x, master)
+        new = as_like(x, master)
+        if new.dtype == master.dtype:  # and so may be the same memory
+            new = self._lift(new)
+        return MixedPrecisionState(master, inner), new
 
     def _lift(self, x: Array) -> Array:
         """Return a copy of `x` in the master's precision."""

@@ -516,22 +516,41 @@ INNER = [
 
 
 @BOTH
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "complex64"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64", "complex64"])
 @pytest.mark.parametrize("master", ["float32", "float64"])
 @parametrize("rule", INNER)
 def test_the_master_copy_follows_the_rule_in_its_own_precision(rule, master, dtype, call):
-    low = normal((3, 5)).astype(narrow(dtype))
+    low = normal((3, 5), np.float32).astype(narrow(dtype))
     high = low.astype(np.result_type(master, np.complex64) if dtype == "complex64" else master)
     state, plain = setup(MixedPrecision(master, rule), low), setup(rule, high)
     assert state.state.master.dtype == high.dtype
-    assert not np.shares_memory(state.state.master, low)
     for k in range(4):
+        assert not np.shares_memory(state.state.master, low)
         g = normal((3, 5), seed=k + 1).astype(low.dtype)
         state, low = call(state, low, g)
         plain, high = call(plain, high, g.astype(high.dtype))
         assert_near(state.state.master, high)
         assert_near(Leaf(rule, state.state.state), plain)
         assert_same_bits(low.astype(complex), state.state.master.astype(low.dtype).astype(complex))
+
+
+@BOTH
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+def test_a_master_of_the_same_dtype_is_another_array(library, call):
+    xp = pytest.importorskip(library)
+
+    class Halved(Rule):
+        def apply(self, state, x, dx):
+            return state, dx / 2
+
+    x = xp.ones(3, dtype=xp.float32)
+    state = setup(MixedPrecision(Halved()), x)
+    for _ in range(2):
+        state, x = call(state, x, xp.ones(3, dtype=xp.float32))
+    x *= 2
+    assert x.tolist() == [0, 0, 0]
+    x += 1
+    assert state.state.master.tolist() == [0, 0, 0]
 
 
 def test_steps_too_small_for_the_parameter_add_up():

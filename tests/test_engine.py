@@ -75,11 +75,13 @@ def trained(call=update_, rules=RULES, steps=2):
     """Return state and model after some steps of many rules on many sizes, all by the kernels."""
     model, state = {}, {}
     for k, rule in enumerate(rules):
-        for dtype, one in [("f4", rule), ("f8", rule), ("f2", MixedPrecision(rule))][
-            : 2 + (k % 3 == 0)
-        ]:
-            model[f"{k} {dtype}"] = model_of_sizes(dtype, k)
-            state[f"{k} {dtype}"] = setup(one, model[f"{k} {dtype}"])
+        cases = [("f4", rule), ("f8", rule)]
+        if k % 3 == 0:
+            cases += ("f2", MixedPrecision(rule)), ("f4", MixedPrecision("f8", rule))
+        for dtype, one in cases:
+            key = f"{k} {one is rule} {dtype}"
+            model[key] = model_of_sizes(dtype, k)
+            state[key] = setup(one, model[key])
     for seed in range(1, steps + 1):
         grad = {key: model_of_sizes(key[-2:], seed) for key in model}
         with _engine.watching() as seen:

@@ -70,9 +70,9 @@ def _threads(request):
     assert get_num_threads() >= 1
 
 
-def nonfinite(g):
-    """Return what the kernels say about a gradient, for a rule that takes its dtype."""
-    rule = Descent() if g.dtype in (np.float32, np.float64) else MixedPrecision(Descent())
+def nonfinite(g, master):
+    """Return what the kernels say about a gradient, for a rule with a master or without."""
+    rule = MixedPrecision(master, Descent()) if master else Descent()
     x = np.zeros_like(g)
     batch = _engine.kernels.Batch()
     assert batch.gather([setup(rule, x)], [x], [g], _engine.lower) == []
@@ -83,17 +83,23 @@ def nonfinite(g):
 
 
 @pytest.mark.usefixtures("_threads")
-@parametrize("name", ["f4", "f8", "f2", "bfloat16"])
+@pytest.mark.parametrize(
+    ("name", "master"),
+    [
+        ("f4", None), ("f8", None), ("f2", "f4"), ("bfloat16", "f4"),
+        ("f4", "f4"), ("f4", "f8"), ("f8", "f8"),
+    ],
+)  # fmt: skip
 @parametrize("size", SIZES)
-def test_one_number_anywhere_is_found(name, size):
+def test_one_number_anywhere_is_found(name, size, master):
     """The kernels look at every number: first, last, either side of a block."""
     dtype = dtype_of(name)
     g = normal(size, np.float32).astype(dtype)
-    assert nonfinite(g) == []
+    assert nonfinite(g, master) == []
     for at in {0, g.size // 2, g.size - 1, min(16383, g.size - 1), min(16384, g.size - 1)}:
         for value in BAD:
             bad = spoiled(g, value, at)
-            assert nonfinite(bad) == [0]
+            assert nonfinite(bad, master) == [0]
 
 
 @parametrize("name", DTYPES)

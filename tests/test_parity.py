@@ -28,6 +28,7 @@ from util import (
 )
 
 from optimisers import (
+    Adam,
     ClipNorm,
     Descent,
     ElementwiseRule,
@@ -356,12 +357,21 @@ def test_other_dtypes_on_special_numbers_do_not_warn(rule, dtype):
 
 @BOTH
 @kernel_dtypes
-def test_mixed_precision_of_kernel_dtypes_runs_on_arrays(dtype, call):
-    for rule in (MixedPrecision("float64", example(PUBLIC[0])), MixedPrecision(OptimiserChain())):
-        model = model_of_sizes(dtype, 0)
-        gradients = [model_of_sizes(dtype, seed) for seed in (1, 2)]
-        used = checked_steps(call, rule, model, gradients, assert_same_bits)
-        assert used == keyed("arrays", model)
+@pytest.mark.parametrize("master", ["float32", "float64", "longdouble"])
+@parametrize("rule", [OptimiserChain(), *map(example, ELEMENTWISE)])
+def test_masters_of_parameters_that_are_not_half(rule, master, dtype, call):
+    model = model_of_sizes(dtype, 0)
+    gradients = [model_of_sizes(dtype, seed) for seed in (1, 2)]
+    used = checked_steps(call, MixedPrecision(master, rule), model, gradients, assert_same_bits)
+    fused = (dtype, master) in [("float32", "float32"), ("float32", "float64"), ("float64",) * 2]
+    assert used == keyed("kernels" if fused else "arrays", model)
+
+
+@BOTH
+@kernel_dtypes
+def test_masters_of_special_numbers(dtype, call):
+    x, g = special_pairs(dtype)
+    checked_steps(call, MixedPrecision("float64", Adam()), {"w": x}, [{"w": g}], assert_same_values)
 
 
 def test_state_is_like_the_parameter_in_native_byte_order():
