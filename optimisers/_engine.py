@@ -34,7 +34,7 @@ from ._arrays import isnumeric, maywrite
 from ._jax import attributes, holds_traced, is_jax, is_tracer, settled, with_attributes
 from ._rule import ElementwiseRule, Rule
 from ._ties import overlap
-from .compose import AccumGrad, ClipNorm, MixedPrecision, OptimiserChain
+from .compose import AccumGrad, ClipNorm, MixedPrecision, MixedPrecisionState, OptimiserChain
 
 Array = Any
 
@@ -322,7 +322,7 @@ def advance(
     bad: set[int] = set()
     for k in rest:
         leaf, x = leaves[k], xs[k]
-        if judges and _holds_nonfinite(k, x, [gs, *higher], partial(where, k)):
+        if judges and _holds_nonfinite(k, leaf, x, [gs, *higher], partial(where, k)):
             bad.add(k)
             continue
         if leaf.job is not None:
@@ -334,7 +334,7 @@ def advance(
                 f"at {where(k)}: the state tree has a parameter, the model {x!r:.40} "
                 f"({type(x).__name__}); call setup anew for this model"
             )
-        g = checked_gradient(gs[k], x, partial(where, k))
+        g = checked(gs[k], leaf, x, partial(where, k))
         if g is None:
             continue
         if _device.library(x) is not None:
@@ -357,7 +357,7 @@ def advance(
     if judges:
         bad.update(batch.nonfinite())
         for k in batch.places() if higher else ():
-            if _holds_nonfinite(k, xs[k], higher, partial(where, k)):
+            if _holds_nonfinite(k, leaves[k], xs[k], higher, partial(where, k)):
                 bad.add(k)
     if bad:
         if on_nonfinite == "raise":
@@ -402,7 +402,7 @@ def _evaluated(
     k: int, leaf: Any, x: Array, g: Array, higher: Sequence[list[Any]], where: Callable[[int], str]
 ) -> tuple[Any, Array | None]:
     """Return the state and the parameter that the array path makes; what it raises has the path."""
-    others = [checked_gradient(h[k], x, partial(where, k)) for h in higher]
+    others = [checked(h[k], leaf, x, partial(where, k)) for h in higher]
     try:
         return evaluate(leaf.rule, leaf.state, x, [g, *others])
     except FloatingPointError as error:
@@ -420,14 +420,32 @@ def _stores(
     return parameters + [(setattr, leaves[k], "state", new) for k, new in new_state.items()]
 
 
+def checked(g: Any, leaf: Any, x: Array, where: Callable[[], str]) -> Array | None:
+    """Return `g` as an array for `leaf` and its parameter; None says that there is no gradient.
+
+    One of another dtype than the parameter's is brought to the dtype of the master copy, if there
+    is one: rounded to the parameter's, which may be float16, small gradients would be lost.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If `g` is no gradient for `x`; the message names the place, from `where()`.
+    """
+    if isinstance(leaf.state, MixedPrecisionState) and getattr(g, "dtype", x.dtype) != x.dtype:
+        master = leaf.state.master
+        if type(master) is type(x) and master.shape == x.shape:
+            return checked_gradient(g, master, where)
+    return checked_gradient(g, x, where)
+
+
 def _holds_nonfinite(
-    k: int, x: Array, gradients: Sequence[list[Any]], where: Callable[[], str]
+    k: int, leaf: Any, x: Array, gradients: Sequence[list[Any]], where: Callable[[], str]
 ) -> bool:
     """Tell whether one of the gradients in place `k`, first or higher, holds infinity or NaN."""
     if not isnumeric(x):
         return False
     for each in gradients:
-        g = checked_gradient(each[k], x, where)
+        g = checked(each[k], leaf, x, where)
         if is_tracer(g):
             raise TypeError(
                 f"at {where()}: on_nonfinite cannot look at numbers while JAX traces; leave it "

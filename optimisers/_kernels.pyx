@@ -275,10 +275,9 @@ cdef struct Stage:          # one step on one leaf
     char* new[MAX_SLOTS]    # ... and where they are written; the same for an update in place
     Py_ssize_t coefs        # where its numbers stand among the batch's
 
-cdef enum Copied:           # what a parameter is, of which a master copy is updated
-    NO                      # there is no such copy
-    EQUALS                  # of the master's dtype
-    FLOAT16                 # narrower: gradients are made wider, and what comes out is rounded
+cdef enum Kind:             # of numbers, as seen from a leaf that is updated in float or double
+    SAME                    # those in which it is updated
+    FLOAT16                 # narrower: read through `widen`, written through `round_into`
     BFLOAT16
     FLOAT32
 
@@ -286,7 +285,9 @@ cdef struct Segment:        # one leaf
     const char* x           # what the rule updates: the parameter, or a master copy of it
     const char* g
     char* out               # where x - dx goes; x itself for an update in place
-    Copied copied           # whether x is a master copy; then g and the next two are of this kind
+    Kind of_g
+    bint is_copy            # whether x is a master copy of the parameter; if so:
+    Kind of_parameter
     const char* unrounded   # the parameter before ...
     char* rounded           # ... and where it goes
     Py_ssize_t n
@@ -664,18 +665,18 @@ cdef class MixedPlan(Plan):
         return self.inner.forget()
 
 
-cdef Copied copied_kind(cnp.ndarray x, int master):
-    """Return what a parameter is next to its master; `NO` if the loops have no words for it."""
-    cdef int kind = cnp.PyArray_TYPE(x)
-    if master == cnp.NPY_DOUBLE:
-        return EQUALS if kind == master else FLOAT32 if kind == cnp.NPY_FLOAT else NO
-    if master == cnp.NPY_FLOAT:
-        if kind == NPY_HALF:
-            return FLOAT16
-        if kind >= NPY_USERDEF and x.dtype.name == "bfloat16":
-            return BFLOAT16
-        return EQUALS if kind == master else NO
-    return NO
+cdef int kind_beside(cnp.ndarray a, int updated):
+    """Return the `Kind` of an array where this NumPy type is updated; -1 if there is none."""
+    cdef int kind = cnp.PyArray_TYPE(a)
+    if updated != cnp.NPY_FLOAT and updated != cnp.NPY_DOUBLE:
+        return -1
+    if kind == updated:
+        return SAME
+    if updated == cnp.NPY_DOUBLE:
+        return FLOAT32 if kind == cnp.NPY_FLOAT else -1
+    if kind == NPY_HALF:
+        return FLOAT16
+    return BFLOAT16 if kind >= NPY_USERDEF and a.dtype.name == "bfloat16" else -1
 
 # --- what the walk asks of many leaves at once -----------------------------------------------
 
@@ -908,25 +909,29 @@ cdef class Batch:
         """
         cdef cnp.ndarray xa, ga, old, new
         cdef Segment leaf
-        cdef int kind
+        cdef int kind, of_x, of_g
         leaf.alone = is_alone(<PyObject*> state, 2)     # the leaf, and who calls this
         if not cnp.PyArray_CheckExact(x) or not cnp.PyArray_CheckExact(g):
             return False
         xa, ga = <cnp.ndarray> x, <cnp.ndarray> g
         leaf.c_order = cnp.PyArray_IS_C_CONTIGUOUS(xa)
-        kind = cnp.PyArray_TYPE(xa)
-        if not ready(xa, kind, leaf.c_order) or not ready(ga, kind, leaf.c_order):
+        leaf.is_copy = isinstance(plan, MixedPlan)
+        kind = (<MixedPlan> plan).kind if leaf.is_copy else cnp.PyArray_TYPE(xa)
+        of_x, of_g = kind_beside(xa, kind), kind_beside(ga, kind)
+        if of_x < 0 or of_g < 0:
+            return False
+        leaf.of_parameter, leaf.of_g = <Kind> of_x, <Kind> of_g
+        if not ready(xa, cnp.PyArray_TYPE(xa), leaf.c_order):
+            return False
+        if not ready(ga, cnp.PyArray_TYPE(ga), leaf.c_order):
             return False
         if not PyTuple_Check(state) or not same_shape(xa, ga):
             return False
         made = state if self.blank is None else self.blank_like(state)
 
         old_state, new_state, old, new = state, made, xa, xa
-        leaf.copied = NO
-        if isinstance(plan, MixedPlan):
-            kind = (<MixedPlan> plan).kind
-            leaf.copied = copied_kind(xa, kind)
-            if leaf.copied == NO or PyTuple_GET_SIZE(state) != 2:
+        if leaf.is_copy:
+            if PyTuple_GET_SIZE(state) != 2:
                 return False
             if not cnp.PyArray_CheckExact(item(state, 0)) or not PyTuple_Check(item(state, 1)):
                 return False
@@ -937,8 +942,6 @@ cdef class Batch:
                 return False
             leaf.alone = leaf.alone and is_alone(PyTuple_GET_ITEM(state, 1))
             plan, old_state, new_state = (<MixedPlan> plan).inner, item(state, 1), item(made, 1)
-        if kind != cnp.NPY_FLOAT and kind != cnp.NPY_DOUBLE:
-            return False
 
         self.like = xa
         leaf.n = cnp.PyArray_SIZE(xa)
@@ -960,7 +963,7 @@ cdef class Batch:
         leaf.stages = self.work.stages.length - leaf.first
         if self.blank is not None:
             self.new_state[place] = made
-        elif leaf.copied:
+        elif leaf.is_copy:
             self.add_span(&self.work.spans, new, leaf.n, place)
         leaf.unrounded = cnp.PyArray_BYTES(xa)
         if self.blank is not None or not cnp.PyArray_ISWRITEABLE(xa):
@@ -969,7 +972,7 @@ cdef class Batch:
         else:
             self.add_span(&self.work.parameters, xa, leaf.n, place)
         leaf.g, leaf.x = cnp.PyArray_BYTES(ga), cnp.PyArray_BYTES(old)
-        leaf.out = cnp.PyArray_BYTES(new if leaf.copied else xa)
+        leaf.out = cnp.PyArray_BYTES(new if leaf.is_copy else xa)
         leaf.rounded = cnp.PyArray_BYTES(xa)
         (<Segment*> push(&self.work.segments, sizeof(Segment)))[0] = leaf
         self.kept.append(state)
@@ -1102,9 +1105,9 @@ cdef class Batch:
                 return spans[k - 1].place, spans[k].place
         for k in range(self.work.segments.length):
             leaf = <Segment*> self.work.segments.data + k
-            bytes = leaf.n * number_size(leaf)
-            leaf.g = self.apart(leaf.g, bytes)
-            if leaf.copied:
+            leaf.g = self.apart(leaf.g, leaf.n * number_size(leaf, leaf.of_g))
+            bytes = leaf.n * number_size(leaf, leaf.of_parameter)
+            if leaf.is_copy:
                 if leaf.rounded != leaf.unrounded:
                     leaf.unrounded = self.apart(leaf.unrounded, bytes)
             elif leaf.out != leaf.x:
@@ -1197,8 +1200,8 @@ cdef class Batch:
         run.blocks = run.bytes = run.gradients = 0
         for k in range(run.length):
             leaf = run.segments + k
-            run.gradients += leaf.n * number_size(leaf)
-            leaf.block = chain_block if leaf.stages > 1 or leaf.copied else block
+            run.gradients += leaf.n * number_size(leaf, leaf.of_g)
+            leaf.block = chain_block if leaf.stages > 1 or leaf.is_copy else block
             run.bytes += traffic(run, leaf, leaf.first + leaf.stages)
             run.blocks += (leaf.n + leaf.block - 1) // leaf.block
             leaf.blocks = run.blocks
@@ -1270,11 +1273,11 @@ cdef struct Run:            # what the threads share
     int64_t is_bad          # whether infinity or NaN was found in any gradient
 
 
-cdef inline Py_ssize_t number_size(Segment* leaf) noexcept nogil:
-    """Return how many bytes a number of the gradient has, and one of the parameter."""
-    if leaf.copied == FLOAT16 or leaf.copied == BFLOAT16:
-        return 2
-    return 8 if leaf.is_double and leaf.copied != FLOAT32 else 4
+cdef inline Py_ssize_t number_size(Segment* leaf, Kind kind) noexcept nogil:
+    """Return how many bytes a number of some kind has at this leaf."""
+    if kind == SAME:
+        return 8 if leaf.is_double else 4
+    return 4 if kind == FLOAT32 else 2
 
 
 cdef inline int enough(Py_ssize_t bytes) noexcept nogil:
@@ -1339,8 +1342,8 @@ cdef void update_piece(void* job, int64_t k, int member) noexcept nogil:
                 subtract[double](leaf.x, leaf.out, dx, start, n, leaf.swallowed)
             else:
                 subtract[float](leaf.x, leaf.out, dx, start, n, leaf.swallowed)
-            if leaf.copied:
-                round_back(leaf, start, n)
+            if leaf.is_copy:
+                hand_on(leaf, start, n)
             first += 1
         at += 1
 
@@ -1366,10 +1369,10 @@ cdef const char* chain(Run* run, Segment* leaf, Py_ssize_t end, Py_ssize_t start
     `scratch` holds three blocks: two that the stages use by turns and one for a gradient made
     wider. A dry run stores no slots; it needs MAX_SLOTS blocks more.
     """
-    cdef Py_ssize_t size = 8 if leaf.is_double else 4
+    cdef Py_ssize_t size = number_size(leaf, SAME)
     cdef Py_ssize_t offset = start * size
     cdef Py_ssize_t room = leaf.block * size
-    cdef const char* g = leaf.g + start * number_size(leaf)
+    cdef const char* g = leaf.g + start * number_size(leaf, leaf.of_g)
     cdef char* dx = scratch
     cdef void* slots[MAX_SLOTS]
     cdef double* coefs
@@ -1377,8 +1380,8 @@ cdef const char* chain(Run* run, Segment* leaf, Py_ssize_t end, Py_ssize_t start
     cdef Py_ssize_t last = -1 if dry or leaf.swallowed else end - 1
     cdef Py_ssize_t k
     cdef int j
-    if leaf.copied > EQUALS:
-        widen(leaf.copied, g, scratch + 2 * room, n)
+    if leaf.of_g != SAME:
+        widen(leaf.of_g, g, scratch + 2 * room, n)
         g = scratch + 2 * room
     for k in range(leaf.first, end):
         stage = run.stages + k
@@ -1462,7 +1465,7 @@ cdef void reduce_stretch(void* job_, int64_t k, int member) noexcept nogil:
     cdef Py_ssize_t start = k * job.length
     cdef Py_ssize_t end = min(start + job.length, leaf.n)
     # A gradient that reaches the norm as it is needs no scratch, and so no blocks.
-    cdef bint as_it_is = job.stage == leaf.first and leaf.copied <= EQUALS
+    cdef bint as_it_is = job.stage == leaf.first and leaf.of_g == SAME
     cdef Py_ssize_t most = leaf.n if as_it_is else leaf.block
     cdef Py_ssize_t m
     cdef const char* g
@@ -1503,11 +1506,11 @@ cdef void judge_piece(void* job, int64_t k, int member) noexcept nogil:
 
 
 cdef bint all_finite(Segment* leaf, Py_ssize_t start, Py_ssize_t n) noexcept nogil:
-    if leaf.copied == FLOAT16:
+    if leaf.of_g == FLOAT16:
         return none_holds[uint16_t](leaf.g, start, n, 0x7c00)
-    if leaf.copied == BFLOAT16:
+    if leaf.of_g == BFLOAT16:
         return none_holds[uint16_t](leaf.g, start, n, 0x7f80)
-    if number_size(leaf) == 8:
+    if number_size(leaf, leaf.of_g) == 8:
         return none_holds[uint64_t](leaf.g, start, n, 0x7ff0000000000000)
     return none_holds[uint32_t](leaf.g, start, n, 0x7f800000)
 
@@ -1560,7 +1563,7 @@ cdef void subtract(const void* x_, void* out_, const void* dx_, Py_ssize_t start
         memcpy(out, x, n * sizeof(real))
 
 
-cdef void widen(Copied kind, const void* source, void* target, Py_ssize_t n) noexcept nogil:
+cdef void widen(Kind kind, const void* source, void* target, Py_ssize_t n) noexcept nogil:
     """Bring numbers of a narrow kind to the dtype of their master."""
     cdef const uint16_t* halves = <const uint16_t*> source
     cdef const float* singles = <const float*> source
@@ -1576,22 +1579,28 @@ cdef void widen(Copied kind, const void* source, void* target, Py_ssize_t n) noe
             (<double*> target)[i] = singles[i]
 
 
-cdef void round_back(Segment* leaf, Py_ssize_t start, Py_ssize_t n) noexcept nogil:
-    """Round a block of the master copy into the parameter."""
-    cdef Py_ssize_t size = number_size(leaf), i
+cdef void hand_on(Segment* leaf, Py_ssize_t start, Py_ssize_t n) noexcept nogil:
+    """Bring a block of a master copy to the parameter."""
+    cdef Py_ssize_t size = number_size(leaf, leaf.of_parameter)
     cdef const char* before = leaf.unrounded + start * size
     cdef char* target = leaf.rounded + start * size
-    cdef const float* singles = <const float*> leaf.out + start
-    cdef const double* doubles = <const double*> leaf.out + start
-    if leaf.swallowed:
-        if target != before:
-            memcpy(target, before, n * size)
-    elif leaf.copied == EQUALS:
-        memcpy(target, leaf.out + start * size, n * size)
-    elif leaf.copied == FLOAT16:
+    if not leaf.swallowed:
+        round_into(leaf.of_parameter, leaf.out + start * number_size(leaf, SAME), target, n, size)
+    elif target != before:
+        memcpy(target, before, n * size)
+
+
+cdef void round_into(Kind kind, const void* source, void* target, Py_ssize_t n,
+                     Py_ssize_t size) noexcept nogil:
+    cdef const float* singles = <const float*> source
+    cdef const double* doubles = <const double*> source
+    cdef Py_ssize_t i
+    if kind == SAME:
+        memcpy(target, source, n * size)
+    elif kind == FLOAT16:
         for i in range(n):
             (<uint16_t*> target)[i] = narrow_float16(singles[i])
-    elif leaf.copied == BFLOAT16:
+    elif kind == BFLOAT16:
         for i in range(n):
             (<uint16_t*> target)[i] = narrow_bfloat16(singles[i])
     else:

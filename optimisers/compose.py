@@ -302,6 +302,8 @@ class MixedPrecision(Rule):
     -----
     ``MixedPrecision(rule)`` does for ``MixedPrecision("float32", rule)``. Keeps ``master`` and
     ``state``. The master copy rules: a parameter changed by hand is overwritten by the next step.
+    Gradients of another dtype than the parameter's are brought to that of the master copy, not
+    rounded to the parameter's.
 
     Raises
     ------

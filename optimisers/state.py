@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeVar, cast
 import numpy as np
 
 from . import _engine, _pytree
-from ._arraypath import Call, at_once, checked_gradient, fresh, shown, writing
+from ._arraypath import Call, at_once, fresh, shown, writing
 from ._arrays import isnumeric, maywrite
 from ._kernels import are_distinct
 from ._lockstep import gather, place, places
@@ -386,7 +386,8 @@ class _Tied:
         on_nonfinite: OnNonfinite,
     ) -> tuple[dict[int, Array], dict[int, Any], list[int]]:
         """Do what `_engine.advance` does, for all places."""
-        summed, *higher = [[self._sum(g, group) for group in self.groups] for g in (gs, *higher)]
+        groups = [*zip(self.leaves, self.groups, strict=True)]
+        summed, *higher = [[self._sum(g, *group) for group in groups] for g in (gs, *higher)]
         xs = [self._primary(group) for group in self.groups]
 
         def where(j: int) -> str:
@@ -450,14 +451,14 @@ class _Tied:
         x = self.xs[group[0]]
         return x if all(maywrite(self.xs[k]) for k in group) else read_only(x)
 
-    def _sum(self, gs: list[Any], group: list[int]) -> Any:
+    def _sum(self, gs: list[Any], leaf: Any, group: list[int]) -> Any:
         """Return the sum of a group's gradients as its first place sees it; None if all are."""
         first = group[0]
         if len(group) == 1:
             return gs[first]  # which the engine checks
         total = None
         for k in group:
-            g = checked_gradient(gs[k], self.xs[k], partial(self.where, k))
+            g = _engine.checked(gs[k], leaf, self.xs[k], partial(self.where, k))
             if g is not None:
                 g = self._seen_from(first, k, g)
                 total = g if total is None else _engine.summed(total, g)

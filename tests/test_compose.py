@@ -565,10 +565,40 @@ def test_steps_too_small_for_the_parameter_add_up():
     assert ends == [[1, 1], [1 - 2**-7] * 2]
 
 
-def test_gradients_are_not_rounded_to_the_parameter_when_it_is_narrow():
-    x = np.zeros(1, np.float16)
-    _, x = update(setup(MixedPrecision(Descent(1.0)), x), x, np.array([0.5], np.float32))
-    assert x == -0.5
+SMALL = 2.0**-30
+
+
+@BOTH
+@parametrize("of_g", ["float16", "bfloat16", "float32", "float64"])
+@parametrize("dtype", ["float16", "bfloat16"])
+@parametrize("tied", [False, True])
+def test_gradients_are_not_rounded_to_a_narrow_parameter(tied, dtype, of_g, call):
+    """float16 has no 2**-30, and bfloat16 rounds 1 + 2**-8; a gradient in either has no more."""
+    g = np.array([1 + 2**-8, SMALL]).astype(narrow(of_g))
+    x = np.zeros(2, narrow(dtype))
+    model = {"a": x, "b": x} if tied else {"a": x}
+    state = setup(MixedPrecision(Descent(1.0)), model)
+    state, _, used = step(call, state, model, dict.fromkeys(model, g))
+    assert state["a"].state.master.tolist() == (-len(model) * g).astype(np.float32).tolist()
+    assert set(used.values()) == {"kernels"}
+
+
+@BOTH
+def test_a_gradient_that_the_parameter_could_not_hold_is_finite(call):
+    x, g = np.zeros(2, np.float16), np.full(2, 1e6, np.float32)
+    state = setup(MixedPrecision(Descent(1e-6)), x)
+    state, x = call(state, x, g, on_nonfinite="raise")
+    np.testing.assert_allclose(x, -1, rtol=1e-3)
+
+
+@pytest.mark.parametrize("library", ["torch", "jax"])
+def test_gradients_are_not_rounded_to_a_narrow_parameter_of_other_libraries(library):
+    xp = pytest.importorskip("jax.numpy" if library == "jax" else "torch")
+    for g in xp.asarray([SMALL]), np.array([SMALL]):
+        x = xp.zeros(1, dtype=xp.float16)
+        state, _ = update(setup(MixedPrecision(Descent(1.0)), x), x, g)
+        assert state.state.master.dtype == xp.float32
+        assert state.state.master.tolist() == [-SMALL]
 
 
 @pytest.mark.parametrize(

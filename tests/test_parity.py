@@ -368,6 +368,22 @@ def test_masters_of_parameters_that_are_not_half(rule, master, dtype, call):
 
 
 @BOTH
+@pytest.mark.parametrize(
+    ("dtype", "of_g"),
+    [("float32", "float16"), ("float32", "bfloat16"), ("float64", "float32")],
+)
+@parametrize("rule", [Adam(), ClipNorm(0.5), *EXACT_CHAINS])
+def test_narrower_gradients_are_read_by_kernels(rule, dtype, of_g, call):
+    model = model_of_sizes(dtype, 0)
+    gradients = [
+        {name: g.astype(as_dtype(of_g)) for name, g in model_of_sizes(dtype, seed).items()}
+        for seed in (1, 2)
+    ]
+    used = checked_steps(call, rule, model, gradients, assert_near)
+    assert used == keyed("kernels", model)
+
+
+@BOTH
 @kernel_dtypes
 def test_masters_of_special_numbers(dtype, call):
     x, g = special_pairs(dtype)
