@@ -11,9 +11,9 @@ c) A `Batch` gathers leaves: for each a *segment* (parameter, gradient, length) 
    `update_one` does all this for a leaf on its own.
 d) `Batch.run` cuts every segment into blocks that fit the first cache and runs the whole chain on
    a block before it goes to the next, so that a chain of any length moves each array through
-   memory once. The last step of the chain subtracts as it goes. Threads (_team.h) share the blocks
-   out among them. Blocks are independent, so the bits depend neither on their size nor on the
-   number of threads.
+   memory once. The last step of the chain subtracts as it goes, in one loop with the clips and
+   decays right ahead of it (`leads`). Threads (_team.h) share the blocks out among them. Blocks are
+   independent, so the bits depend neither on their size nor on the number of threads.
 e) A *barrier* (a norm) needs all of a leaf before its step can run. The steps ahead of it are then
    evaluated on copies of their slots, block by block, only to be reduced; the barrier itself
    becomes an ordinary step with the number found. Partial sums belong to fixed stretches of the
@@ -233,16 +233,26 @@ cdef inline real zeros_like(real x) noexcept nogil:
 
 # --- steps -----------------------------------------------------------------------------------
 
+cdef enum:
+    MAX_STEPS = 256
+    MAX_LEADS = 8
+    LONGEST_LEAD = 2
+
 cdef struct StepInfo:
+    int index               # in the table; -1 for one that was compiled late
     int slots
     int coefs
     Step run[2]             # for float and for double
     Step finish[2]          # the same, which subtracts too: x comes and goes in place of dx
+    Step led[MAX_LEADS][2]  # the same, with the steps of a lead ahead of it; or NULL
 
-cdef enum:
-    MAX_STEPS = 256
+cdef struct Lead:           # steps without slots
+    int length
+    int steps[LONGEST_LEAD]     # which of the table
 
 cdef StepInfo step_table[MAX_STEPS]
+cdef Lead leads[MAX_LEADS]
+cdef int leads_known = 0
 max_slots = MAX_SLOTS
 step_index = {}
 """Where the step of each class of rules.py stands in the table, by the name of the class."""
@@ -252,6 +262,7 @@ cdef int add_step(str name, int slots, int coefs, Step single, Step double_,
     cdef int k = len(step_index)
     if k == MAX_STEPS or slots > MAX_SLOTS:
         raise ImportError(f"no room for the step of {name}")
+    step_table[k].index = k
     step_table[k].slots = slots
     step_table[k].coefs = coefs
     step_table[k].run[0] = single
@@ -259,6 +270,22 @@ cdef int add_step(str name, int slots, int coefs, Step single, Step double_,
     step_table[k].finish[0] = single_finish
     step_table[k].finish[1] = double_finish
     step_index[name] = k
+    return 0
+
+cdef int add_lead(tuple names) except -1:
+    """Add a lead, for the steps that `add_led` adds next."""
+    global leads_known
+    if leads_known == MAX_LEADS or len(names) > LONGEST_LEAD:
+        raise ImportError(f"no room for {names} ahead of a step")
+    leads[leads_known].length = len(names)
+    for k, name in enumerate(names):
+        leads[leads_known].steps[k] = step_index[name]
+    leads_known += 1
+    return 0
+
+cdef int add_led(str name, Step single, Step double_) except -1:
+    cdef Step* led = step_table[<int> step_index[name]].led[leads_known - 1]
+    led[0], led[1] = single, double_
     return 0
 
 include "_steps.pxi"
@@ -270,6 +297,7 @@ fill_table()
 cdef struct Stage:          # one step on one leaf
     Step run
     Step finish             # may be NULL
+    int index               # of the step in the table, or -1
     int slots
     char* old[MAX_SLOTS]    # where the slots are read ...
     char* new[MAX_SLOTS]    # ... and where they are written; the same for an update in place
@@ -554,7 +582,7 @@ cdef class LatePlan(StepPlan):
     cdef object find
 
     def __init__(self, rule, int slots, bint counts, find):
-        self.step.slots = slots
+        self.step.index, self.step.slots = -1, slots
         self.step.run[0] = self.step.run[1] = NULL
         self.step.finish[0] = self.step.finish[1] = NULL
         self.counts = counts
@@ -789,6 +817,15 @@ cdef inline bint owns(PyObject* array) noexcept:
     return is_alone(array) and cnp.PyArray_CHKFLAGS(<cnp.ndarray> array, cnp.NPY_ARRAY_OWNDATA)
 
 
+cdef inline bint is_lead(Lead* lead, Stage* stages) noexcept:
+    """Tell whether these stages are those of a lead."""
+    cdef int k
+    for k in range(lead.length):
+        if stages[k].index != lead.steps[k]:
+            return False
+    return True
+
+
 cdef inline bint same_shape(cnp.ndarray a, cnp.ndarray b) noexcept:
     cdef int k
     if cnp.PyArray_NDIM(a) != cnp.PyArray_NDIM(b):
@@ -837,6 +874,12 @@ cdef class Batch:
     def places(self):
         """Return the places taken."""
         return self.places_of(bad=False)
+
+    def loops(self):
+        """Return for each place taken through how many loops its numbers pass; for tests."""
+        cdef Py_ssize_t k
+        cdef Segment* leaves = <Segment*> self.work.segments.data
+        return {leaves[k].place: leaves[k].stages for k in range(self.work.segments.length)}
 
     cdef list places_of(self, bint bad):
         """Return the places taken, or those of them with a bad gradient.
@@ -960,6 +1003,7 @@ cdef class Batch:
             self.work.spans.length = spans
             del self.norm_rules[norms:]
             return False
+        self.draw_in(&leaf, norms)
         leaf.stages = self.work.stages.length - leaf.first
         if self.blank is not None:
             self.new_state[place] = made
@@ -1001,7 +1045,7 @@ cdef class Batch:
         cdef bint alone
         cdef int kind = cnp.NPY_DOUBLE if leaf.is_double else cnp.NPY_FLOAT
         stage.run, stage.finish = step.run[leaf.is_double], step.finish[leaf.is_double]
-        stage.slots = step.slots
+        stage.index, stage.slots = step.index, step.slots
         for k in range(step.slots):
             if not cnp.PyArray_CheckExact(item(old, k)):
                 return NULL
@@ -1016,6 +1060,45 @@ cdef class Batch:
                     self.add_span(&self.work.spans, a, leaf.n, leaf.place)
             stage.old[k], stage.new[k] = cnp.PyArray_BYTES(a), cnp.PyArray_BYTES(b)
         return stage
+
+    cdef int draw_in(self, Segment* leaf, Py_ssize_t norms) except -1:
+        """Let the last step's loop do those ahead of it too, if there is one that does.
+
+        A barrier may begin such a loop, since all it waits for comes before. The leaf's own are
+        those after the first `norms`.
+        """
+        cdef Py_ssize_t first, last = self.work.stages.length - 1, start = leaf.first
+        cdef Stage* stages = <Stage*> self.work.stages.data
+        cdef Step finish
+        cdef int k
+        if last <= start or leaf.swallowed or stages[last].index < 0:
+            return 0
+        if self.work.norms.length > norms:
+            start = (<Norm*> self.work.norms.data)[self.work.norms.length - 1].stage
+        for k in range(leads_known):
+            first = last - leads[k].length
+            finish = step_table[stages[last].index].led[k][leaf.is_double]
+            if finish is not NULL and first >= start and is_lead(&leads[k], stages + first):
+                stages[last].coefs = self.join_numbers(stages + first, last - first + 1, leaf)
+                stages[last].finish = finish
+                stages[first] = stages[last]
+                self.work.stages.length = first + 1
+                break
+        return 0
+
+    cdef Py_ssize_t join_numbers(self, Stage* stages, Py_ssize_t n, Segment* leaf) except -1:
+        """Return where a copy of the coefs of `n` stages begins, one after another."""
+        cdef Py_ssize_t at = self.work.numbers.length, size = number_size(leaf, SAME), k
+        cdef Py_ssize_t coefs = 0
+        cdef char* target
+        for k in range(n):
+            coefs += step_table[stages[k].index].coefs
+        target = <char*> push(&self.work.numbers, sizeof(double), coefs)
+        for k in range(n):
+            coefs = step_table[stages[k].index].coefs
+            memcpy(target, <double*> self.work.numbers.data + stages[k].coefs, coefs * size)
+            target += coefs * size
+        return at
 
     cdef Py_ssize_t add_numbers(self, numbers, bint is_double) except -1:
         cdef Py_ssize_t at = self.work.numbers.length

@@ -31,6 +31,7 @@ from util import (
 from optimisers import (
     AccumGrad,
     Adam,
+    ClipGrad,
     ClipNorm,
     Descent,
     MixedPrecision,
@@ -104,6 +105,35 @@ def expected():
 def test_block_size_changes_no_bit(blocks, expected):
     _engine.kernels.set_block(*blocks)
     assert_same_bits(trained(), expected)
+
+
+CLIP, NORM, DECAY = ClipGrad(1.0), ClipNorm(1.0), WeightDecay(0.1)
+
+
+@parametrize(
+    "rule",
+    [
+        (1, OptimiserChain(CLIP, DECAY, Adam())),
+        (1, OptimiserChain(NORM, DECAY, Momentum())),
+        (1, OptimiserChain(NORM, Adam())),
+        (1, OptimiserChain(NORM, OptimiserChain(DECAY, OptimiserChain(Adam())))),
+        (2, OptimiserChain(CLIP, NORM, DECAY, Adam())),
+        (3, OptimiserChain(CLIP, DECAY, CLIP, Adam())),
+        (2, OptimiserChain(Momentum(), CLIP, Adam())),
+        (2, OptimiserChain(DECAY, NORM, Adam())),
+        (2, OptimiserChain(DECAY, CLIP)),
+        (4, OptimiserChain(CLIP, DECAY, Adam(), DECAY)),
+        (4, OptimiserChain(CLIP, NORM, NORM, NORM, Adam())),
+        (1, OptimiserChain(DECAY, AccumGrad(1))),
+    ],
+)
+def test_one_loop_does_a_rule_and_what_leads_it(rule):
+    """A barrier needs what comes before it: it may begin such a loop, nothing else of it."""
+    loops, chain = rule
+    batch = _engine.kernels.Batch()
+    x = np.ones(3)
+    assert batch.gather([setup(chain, x)], [x], [x], _engine.lower) == []
+    assert batch.loops() == {0: loops}
 
 
 @BOTH

@@ -44,6 +44,23 @@ def test_every_class_with_a_step_is_found():
     assert len(expected) > 15
 
 
+def test_what_leads_keeps_nothing_and_is_led_by_nobody():
+    steps = {s.rule: s for s in emit_steps.read_steps((ROOT / "optimisers/rules.py").read_text())}
+    leading = {rule for lead in emit_steps.LEADS for rule in lead}
+    assert leading
+    assert not any(steps[rule].slots for rule in leading)
+    text = (ROOT / "optimisers" / "_steps.pxi").read_text()
+    for lead in emit_steps.LEADS:
+        led = {rule for rule in steps if f" {'_'.join(lead)}_{rule}_float_finish_loop(" in text}
+        assert led == {*steps} - leading
+
+
+def test_longer_leads_come_first():
+    """The first that fits is taken."""
+    lengths = [len(lead) for lead in emit_steps.LEADS]
+    assert lengths == sorted(lengths, reverse=True)
+
+
 def test_command_line(tmp_path):
     target = tmp_path / "steps.pxi"
     command = [sys.executable, ROOT / "tools" / "emit_steps.py", SOURCE, target]

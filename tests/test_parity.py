@@ -11,6 +11,7 @@ from util import (
     EXACT_CHAINS,
     KERNEL_LAYOUTS,
     LAYOUTS,
+    LEADS,
     PUBLIC,
     assert_near,
     assert_same_bits,
@@ -29,12 +30,14 @@ from util import (
 
 from optimisers import (
     Adam,
+    ClipGrad,
     ClipNorm,
     Descent,
     ElementwiseRule,
     MixedPrecision,
     Momentum,
     OptimiserChain,
+    WeightDecay,
     _engine,
     setup,
     update_,
@@ -85,6 +88,31 @@ def test_kernels_give_the_values_of_the_arrays_on_special_numbers(rule, dtype, c
     gradients = [{"w": g}, {"w": np.roll(g, 5)}, {"w": g[::-1]}]
     used = checked_steps(call, rule, {"w": x}, gradients, assert_same_values)
     assert used == {"['w']": "kernels"}
+
+
+@BOTH
+@kernel_dtypes
+@parametrize("rule", EVERY_ELEMENTWISE)
+def test_loops_led_by_others_give_the_bits_of_the_arrays(rule, dtype, call):
+    for lead in LEADS:
+        chain = OptimiserChain(*lead, rule)
+        model = {str(size): normal(size, dtype, 0) for size in ((), BLOCK + 1)}
+        gradients = [{key: normal(x.shape, dtype, k) for key, x in model.items()} for k in (1, 2)]
+        used = checked_steps(call, chain, model, gradients, assert_same_bits)
+        assert used == keyed("kernels", model)
+
+
+@BOTH
+@kernel_dtypes
+@parametrize("delta", [0.0, 1.0, 1e30])
+def test_led_loops_give_the_values_of_the_arrays_on_special_numbers(delta, dtype, call):
+    x, g = special_pairs(dtype)
+    gradients = [{"w": g}, {"w": np.roll(g, 5)}, {"w": g[::-1]}]
+    for lead in ([ClipGrad(delta)], [ClipGrad(delta), WeightDecay(0.1)], [WeightDecay(0.1)]):
+        for rule in map(example, ELEMENTWISE):
+            chain = OptimiserChain(*lead, rule)
+            used = checked_steps(call, chain, {"w": x}, gradients, assert_same_values)
+            assert used == {"['w']": "kernels"}
 
 
 def backends_of_layouts(call, names):

@@ -9,12 +9,14 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import emit_steps
 import numpy as np
 import pytest
 
 from optimisers import (
     AccumGrad,
     Adam,
+    ClipGrad,
     ClipNorm,
     Leaf,
     Momentum,
@@ -81,9 +83,17 @@ def variants(cls: Any) -> list[Any]:
 
 EVERY_ELEMENTWISE: list[Any] = [rule for cls in ELEMENTWISE for rule in variants(cls)]
 
+# What one loop does together with the rule that follows.
+_LEADING: dict[str, Any] = {
+    "ClipGrad": ClipGrad(0.7),
+    "_Scale": ClipNorm(1.0, np.inf),
+    "WeightDecay": WeightDecay(0.1),
+}
+LEADS: list[list[Any]] = [[_LEADING[name] for name in lead] for lead in emit_steps.LEADS]
+
 # Norms of order inf are the same bits in every order of evaluation, so whole chains are, too.
 EXACT_CHAINS: list[Any] = [
-    *(OptimiserChain(ClipNorm(1.0, np.inf), WeightDecay(0.1), example(c)) for c in ELEMENTWISE),
+    *(OptimiserChain(*lead, example(c)) for c in ELEMENTWISE for lead in LEADS[:2]),
     *(OptimiserChain(example(c), ClipNorm(1e-3, -np.inf), WeightDecay(0.1)) for c in ELEMENTWISE),
     OptimiserChain(),
     OptimiserChain(OptimiserChain(), OptimiserChain(Adam(), OptimiserChain(Momentum()))),

@@ -4,12 +4,18 @@ Each `step` becomes, for float and for double, one function over a block of numb
 itself is copied as it stands: the statements between the unpacking of `state` and `coefs` and the
 `return`. Only the syntax tree is read; the package is not imported.
 
+A loop that finishes a chain is also written with the steps of each of `LEADS` ahead of it, so that
+a number passes through them without a way to memory and back.
+
 Run by setup.py; by hand: ``python tools/emit_steps.py optimisers/rules.py optimisers/_steps.pxi``.
 """
 
 from __future__ import annotations
 
 import ast
+import copy
+import dataclasses
+import functools
 import importlib.util
 import pathlib
 import sys
@@ -21,11 +27,21 @@ language = sys.modules["_language"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(language)
 Step, StepError = language.Step, language.StepError
 
+LEADS = [
+    ("ClipGrad", "WeightDecay"),
+    ("_Scale", "WeightDecay"),
+    ("ClipGrad",),
+    ("_Scale",),
+    ("WeightDecay",),
+]
+"""Steps without slots that users put ahead of a rule, longest first; `_Scale` is ClipNorm's."""
+
 HEADER = """\
 # Written by tools/emit_steps.py from the steps in rules.py. Do not edit.
 
 # A block step: x, g and the old slots are read, dx and the new slots written, n numbers each.
-# One that finishes a chain finds x in place of dx, and leaves there x - dx.
+# One that finishes a chain finds x in place of dx, and leaves there x - dx. Where it is led by
+# others, coefs are those of all, one after another.
 """
 
 
@@ -39,6 +55,29 @@ def read_steps(source: str) -> list[Step]:
             if isinstance(node, ast.FunctionDef) and node.name == "step":
                 found.append(language.take_apart(language.Source(cls.name, lines), node))
     return found
+
+
+class Renamed(ast.NodeTransformer):
+    """Names with a prefix, so that two steps in one loop do not meet."""
+
+    def __init__(self, step: Step) -> None:
+        self.prefix = step.rule
+        self.own = {*step.coefs, *(statement.targets[0].id for statement in step.body)} - {"dx"}
+
+    def visit_Name(self, node: ast.Name) -> ast.Name:
+        return ast.Name(f"{self.prefix}_{node.id}") if node.id in self.own else node
+
+
+def led_by(step: Step, lead: Step) -> Step:
+    """Return one step that does what `lead`, which has no slots, and then `step` does."""
+    renamed = Renamed(lead)
+    body = [*lead.body, ast.Assign([ast.Name("dx")], lead.dx, lineno=0)]
+    return dataclasses.replace(
+        step,
+        rule=f"{lead.rule}_{step.rule}",
+        coefs=[*(f"{lead.rule}_{coef}" for coef in lead.coefs), *step.coefs],
+        body=[*(renamed.visit(copy.deepcopy(statement)) for statement in body), *step.body],
+    )
 
 
 def emit_loop(step: Step, real: str, finish: bool) -> str:
@@ -87,25 +126,33 @@ def emit_loop(step: Step, real: str, finish: bool) -> str:
     return "\n".join(lines)
 
 
+def emit_loops(step: Step, finish: bool) -> list[str]:
+    return [emit_loop(step, real, finish) for real in ("float", "double")]
+
+
 def generate(rules_source: str) -> str:
     """Return the text of _steps.pxi for the text of rules.py."""
-    steps = read_steps(rules_source)
-    loops = [
-        emit_loop(step, real, finish)
-        for step in steps
-        for real in ("float", "double")
-        for finish in (False, True)
-    ]
-    table = [
-        "cdef void fill_table() noexcept:",
-        *(
-            f"    add_step({step.rule!r}, {len(step.slots)}, {len(step.coefs)},\n"
-            f"             {step.rule}_float, {step.rule}_double,\n"
-            f"             {step.rule}_float_finish, {step.rule}_double_finish)"
-            for step in steps
-        ),
-    ]
-    return HEADER + "\n\n" + "\n\n\n".join([*loops, "\n".join(table)]) + "\n"
+    steps = {step.rule: step for step in read_steps(rules_source)}
+    leads = [lead for lead in LEADS if {*lead} <= {*steps}]
+    followers = [step for step in steps.values() if not any(step.rule in lead for lead in leads)]
+    loops, table = [], ["cdef int fill_table() except -1:"]
+    for name, step in steps.items():
+        loops += emit_loops(step, finish=False) + emit_loops(step, finish=True)
+        table += [
+            f"    add_step({name!r}, {len(step.slots)}, {len(step.coefs)},",
+            f"             {name}_float, {name}_double,",
+            f"             {name}_float_finish, {name}_double_finish)",
+        ]
+    for lead in leads:
+        table.append(f"    add_lead({lead!r})")
+        for step in followers:
+            whole = functools.reduce(led_by, (steps[rule] for rule in reversed(lead)), step)
+            loops += emit_loops(whole, finish=True)
+            table += [
+                f"    add_led({step.rule!r},",
+                f"            {whole.rule}_float_finish, {whole.rule}_double_finish)",
+            ]
+    return HEADER + "\n\n" + "\n\n\n".join([*loops, "\n".join([*table, "    return 0"])]) + "\n"
 
 
 if __name__ == "__main__":

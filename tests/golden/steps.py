@@ -1,12 +1,12 @@
-"""Three small rules, whose generated loops stand in steps.pxi. Read by the generator, never run."""
+"""Small rules, whose generated loops stand in steps.pxi. Read by the generator, never run."""
 
 from __future__ import annotations
 
 from optimisers.words import abs2, sqrt, where
 
 
-class Scaled:
-    """No slots."""
+class _Scale:
+    """No slots. It leads others: it has the name of a step in LEADS."""
 
     def coefs(self):
         return (self.eta,)
@@ -17,12 +17,13 @@ class Scaled:
         return eta * dx, ()
 
 
-class Plain:
-    """Neither slots nor numbers, and the parameter itself in the formula."""
+class WeightDecay:
+    """It leads, too. No numbers, a local name that another step has, and the parameter itself."""
 
     @staticmethod
     def step(x, dx, state, coefs):
-        return dx - x, ()
+        m = dx - x
+        return m + dx, ()
 
 
 class NoStep:
