@@ -34,8 +34,14 @@ DLPACK = Path("optimisers/_dlpack.pyx")
 # Equal bits on every instruction set need separate roundings: no contraction to fma, no fast-math.
 # The other flags let loops with `sqrt` and comparisons use vector instructions; the last has what
 # `clip` asks of its limits asked ahead of the loop, also of a long one.
-EXACT = ["-O3", "-g0", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
-EXACT += ["--param=max-unswitch-insns=500"]
+EXACT = [
+    "-O3",
+    "-g0",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "--param=max-unswitch-insns=500",
+]
 # Loops begin at a cache line. Short ones, as in a chain, lie in one line then; across two they take
 # up to a third longer, and which of them do would depend on what is compiled before them.
 ALIGNED = ["-falign-loops=64"]

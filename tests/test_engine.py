@@ -21,6 +21,7 @@ from util import (
     EXACT_CHAINS,
     arrays_in,
     assert_same_bits,
+    beginning_at,
     bits,
     example,
     normal,
@@ -105,6 +106,23 @@ def expected():
 def test_block_size_changes_no_bit(blocks, expected):
     _engine.kernels.set_block(*blocks)
     assert_same_bits(trained(), expected)
+
+
+@BOTH
+@parametrize("dtype", ["f4", "f8"])
+@parametrize("n", [4 * BLOCK - 1, 4 * BLOCK, 6 * BLOCK - 3])
+def test_where_an_array_begins_changes_no_bit(n, dtype, call):
+    """Blocks begin at cache lines, but for the first."""
+    rule = OptimiserChain(Momentum(), ClipNorm(1e-3, np.inf), Adam())
+    results = []
+    for byte in range(0, 64, np.dtype(dtype).itemsize):
+        x = beginning_at(byte, normal(n, dtype, 1))
+        results.append(step(call, setup(rule, x), x, normal(n, dtype, 2)))
+        around = x.base.copy()
+        around[x.ctypes.data - x.base.ctypes.data :][: x.nbytes] = 0
+        assert not around.any()
+    for result in results:
+        assert_same_bits(result[:2], results[0][:2])
 
 
 CLIP, NORM, DECAY = ClipGrad(1.0), ClipNorm(1.0), WeightDecay(0.1)

@@ -7,7 +7,7 @@ import pickle
 
 import numpy as np
 import pytest
-from util import BOTH, arrays_in, assert_same_bits, bits, normal, parametrize
+from util import BOTH, arrays_in, assert_same_bits, beginning_at, bits, normal, parametrize
 
 from optimisers import (
     AccumGrad,
@@ -70,10 +70,10 @@ def _threads(request):
     assert get_num_threads() >= 1
 
 
-def nonfinite(g, master):
+def nonfinite(g, master, x=None):
     """Return what the kernels say about a gradient, for a rule with a master or without."""
     rule = MixedPrecision(master, Descent()) if master else Descent()
-    x = np.zeros_like(g)
+    x = np.zeros_like(g) if x is None else x
     batch = _engine.kernels.Batch()
     assert batch.gather([setup(rule, x)], [x], [g], _engine.lower) == []
     return batch.nonfinite()
@@ -100,6 +100,18 @@ def test_one_number_anywhere_is_found(name, size, master):
         for value in BAD:
             bad = spoiled(g, value, at)
             assert nonfinite(bad, master) == [0]
+
+
+@pytest.mark.usefixtures("_threads")
+@parametrize("byte", [0, 4, 16, 60])
+def test_one_number_is_found_wherever_blocks_begin(byte):
+    x = beginning_at(byte, np.zeros(4 * _engine.kernels.settings()[0] + 5, "f4"))
+    g = np.zeros_like(x)
+    assert nonfinite(g, None, x) == []
+    for at in range(x.size):
+        g[at] = np.nan
+        assert nonfinite(g, None, x) == [0]
+        g[at] = 0
 
 
 @parametrize("name", DTYPES)

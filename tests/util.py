@@ -124,6 +124,15 @@ def normal(shape: Any, dtype: Any = np.float64, seed: int = 0) -> np.ndarray:
     return _drawn(shape, np.dtype(dtype), seed).copy()
 
 
+def beginning_at(byte: int, array: np.ndarray) -> np.ndarray:
+    """Return a copy that begins so many bytes after a cache line, with zeros around it."""
+    memory = np.zeros(array.nbytes + 128, np.uint8)
+    first = (byte - memory.ctypes.data) % 64
+    copied = memory[first : first + array.nbytes].view(array.dtype)
+    copied[:] = array
+    return copied
+
+
 @functools.lru_cache(maxsize=1000)
 def _drawn(shape: Any, dtype: np.dtype, seed: int) -> np.ndarray:
     draw = np.random.default_rng([seed, *np.atleast_1d(shape)])
