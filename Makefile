@@ -143,7 +143,7 @@ optimisers/_steps.pxi: optimisers/rules.py optimisers/_language.py tools/emit_st
 	@$(PYTHON) tools/emit_steps.py $< $@.new
 	@cmp -s $@ $@.new && rm $@.new || mv $@.new $@
 
-$(VENV)/built: $(VENV)/made pyproject.toml setup.py optimisers/_kernels.pyx optimisers/_team.h optimisers/_dlpack.pyx optimisers/_steps.pxi
+$(VENV)/built: $(VENV)/made pyproject.toml setup.py optimisers/_steps.pxi $(wildcard optimisers/*.pyx optimisers/*.h)
 	@echo "building optimisers"
 	@$(PIP) --no-build-isolation --check-build-dependencies --editable .
 	@touch $@

@@ -28,7 +28,7 @@ from emit_steps import generate
 RULES = Path("optimisers/rules.py")
 STEPS = Path("optimisers/_steps.pxi")
 KERNELS = Path("optimisers/_kernels.pyx")
-TEAM = Path("optimisers/_team.h")
+HEADERS = [Path("optimisers/_team.h"), Path("optimisers/_halves.h")]
 DLPACK = Path("optimisers/_dlpack.pyx")
 
 # Equal bits on every instruction set need separate roundings: no contraction to fma, no fast-math.
@@ -72,10 +72,10 @@ VARIANTS: dict[str, list[str]] = {"optimisers._kernels": []}
 if CHECKS:  # one variant tells as much about the source as three
     EXACT += CHECKED
 elif platform.machine().lower() in {"x86_64", "amd64"} and sys.platform != "win32":
-    VARIANTS["optimisers._kernels_avx2"] = ["-mavx2"]
+    VARIANTS["optimisers._kernels_avx2"] = ["-mavx2", "-mf16c"]
     VARIANTS["optimisers._kernels_avx512"] = ["-march=x86-64-v4", "-mprefer-vector-width=512"]
 
-SOURCES = {name: [str(KERNELS), str(STEPS), str(TEAM)] for name in VARIANTS}
+SOURCES = {name: [str(path) for path in (KERNELS, STEPS, *HEADERS)] for name in VARIANTS}
 SOURCES["optimisers._dlpack"] = [str(DLPACK)]
 
 

@@ -72,9 +72,11 @@ cdef extern from *:
         return offset;
     }
     #if defined(__x86_64__) && defined(__GNUC__)
-    static int runs_avx2(void) {
+    #include <cpuid.h>
+    static int runs_avx2(void) {        /* and converts float16: older compilers cannot ask so */
+        unsigned a, b, c = 0, d;
         __builtin_cpu_init();
-        return __builtin_cpu_supports("avx2") != 0;
+        return __builtin_cpu_supports("avx2") && __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
     }
     static int runs_avx512(void) {
         __builtin_cpu_init();
@@ -95,43 +97,12 @@ cdef extern from *:
         return __atomic_exchange_n(at, p, __ATOMIC_ACQ_REL);
     }
     #endif
-    /* Half-width floats, as bits. Rounding is to nearest, ties to even, as in NumPy; there are no
-       branches, so that compilers turn the loops into vector instructions. */
-    #include <stdint.h>
-    #include <string.h>
-    static inline uint32_t bits_of(float x) { uint32_t b; memcpy(&b, &x, 4); return b; }
-    static inline float float_of(uint32_t b) { float x; memcpy(&x, &b, 4); return x; }
-
-    static inline float widen_bfloat16(uint16_t h) { return float_of((uint32_t) h << 16); }
-    static inline uint16_t narrow_bfloat16(float x) {
-        uint32_t b = bits_of(x), sign = b & 0x80000000u, rest = b ^ sign;
-        uint32_t near = (b + 0x7fffu + ((b >> 16) & 1u)) >> 16;
-        return (uint16_t) (rest > 0x7f800000u ? (sign >> 16) | 0x7fc0u : near);
-    }
-    static inline float widen_float16(uint16_t h) {
-        uint32_t sign = (uint32_t) (h & 0x8000u) << 16, rest = (uint32_t) (h & 0x7fffu) << 13;
-        uint32_t scaled = bits_of(float_of(rest) * 0x1p112f);      /* subnormals come out right */
-        return float_of(sign | (rest >= 0x0f800000u ? rest | 0x7f800000u : scaled));
-    }
-    static inline uint16_t narrow_float16(float x) {
-        uint32_t b = bits_of(x), sign = b & 0x80000000u, rest = b ^ sign;
-        uint32_t normal = (rest - 0x38000000u + 0xfffu + ((rest >> 13) & 1u)) >> 13;
-        uint32_t tiny = bits_of(float_of(rest) + 0.5f) - 0x3f000000u;   /* the sum rounds */
-        uint32_t near = rest < 0x38800000u ? tiny : normal;
-        near = rest >= 0x477ff000u ? 0x7c00u : near;
-        near = rest > 0x7f800000u ? 0x7e00u : near;
-        return (uint16_t) ((sign >> 16) | near);
-    }
     typedef float *APART float_p;
     typedef double *APART double_p;
     typedef const float *APART const_float_p;
     typedef const double *APART const_double_p;
     """
     int omp_get_max_threads() nogil
-    float widen_float16(uint16_t) nogil
-    float widen_bfloat16(uint16_t) nogil
-    uint16_t narrow_float16(float) nogil
-    uint16_t narrow_bfloat16(float) nogil
     void* exchange(void** at, void* p) nogil
     Py_ssize_t slot_offset(object cls, const char* name)
     int runs_avx2()
@@ -150,6 +121,14 @@ cdef extern from "_team.h":
     int64_t team_swap(int64_t* at, int64_t to) nogil
     void team_run(team_piece run, void* job, int64_t pieces, int members, bint wake) nogil
     void team_forked()
+
+cdef extern from "_halves.h":
+    float widen_float16(uint16_t) nogil
+    float widen_bfloat16(uint16_t) nogil
+    uint16_t narrow_float16(float) nogil
+    uint16_t narrow_bfloat16(float) nogil
+    Py_ssize_t widen_float16s(const uint16_t* halves, float* to, Py_ssize_t n) nogil
+    Py_ssize_t narrow_float16s(const float* singles, uint16_t* to, Py_ssize_t n) nogil
 
 cdef extern from "numpy/arrayobject.h":
     enum:
@@ -695,8 +674,12 @@ cdef class MixedPlan(Plan):
         return self.inner.forget()
 
 
+cdef int bfloat16 = -1      # NumPy's number of it; to ask for names takes as long as an update
+
+
 cdef int kind_beside(cnp.ndarray a, int updated):
     """Return the `Kind` of an array where this NumPy type is updated; -1 if there is none."""
+    global bfloat16
     cdef int kind = cnp.PyArray_TYPE(a)
     if updated != cnp.NPY_FLOAT and updated != cnp.NPY_DOUBLE:
         return -1
@@ -706,7 +689,9 @@ cdef int kind_beside(cnp.ndarray a, int updated):
         return FLOAT32 if kind == cnp.NPY_FLOAT else -1
     if kind == NPY_HALF:
         return FLOAT16
-    return BFLOAT16 if kind >= NPY_USERDEF and a.dtype.name == "bfloat16" else -1
+    if kind >= NPY_USERDEF and kind != bfloat16 and a.dtype.name == "bfloat16":
+        bfloat16 = kind
+    return BFLOAT16 if kind == bfloat16 else -1
 
 # --- what the walk asks of many leaves at once -----------------------------------------------
 
@@ -1669,7 +1654,7 @@ cdef void widen(Kind kind, const void* source, void* target, Py_ssize_t n) noexc
     cdef const float* singles = <const float*> source
     cdef Py_ssize_t i
     if kind == FLOAT16:
-        for i in range(n):
+        for i in range(widen_float16s(halves, <float*> target, n), n):
             (<float*> target)[i] = widen_float16(halves[i])
     elif kind == BFLOAT16:
         for i in range(n):
@@ -1698,7 +1683,7 @@ cdef void round_into(Kind kind, const void* source, void* target, Py_ssize_t n,
     if kind == SAME:
         memcpy(target, source, n * size)
     elif kind == FLOAT16:
-        for i in range(n):
+        for i in range(narrow_float16s(singles, <uint16_t*> target, n), n):
             (<uint16_t*> target)[i] = narrow_float16(singles[i])
     elif kind == BFLOAT16:
         for i in range(n):

@@ -217,6 +217,27 @@ SHORT_RUN = """
 """
 
 
+@parametrize("name", _engine.available)
+def test_each_instruction_set_converts_float16_alike(name, monkeypatch):
+    """Some have instructions for it: every float16 and 100,000 floats of any kind, NaN too."""
+    halves = np.arange(2**16, dtype=np.uint16).view(np.float16)
+    floats = np.random.default_rng(0).integers(0, 2**32, 100_003, np.uint32).view(np.float32)
+
+    def converted(kernels):
+        monkeypatch.setattr(_engine, "kernels", kernels)
+        widened, rounded = (
+            setup(MixedPrecision(Descent(eta)), np.zeros(a.shape, np.float16))
+            for eta, a in ((1.0, halves), (0.0, floats))
+        )
+        update_(widened, np.zeros_like(halves), halves)
+        rounded.state.master[...] = floats
+        x = np.zeros(floats.shape, np.float16)
+        update_(rounded, x, x.copy())
+        return widened.state.master, x
+
+    assert_same_bits(converted(_engine.available[name]), converted(_engine.baseline))
+
+
 def test_an_instruction_set_can_be_asked_for():
     hashes = set()
     for name in _engine.available:
