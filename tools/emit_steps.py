@@ -127,6 +127,7 @@ def emit_loop(step: Step, real: str, finish: bool) -> str:
 
 
 def emit_loops(step: Step, finish: bool) -> list[str]:
+    """Return the functions of one step for each type."""
     return [emit_loop(step, real, finish) for real in ("float", "double")]
 
 
