@@ -311,6 +311,13 @@ cdef struct Segment:        # one leaf
     bint swallowed          # its rule makes no step this time
     int64_t is_bad          # whether infinity or NaN was found in its gradient
 
+cdef struct Led:            # a last stage that does what others ahead of it do
+    Step finish
+    Py_ssize_t ahead        # so many
+    Py_ssize_t first        # coefs of the first of them, which no other stage has ...
+    Py_ssize_t last         # ... and its own
+    Py_ssize_t coefs        # those of all
+
 cdef struct Norm:           # a barrier that waits for its number
     Py_ssize_t segment
     Py_ssize_t stage
@@ -837,6 +844,7 @@ cdef class Batch:
     cdef object blank
     cdef Work* work
     cdef Py_ssize_t hint
+    cdef Led led                # the last that was found
     cdef list norm_rules
     cdef cnp.ndarray like       # the parameter that is being taken
     cdef list kept              # the objects that own the memory in use
@@ -852,7 +860,7 @@ cdef class Batch:
         self.blank = blank
         self.norm_rules, self.kept = [], []
         self.new_x, self.new_state = {}, {}
-        self.failed = -1
+        self.failed = self.led.last = -1
 
     def __dealloc__(self):
         if self.work is not NULL:
@@ -990,7 +998,8 @@ cdef class Batch:
             self.work.spans.length = spans
             del self.norm_rules[norms:]
             return False
-        self.draw_in(&leaf, norms)
+        if self.work.stages.length > leaf.first + 1:
+            self.draw_in(&leaf, norms)
         leaf.stages = self.work.stages.length - leaf.first
         if self.blank is not None:
             self.new_state[place] = made
@@ -1054,24 +1063,41 @@ cdef class Batch:
         A barrier may begin such a loop, since all it waits for comes before. The leaf's own are
         those after the first `norms`.
         """
-        cdef Py_ssize_t first, last = self.work.stages.length - 1, start = leaf.first
         cdef Stage* stages = <Stage*> self.work.stages.data
-        cdef Step finish
-        cdef int k
-        if last <= start or leaf.swallowed or stages[last].index < 0:
+        cdef Py_ssize_t last = self.work.stages.length - 1, start = leaf.first, first
+        if leaf.swallowed or stages[last].index < 0:
             return 0
         if self.work.norms.length > norms:
             start = (<Norm*> self.work.norms.data)[self.work.norms.length - 1].stage
+        first = last - self.led.ahead
+        if (
+            first < start
+            or stages[first].coefs != self.led.first
+            or stages[last].coefs != self.led.last
+        ):
+            if not self.find_lead(leaf, stages, start, last):
+                return 0
+            first = last - self.led.ahead
+        stages[first] = stages[last]
+        stages[first].finish, stages[first].coefs = self.led.finish, self.led.coefs
+        self.work.stages.length = first + 1
+        return 0
+
+    cdef bint find_lead(self, Segment* leaf, Stage* stages, Py_ssize_t start,
+                        Py_ssize_t last) except -1:
+        """Find the longest lead of stage `last` that does not begin before `start`."""
+        cdef Step finish
+        cdef Py_ssize_t first
+        cdef int k
         for k in range(leads_known):
             first = last - leads[k].length
             finish = step_table[stages[last].index].led[k][leaf.is_double]
             if finish is not NULL and first >= start and is_lead(&leads[k], stages + first):
-                stages[last].coefs = self.join_numbers(stages + first, last - first + 1, leaf)
-                stages[last].finish = finish
-                stages[first] = stages[last]
-                self.work.stages.length = first + 1
-                break
-        return 0
+                self.led.ahead, self.led.finish = leads[k].length, finish
+                self.led.first, self.led.last = stages[first].coefs, stages[last].coefs
+                self.led.coefs = self.join_numbers(stages + first, last - first + 1, leaf)
+                return True
+        return False
 
     cdef Py_ssize_t join_numbers(self, Stage* stages, Py_ssize_t n, Segment* leaf) except -1:
         """Return where a copy of the coefs of `n` stages begins, one after another."""
@@ -1356,8 +1382,11 @@ cdef inline Py_ssize_t shortage(Segment* leaf) noexcept nogil:
 
     Large arrays of one model often begin equally far from one. A short leaf would not repay it.
     """
-    cdef Py_ssize_t ahead = (-<uintptr_t> leaf.out % LINE) // number_size(leaf, SAME)
-    return leaf.block - ahead if ahead and leaf.n >= LINED_UP * leaf.block else 0
+    cdef Py_ssize_t ahead
+    if leaf.n < LINED_UP * leaf.block:
+        return 0
+    ahead = (-<uintptr_t> leaf.out % LINE) // number_size(leaf, SAME)
+    return leaf.block - ahead if ahead else 0
 
 
 cdef inline Py_ssize_t start_of(Segment* leaf, Py_ssize_t k) noexcept nogil:
@@ -1419,7 +1448,7 @@ cdef void update_piece(void* job, int64_t k, int member) noexcept nogil:
         before = run.segments[at - 1].blocks if at else 0
         while first < last and first < leaf.blocks:
             start = start_of(leaf, first - before)
-            n = start_of(leaf, first - before + 1) - start
+            n = min(leaf.block - (0 if start else leaf.short_by), leaf.n - start)
             dx = chain(run, leaf, leaf.first + leaf.stages, start, n, scratch, False)
             if dx is NULL:
                 pass

@@ -10,6 +10,7 @@ import textwrap
 import threading
 import tracemalloc
 from collections import Counter
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -19,6 +20,7 @@ from util import (
     BOTH,
     ELEMENTWISE,
     EXACT_CHAINS,
+    LEADS,
     arrays_in,
     assert_same_bits,
     beginning_at,
@@ -37,6 +39,7 @@ from optimisers import (
     Descent,
     MixedPrecision,
     Momentum,
+    Nesterov,
     OptimiserChain,
     Rule,
     WeightDecay,
@@ -152,6 +155,28 @@ def test_one_loop_does_a_rule_and_what_leads_it(rule):
     x = np.ones(3)
     assert batch.gather([setup(chain, x)], [x], [x], _engine.lower) == []
     assert batch.loops() == {0: loops}
+
+
+@BOTH
+def test_leaves_side_by_side_are_led_as_each_alone(call):
+    """What was found for one leaf serves the next, if that has the same rule and dtype."""
+    rules = [
+        OptimiserChain(*before, *lead, rule)
+        for lead in LEADS
+        for rule in (Adam(0.1), Adam(0.2), Momentum())
+        for before in ((), (Nesterov(),))
+    ]
+    state, model, grad = {}, {}, {}
+    for k, rule in enumerate(rules):
+        for dtype in ("f4", "f8"):
+            x = {name: normal(5, dtype, name) for name in range(2)}
+            state[k, dtype], model[k, dtype] = setup(rule, x), x
+            grad[k, dtype] = {name: normal(5, dtype, 9) for name in x}
+    alone = {key: step(call, *deepcopy((state[key], model[key])), grad[key])[:2] for key in model}
+    state, model, used = step(call, state, model, grad)
+    assert {*used.values()} == {"kernels"}
+    for key in model:
+        assert_same_bits((state[key], model[key]), alone[key])
 
 
 @BOTH
