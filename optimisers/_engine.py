@@ -420,11 +420,18 @@ def _stores(
     return parameters + [(setattr, leaves[k], "state", new) for k, new in new_state.items()]
 
 
-def checked(g: Any, leaf: Any, x: Array, where: Callable[[], str]) -> Array | None:
+def checked(
+    g: Any,
+    leaf: Any,
+    x: Array,
+    where: Callable[[], str],
+    as_seen: Callable[[Array], Array] = lambda master: master,
+) -> Array | None:
     """Return `g` as an array for `leaf` and its parameter; None says that there is no gradient.
 
     One of another dtype than the parameter's is brought to the dtype of the master copy, if there
     is one: rounded to the parameter's, which may be float16, small gradients would be lost.
+    `as_seen` returns the master as `x` shows it, where that is another view than the leaf's own.
 
     Raises
     ------
@@ -432,7 +439,7 @@ def checked(g: Any, leaf: Any, x: Array, where: Callable[[], str]) -> Array | No
         If `g` is no gradient for `x`; the message names the place, from `where()`.
     """
     if isinstance(leaf.state, MixedPrecisionState) and getattr(g, "dtype", x.dtype) != x.dtype:
-        master = leaf.state.master
+        master = as_seen(leaf.state.master)
         if type(master) is type(x) and master.shape == x.shape:
             return checked_gradient(g, master, where)
     return checked_gradient(g, x, where)

@@ -73,7 +73,8 @@ cdef extern from *:
     }
     #if defined(__x86_64__) && defined(__GNUC__)
     #include <cpuid.h>
-    static int runs_avx2(void) {        /* and converts float16: older compilers cannot ask so */
+    /* Whether it converts float16, too, is asked of the processor: older compilers do not know. */
+    static int runs_avx2(void) {
         unsigned a, b, c = 0, d;
         __builtin_cpu_init();
         return __builtin_cpu_supports("avx2") && __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import partial, reduce
 from typing import Any, Literal, TypeVar, cast
 
 import numpy as np
@@ -456,24 +456,21 @@ class _Tied:
         first = group[0]
         if len(group) == 1:
             return gs[first]  # which the engine checks
-        total = None
+        given = {}
         for k in group:
-            g = _engine.checked(gs[k], leaf, self.xs[k], partial(self.where, k))
+            as_seen = partial(self._carried, source=first, target=k)
+            g = _engine.checked(gs[k], leaf, self.xs[k], partial(self.where, k), as_seen)
             if g is not None:
-                g = self._seen_from(first, k, g)
-                total = g if total is None else _engine.summed(total, g)
-        for k in group[1:] if total is not None else ():
+                given[k] = g
+        for k in group[1:] if given else ():
             self._refuse_misfit(first, k)
-        return total
+        seen = [self._carried(g, source=k, target=first) for k, g in given.items()]
+        return reduce(_engine.summed, seen) if seen else None
 
-    def _seen_from(self, first: int, k: int, g: Array) -> Array:
-        x, other = self.xs[first], self.xs[k]
-        if other is x:
-            return g
-        if same_elements(x, other):
-            return carry(g, other, x)
-        self._refuse_misfit(first, k)
-        return g
+    def _carried(self, values: Array, source: int, target: int) -> Array:
+        """Return values laid out like the array in one place as they appear through another's."""
+        x, other = self.xs[source], self.xs[target]
+        return values if x is other or not same_elements(x, other) else carry(values, x, other)
 
     def _refuse_misfit(self, first: int, k: int) -> None:
         """Raise if two places are not views of one array, nor can have the same numbers."""

@@ -571,14 +571,21 @@ SMALL = 2.0**-30
 @BOTH
 @parametrize("of_g", ["float16", "bfloat16", "float32", "float64"])
 @parametrize("dtype", ["float16", "bfloat16"])
-@parametrize("tied", [False, True])
-def test_gradients_are_not_rounded_to_a_narrow_parameter(tied, dtype, of_g, call):
+@parametrize(
+    "places",
+    [
+        lambda a: {"a": a},
+        lambda a: {"a": a, "b": a},
+        lambda a: {"a": a, "b": a.T, "c": a[::-1, ::-1]},
+        lambda a: {"a": a, "b": a.reshape(6)},
+    ],
+)
+def test_gradients_are_not_rounded_to_a_narrow_parameter(places, dtype, of_g, call):
     """float16 has no 2**-30, and bfloat16 rounds 1 + 2**-8; a gradient in either has no more."""
-    g = np.array([1 + 2**-8, SMALL]).astype(narrow(of_g))
-    x = np.zeros(2, narrow(dtype))
-    model = {"a": x, "b": x} if tied else {"a": x}
+    g = np.array([[1 + 2**-8, SMALL, 0], [2 * SMALL, 3, 4]]).astype(narrow(of_g))
+    model = places(np.zeros((2, 3), narrow(dtype)))
     state = setup(MixedPrecision(Descent(1.0)), model)
-    state, _, used = step(call, state, model, dict.fromkeys(model, g))
+    state, _, used = step(call, state, model, places(g))
     assert state["a"].state.master.tolist() == (-len(model) * g).astype(np.float32).tolist()
     assert set(used.values()) == {"kernels"}
 
