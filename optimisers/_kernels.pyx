@@ -846,6 +846,9 @@ cdef class Batch:
     cdef Work* work
     cdef Py_ssize_t hint
     cdef Led led                # the last that was found
+    cdef Py_ssize_t blocks      # in all segments
+    cdef Py_ssize_t bytes       # that the update moves
+    cdef Py_ssize_t gradients   # bytes of them
     cdef list norm_rules
     cdef cnp.ndarray like       # the parameter that is being taken
     cdef list kept              # the objects that own the memory in use
@@ -862,6 +865,7 @@ cdef class Batch:
         self.norm_rules, self.kept = [], []
         self.new_x, self.new_state = {}, {}
         self.failed = self.led.last = -1
+        self.blocks = self.bytes = self.gradients = 0
 
     def __dealloc__(self):
         if self.work is not NULL:
@@ -1015,9 +1019,20 @@ cdef class Batch:
         leaf.g, leaf.x = cnp.PyArray_BYTES(ga), cnp.PyArray_BYTES(old)
         leaf.out = cnp.PyArray_BYTES(new if leaf.is_copy else xa)
         leaf.rounded = cnp.PyArray_BYTES(xa)
+        self.cut(&leaf)
         (<Segment*> push(&self.work.segments, sizeof(Segment)))[0] = leaf
         self.kept.append(state)
         return True
+
+    cdef void cut(self, Segment* leaf) noexcept:
+        """Cut a segment into blocks, and add to what there is to do."""
+        cdef Stage* stages = <Stage*> self.work.stages.data
+        leaf.block = chain_block if leaf.stages > 1 or leaf.is_copy else block
+        leaf.short_by = shortage(leaf)
+        self.blocks += (leaf.short_by + leaf.n + leaf.block - 1) // leaf.block
+        leaf.blocks = self.blocks
+        self.bytes += traffic(stages, leaf, leaf.first + leaf.stages)
+        self.gradients += leaf.n * number_size(leaf, leaf.of_g)
 
     cdef object blank_like(self, state):
         """Return an empty state of the same form; `blank` is asked for what is no plain array."""
@@ -1287,22 +1302,12 @@ cdef class Batch:
                 team_leave()
 
     cdef void prepare(self, Run* run) noexcept:
-        """Cut the segments into blocks, and add up what is to do."""
-        cdef Segment* leaf
-        cdef Py_ssize_t k
+        """Say what there is to do."""
         run.segments = <Segment*> self.work.segments.data
         run.length = self.work.segments.length
         run.stages = <Stage*> self.work.stages.data
         run.numbers = <double*> self.work.numbers.data
-        run.blocks = run.bytes = run.gradients = 0
-        for k in range(run.length):
-            leaf = run.segments + k
-            run.gradients += leaf.n * number_size(leaf, leaf.of_g)
-            leaf.block = chain_block if leaf.stages > 1 or leaf.is_copy else block
-            run.bytes += traffic(run, leaf, leaf.first + leaf.stages)
-            leaf.short_by = shortage(leaf)
-            run.blocks += (leaf.short_by + leaf.n + leaf.block - 1) // leaf.block
-            leaf.blocks = run.blocks
+        run.blocks, run.bytes, run.gradients = self.blocks, self.bytes, self.gradients
 
     cdef int lend_scratch(self, Run* run) except -1:
         """Lend each thread memory for its blocks, from the start of a cache line.
@@ -1427,11 +1432,11 @@ cdef void work_on(Run* run, team_piece piece, Py_ssize_t bytes) noexcept:
         share_out(run.members, piece, run, run.pieces, bytes)
 
 
-cdef Py_ssize_t traffic(Run* run, Segment* leaf, Py_ssize_t end) noexcept nogil:
+cdef Py_ssize_t traffic(Stage* stages, Segment* leaf, Py_ssize_t end) noexcept nogil:
     """Return how many bytes the stages before `end` and the subtraction move."""
     cdef Py_ssize_t arrays = 3, k
     for k in range(leaf.first, end):
-        arrays += 2 * run.stages[k].slots
+        arrays += 2 * stages[k].slots
     return arrays * leaf.n * (8 if leaf.is_double else 4)
 
 
@@ -1565,7 +1570,7 @@ cdef double reduce(Run* run, Segment* leaf, Py_ssize_t stage, Reduction kind, do
     job.kind, job.p, job.unit = kind, p, unit
     job.length = max(STRETCH, (leaf.n + STRETCHES - 1) // STRETCHES)
     stretches = (leaf.n + job.length - 1) // job.length
-    share_out(run.members, reduce_stretch, &job, stretches, traffic(run, leaf, stage))
+    share_out(run.members, reduce_stretch, &job, stretches, traffic(run.stages, leaf, stage))
     for k in range(stretches):
         total = joined(kind, total, job.parts[k])
     return total
