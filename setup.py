@@ -32,8 +32,9 @@ HEADERS = [Path("optimisers/_team.h"), Path("optimisers/_halves.h")]
 DLPACK = Path("optimisers/_dlpack.pyx")
 
 # Equal bits on every instruction set need separate roundings: no contraction to fma, no fast-math.
-# The other flags let loops with `sqrt` and comparisons use vector instructions; the last has what
-# `clip` asks of its limits asked ahead of the loop, also of a long one.
+# The next flags let loops with `sqrt` and comparisons use vector instructions; that with a number
+# has what `clip` asks of its limits asked ahead of the loop, also of a long one. The last one
+# leaves `copy` a loop.
 EXACT = [
     "-O3",
     "-g0",
@@ -41,6 +42,7 @@ EXACT = [
     "-fno-math-errno",
     "-fno-trapping-math",
     "--param=max-unswitch-insns=500",
+    "-fno-tree-loop-distribute-patterns",
 ]
 # Loops begin at a cache line. Short ones, as in a chain, lie in one line then; across two they take
 # up to a third longer, and which of them do would depend on what is compiled before them.

@@ -111,6 +111,14 @@ def test_block_size_changes_no_bit(blocks, expected):
     assert_same_bits(trained(), expected)
 
 
+@parametrize("rule", [Adam(), MixedPrecision("f4", Adam()), OptimiserChain(Momentum(), Adam())])
+def test_large_new_arrays_have_the_bits_of_those_written_in_place(rule):
+    """Blocks are shorter then."""
+    x, g = normal(800_003, "f4", 1), normal(800_003, "f4", 2)
+    new = update(setup(rule, x), x, g)
+    assert_same_bits(new, update_(setup(rule, x), x.copy(), g))
+
+
 @BOTH
 @parametrize("dtype", ["f4", "f8"])
 @parametrize("n", [4 * BLOCK - 1, 4 * BLOCK, 6 * BLOCK - 3])
