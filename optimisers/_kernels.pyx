@@ -848,7 +848,8 @@ cdef class Batch:
     cdef Work* work
     cdef Py_ssize_t hint
     cdef Led led                # the last that was found
-    cdef Py_ssize_t blocks      # in all segments
+    cdef Py_ssize_t blocks      # in all segments ...
+    cdef Py_ssize_t longest     # ... and most numbers in one
     cdef Py_ssize_t bytes       # that the update moves
     cdef Py_ssize_t gradients   # bytes of them
     cdef list norm_rules
@@ -867,7 +868,7 @@ cdef class Batch:
         self.norm_rules, self.kept = [], []
         self.new_x, self.new_state = {}, {}
         self.failed = self.led.last = -1
-        self.blocks = self.bytes = self.gradients = 0
+        self.blocks = self.longest = self.bytes = self.gradients = 0
 
     def __dealloc__(self):
         if self.work is not NULL:
@@ -1034,6 +1035,7 @@ cdef class Batch:
         if self.blank is not None and bytes >= FAR:
             leaf.block = min(leaf.block, <Py_ssize_t> COPIED)
         leaf.short_by = shortage(leaf)
+        self.longest = max(self.longest, leaf.block)
         self.blocks += (leaf.short_by + leaf.n + leaf.block - 1) // leaf.block
         leaf.blocks = self.blocks
         self.bytes += bytes
@@ -1321,7 +1323,7 @@ cdef class Batch:
         """
         cdef Py_ssize_t blocks = REDUCING if self.work.norms.length else RUNNING
         cdef uintptr_t start
-        run.room = blocks * max(block, chain_block)
+        run.room = blocks * self.longest
         self.work.scratch.length = 0
         start = <uintptr_t> push(&self.work.scratch, sizeof(double), run.members * run.room + 8)
         run.scratch = <double*> ((start + 63) & ~<uintptr_t> 63)
