@@ -157,9 +157,10 @@ cdef enum:
     WAKING = 60             # times the work for which a thread takes part is worth waking one
     PIECES = 32             # most pieces of an update for each thread ...
     PIECE = 32768           # ... and fewest bytes that one moves
-    FAR = 1 << 24           # bytes moved at a leaf from which new arrays for it are out of caches
-    COPIED = 128            # most numbers in a block that is first copied there
-    LINED_UP = 4            # blocks of a leaf from which it pays to align them
+    COPIED = 512            # most numbers in a block that is first copied into new arrays ...
+    COPIED_FAR = 128        # ... out of the caches, where these are likely ...
+    FAR = 1 << 24           # ... if so many bytes are moved
+    LINED_UP = 2048         # numbers in a leaf from which it pays to align its blocks
     SHORT = 32768           # bytes that are moved before others could have had the GIL
 
 cdef uint64_t GOLDEN = 0x9e3779b97f4a7c15   # spreads addresses over a table: Knuth's multiplier
@@ -439,9 +440,10 @@ cdef int make_room(Vector* v, size_t size, Py_ssize_t room) except -1:
 
 # --- settings --------------------------------------------------------------------------------
 
-# Numbers in a block. Those of a chain are shorter, so that the processor can fetch the next one
-# while it is still busy with steps that find all they need in the cache.
-cdef Py_ssize_t block = 512
+# Numbers in a block, if one loop does all to them: then blocks only have to be shared out. Those of
+# a chain stay in the cache from step to step, and are short, so that the processor can fetch the
+# next one meanwhile.
+cdef Py_ssize_t block = 4096
 cdef Py_ssize_t chain_block = 256
 cdef Py_ssize_t work_per_thread = 200_000   # bytes read and written: see set_work_per_thread
 cdef int threads_wanted = 0             # 0: as OpenMP says
@@ -1031,9 +1033,13 @@ cdef class Batch:
         """Cut a segment into blocks, and add to what there is to do."""
         cdef Stage* stages = <Stage*> self.work.stages.data
         cdef Py_ssize_t bytes = traffic(stages, leaf, leaf.first + leaf.stages)
-        leaf.block = chain_block if leaf.stages > 1 or leaf.is_copy else block
-        if self.blank is not None and bytes >= FAR:
-            leaf.block = min(leaf.block, <Py_ssize_t> COPIED)
+        cdef bint at_once = (
+            leaf.stages == 1 and stages[leaf.first].finish is not NULL
+            and leaf.of_g == SAME and not leaf.is_copy
+        )
+        leaf.block = block if at_once else chain_block
+        if self.blank is not None:
+            leaf.block = min(leaf.block, <Py_ssize_t> (COPIED_FAR if bytes >= FAR else COPIED))
         leaf.short_by = shortage(leaf)
         self.longest = max(self.longest, leaf.block)
         self.blocks += (leaf.short_by + leaf.n + leaf.block - 1) // leaf.block
@@ -1393,10 +1399,10 @@ cdef inline Py_ssize_t number_size(Segment* leaf, Kind kind) noexcept nogil:
 cdef inline Py_ssize_t shortage(Segment* leaf) noexcept nogil:
     """Return how many numbers the first block must lack, so that the others begin at a cache line.
 
-    Large arrays of one model often begin equally far from one. A short leaf would not repay it.
+    Large arrays of one model often begin equally far from one.
     """
     cdef Py_ssize_t ahead
-    if leaf.n < LINED_UP * leaf.block:
+    if leaf.n < LINED_UP:
         return 0
     ahead = (-<uintptr_t> leaf.out % LINE) // number_size(leaf, SAME)
     return leaf.block - ahead if ahead else 0
