@@ -9,11 +9,11 @@ c) A `Batch` gathers leaves: for each a *segment* (parameter, gradient, length) 
    its rule a *stage* (function, slots, coefs). What the kernels cannot take is handed back
    untouched; nothing that the caller can see is written while gathering.
    `update_one` does all this for a leaf on its own.
-d) `Batch.run` cuts every segment into blocks that fit the first cache and runs the whole chain on
-   a block before it goes to the next, so that a chain of any length moves each array through
-   memory once. The last step of the chain subtracts as it goes, in one loop with the clips and
-   decays right ahead of it (`leads`). Threads (_team.h) share the blocks out among them. Blocks are
-   independent, so the bits depend neither on their size nor on the number of threads.
+d) Every segment is cut into blocks. `Batch.run` runs the whole chain on a block, which stays in the
+   first cache meanwhile, before it goes to the next, so that a chain of any length moves each
+   array through memory once. The last step of the chain subtracts as it goes, in one loop with the
+   clips and decays right ahead of it (`leads`). Threads (_team.h) share the blocks out among them.
+   Blocks are independent, so the bits depend neither on their size nor on the number of threads.
 e) A *barrier* (a norm) needs all of a leaf before its step can run. The steps ahead of it are then
    evaluated on copies of their slots, block by block, only to be reduced; the barrier itself
    becomes an ordinary step with the number found. Partial sums belong to fixed stretches of the
