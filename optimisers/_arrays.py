@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import numpy as np
 
-__all__ = ["dtype_name", "isnumeric", "library_of", "maywrite"]
+__all__ = ["dtype_name", "is_immutable", "isnumeric", "library_of", "maywrite"]
 
 
 def isnumeric(x: object) -> bool:
@@ -72,6 +72,15 @@ def maywrite(x: object) -> bool:
     if library in ("cupy", "numba"):
         return not _overlaps(array.shape, array.strides, array.dtype.itemsize)
     return False
+
+
+def is_immutable(x: object) -> bool:
+    """Tell whether nobody at all can write the array `x`, as those of JAX, traced ones included.
+
+    A read-only array of NumPy may be a view of one that is written elsewhere. A box of HIPS
+    autograd stands for an array of NumPy.
+    """
+    return library_of(type(x)) == "jax"
 
 
 _FLOATING = frozenset("fc")

@@ -1,8 +1,10 @@
 """Ties: one parameter at several places of a model.
 
 Two places are tied if they hold the same array object, or views of exactly the same elements of
-memory, such as ``w`` and ``w.T`` (NumPy, PyTorch, CuPy). Values that belong to one such view are
-*carried* to another by way of the one order that both share: that of the addresses.
+memory, such as ``w`` and ``w.T`` (NumPy, PyTorch, CuPy). Arrays of JAX tie nothing: they are
+immutable, so that one at two places says no more than that both have the same values.
+Values that belong to one view are *carried* to another by way of the one order that both share:
+that of the addresses.
 
 a) `parameters` finds every trainable array of a model, and `owners` which of them are one;
 b) a `View` is what of a strided array's layout is needed to carry values, without the array;
@@ -22,7 +24,7 @@ from typing import Any, Literal, NamedTuple, TypeVar, cast, overload
 import numpy as np
 
 from . import _device
-from ._arrays import isnumeric
+from ._arrays import is_immutable, isnumeric
 from ._nodes import trainable_keys
 from ._path import KeyPath
 from ._tree import fold
@@ -59,7 +61,7 @@ def trainables(model: Tree, path: bool = False) -> list[Any]:
     -------
     list of array, or of (KeyPath, array)
         The arrays themselves, not copies. Of a parameter that is at several places, the array at
-        the first.
+        the first. An array of JAX at several places is a parameter at each.
 
     Raises
     ------
@@ -281,7 +283,9 @@ def owners(arrays: Sequence[Place]) -> list[int]:
         If two arrays share some elements but are not views of exactly the same.
     """
     first: dict[int, int] = {}
-    owner = [first.setdefault(id(x), k) for k, (_, x) in enumerate(arrays)]
+    owner = [
+        k if is_immutable(x) else first.setdefault(id(x), k) for k, (_, x) in enumerate(arrays)
+    ]
     for crowd in _crowds(arrays, first.values()):
         shown: dict[Any, int] = {}
         for k in sorted(crowd):

@@ -14,10 +14,11 @@ which `fmap`, ``setup`` and ``destructure`` are made:
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Container, Hashable, Iterable, Iterator, Sequence
 from typing import Any, cast
 
-from ._arrays import library_of
+from ._arrays import is_immutable, isnumeric, library_of
 from ._nodes import Kind, are_leaves, children, is_node, kind_of, listed, rebuild
 from ._path import KeyPath
 
@@ -112,7 +113,8 @@ def fold(
     any
         The result of the root. A node other than a tuple that is reached twice (beside the same
         nodes of `rest`) is folded once, with the path where it was met first, and its result
-        stands at both places.
+        stands at both places. One with parameters of JAX below it is folded at each place: they
+        are immutable, so that each place of them is a parameter of its own (see `_ties`).
 
     Raises
     ------
@@ -131,6 +133,7 @@ def fold(
     kind = kind_of(tree)
     if kind is None or (is_leaf is not None and is_leaf(tree)):
         return leaf(_ROOT, tree, *rest)
+    with_jax = "jax" in sys.modules
     done: dict[tuple[int, ...], tuple[Any, _Frame]] = {}
     open_nodes = {id(tree): (_ROOT, tree)}
     stack = [_Frame(_ROOT, tree, kind, keys, rest, row)]
@@ -148,6 +151,8 @@ def fold(
             kind = kind_of(x)
             if kind is None or (is_leaf is not None and is_leaf(x)):
                 results.append(leaf(here, x, *beside))
+                if with_jax and is_immutable(x) and isnumeric(x):
+                    frame.is_value = True
                 continue
             marks = (id(x), *map(id, beside))
             if marks in done:
@@ -163,7 +168,9 @@ def fold(
             stack.pop()
             if not stack:
                 return result
-            if not frame.kind.is_tuple:
+            if frame.is_value:
+                stack[-1].is_value = True
+            elif not frame.kind.is_tuple:
                 # The frame keeps its nodes alive: an id is only good so long.
                 done[(id(frame.x), *map(id, frame.beside))] = result, frame
             stack[-1].results.append(result)
@@ -172,7 +179,7 @@ def fold(
 class _Frame:
     """A node under way in `fold`."""
 
-    __slots__ = ("beside", "entered", "items", "kind", "others", "path", "results", "x")
+    __slots__ = ("beside", "entered", "is_value", "items", "kind", "others", "path", "results", "x")
 
     def __init__(
         self,
@@ -189,8 +196,12 @@ class _Frame:
         self.entered = None if keys is None else _entered(path, x, keys)
         self.items = iter(found.items())
         self.results: list[Any] = []
+        self.is_value = False  # whether it holds parameters that nobody can write
         if row is not None and are_leaves(found.values()):
-            self.items, self.results = iter(()), row([*found.values()])
+            xs = [*found.values()]
+            self.items, self.results = iter(()), row(xs)
+            if any(library_of(kind) == "jax" for kind in {*map(type, xs)}):
+                self.is_value = any(is_immutable(x) and isnumeric(x) for x in xs)
 
 
 def _refuse_cycle(open_nodes: dict[int, tuple[KeyPath, Any]], path: KeyPath, x: Any) -> None:
@@ -228,7 +239,8 @@ def fmap(
     """Apply a function to every leaf of a tree, and rebuild its nodes around the results.
 
     Every leaf is handed to `f`, also strings, functions and None. An array that is at several
-    places is mapped once, and so is a list, dictionary or object: it stays shared.
+    places is mapped once, and so is a list, dictionary or object: it stays shared. An array of JAX
+    is mapped at each place, where it is a parameter of its own, and so is a node that holds one.
 
     Parameters
     ----------
@@ -259,7 +271,7 @@ def fmap(
     done: dict[Hashable, tuple[Any, Any]] = {}
 
     def leaf(path: KeyPath, x: Any, *others: Any) -> Any:
-        if library_of(type(x)) is None:
+        if library_of(type(x)) in (None, "jax"):
             return f(x, *others)
         marks = (id(x), *map(id, others)) if others else id(x)
         if marks not in done:

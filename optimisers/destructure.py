@@ -27,7 +27,7 @@ import numpy as np
 
 from . import _device, _engine
 from ._arraypath import at_once, checked_gradient, fresh, writing
-from ._arrays import dtype_name, isnumeric, maywrite
+from ._arrays import dtype_name, is_immutable, isnumeric, maywrite
 from ._lockstep import gather, place
 from ._lockstep import places as walk_places
 from ._nodes import mirror, rebuild, register_leaf, trainable_keys
@@ -70,6 +70,7 @@ def destructure(model: Model) -> tuple[Any, Restructure[Model]]:
     -----
     A parameter at several places is in the vector once. If those places are different views of
     it, it is laid out as its first C-contiguous place shows it, or else as its first place does.
+    An array of JAX at several places is a parameter at each, and in the vector as often.
 
     JAX sorts the keys of the dictionaries that it hands to a traced function, and makes a tracer
     for each place of a tied parameter. An `re` made outside knows order and ties: in there,
@@ -233,7 +234,10 @@ class Restructure(Generic[Model]):
         for j, k in enumerate(owner):
             groups.setdefault(k, []).append(j)
         re._parameters, re._slots = [], []
-        slot_of: dict[Any, _Slot] = {}
+        slot_of: dict[int, _Slot] = {}
+        # One array may be several parameters (see `_ties`), and may be made anew each time its
+        # place is visited; then the path tells.
+        slot_at: dict[KeyPath, _Slot] = {}
         others: list[_Slot] = []
         stop = 0
         for k, group in enumerate(groups.values()):
@@ -244,16 +248,16 @@ class Restructure(Generic[Model]):
             re._parameters.append(
                 _Parameter(start, stop, tuple(x.shape), dtype, _is_complex(dtype))
             )
-            own = _Slot(k)
-            re._slots.append(own)
-            slot_of[id(x)] = own
+            shown = {id(x): _Slot(k)}
+            re._slots.append(shown[id(x)])
             for other in xs:
-                if id(other) not in slot_of:
+                if id(other) not in shown:
                     others.append(_Slot(k, View.of(x), View.of(other)))
-                    slot_of[id(other)] = others[-1]
+                    shown[id(other)] = others[-1]
+            slot_at.update((places[j][0], shown[id(places[j][1])]) for j in group)
+            if not is_immutable(x):
+                slot_of.update(shown)
         re._slots += others
-        # An array may be made anew each time its place is visited; then its path tells.
-        slot_at = {path: slot_of[id(x)] for path, x in places}
         re._size = stop
         re._dtype = _promoted([p.dtype for p in re._parameters])
         dtypes = {p.dtype for p in re._parameters}

@@ -17,7 +17,7 @@ import numpy as np
 
 from . import _engine, _pytree
 from ._arraypath import Call, at_once, fresh, shown, writing
-from ._arrays import isnumeric, maywrite
+from ._arrays import is_immutable, isnumeric, maywrite
 from ._kernels import are_distinct
 from ._lockstep import gather, place, places
 from ._nodes import mirror, rebuild, register_leaf, trainable_keys
@@ -37,7 +37,7 @@ class Leaf:
     """What a state tree holds for one trainable array.
 
     Mutable; its identity says which parameters are tied: the same `Leaf` at two places of a state
-    tree makes the arrays there one parameter.
+    tree makes the arrays there one parameter, arrays of JAX too (which `setup` never ties).
 
     Parameters
     ----------
@@ -143,6 +143,13 @@ def setup(rule: Rule, model: Tree) -> Tree:
         If `rule` is no rule, or one that cannot take a parameter of this dtype.
     ValueError
         If parameters overlap in memory only in part, or if the model contains itself.
+
+    Notes
+    -----
+    Places are tied where they hold the same array, or views of exactly the same numbers, if that
+    array can be written. An array of JAX is immutable: at two places it is two parameters, as for
+    optax. To tie these, hold the array once in the model, or put one `Leaf` at both places of the
+    state tree; `jax.jit` takes that apart into one for each.
 
     Examples
     --------
@@ -322,7 +329,9 @@ def _step(
 def _replaced(state: Tree, model: Model, xs: list[Array], new_x: dict[int, Array]) -> Model:
     """Return a model with new arrays, by place."""
     by_id = {id(xs[k]): new for k, new in new_x.items()}
-    apart = len(by_id) < len(new_x) and any(by_id[id(xs[k])] is not new for k, new in new_x.items())
+    apart = len(by_id) < len(new_x) and any(
+        is_immutable(xs[k]) or by_id[id(xs[k])] is not new for k, new in new_x.items()
+    )
     # which asks once for each array
     new_model = model if apart else fmap(lambda x: by_id.pop(id(x), x), model)
     # If one array has a leaf for each of its places, or if there is a node that makes its children

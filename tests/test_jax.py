@@ -611,8 +611,9 @@ def test_a_swallowed_step_lets_no_nan_through():
 
 
 def tied():
-    w = jnp.asarray([1.0, 2.0])
-    return {"a": w, "b": [w, jnp.zeros(2)]}
+    """An array of NumPy at two places; at two places, one of JAX is two parameters."""
+    w = np.array([1.0, 2.0], np.float32)
+    return {"a": w, "b": [w, np.zeros(2, np.float32)]}
 
 
 def tied_loss(model):
@@ -667,8 +668,8 @@ def test_models_that_are_tied_alike_are_not_tied_to_each_other():
 
 
 def test_other_ties_are_other_structure():
-    x, y = jnp.ones(2), jnp.zeros(2)
-    states = [setup(Adam(), m) for m in ([x, x, y, y], [x, y, x, y], [x, y, jnp.ones(2), y])]
+    x, y = np.ones(2), np.zeros(2)
+    states = [setup(Adam(), m) for m in ([x, x, y, y], [x, y, x, y], [x, y, np.ones(2), y])]
     assert len({structure_of(state) for state in states}) == 3
 
 

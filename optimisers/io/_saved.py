@@ -28,7 +28,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from .._arrays import library_of
+from .._arrays import is_immutable, library_of
 from .._jax import Number, attributes, is_tracer
 from .._nodes import Namespace, children, is_node
 from .._path import KeyPath
@@ -182,6 +182,8 @@ class Encoder:
         if isinstance(x, Leaf):
             one = x if x.tie is None else x.tie  # JAX makes several leaves of one that is tied
             return self._number("leaf", one, lambda: self._state_leaf(place, name, x))
+        if is_immutable(x):  # a parameter at each place, not a tie
+            return self._array_node(place, name, x)
         if library_of(type(x)) is not None:
             return self._number("array", x, lambda: self._array_node(place, name, x))
         try:
