@@ -111,10 +111,17 @@ class KeyPath(Sequence[Any]):
         text = ""
         for key, is_item in self._steps():
             if is_item or not isinstance(key, str) or not key.isidentifier():
-                text += f"[{key!r}]"
+                text += f"[{_shown(key)}]"
             else:
                 text += f".{key}" if text else key
         return text or "(root)"
+
+
+def _shown(key: Any) -> str:
+    try:
+        return repr(key)
+    except ValueError:  # a whole number with more digits than Python writes
+        return hex(key) if isinstance(key, int) else f"<{type(key).__name__}>"
 
 
 _new_object = object.__new__

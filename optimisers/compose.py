@@ -391,9 +391,9 @@ def _floating(dtype: Any) -> np.dtype[Any]:
     name = str(dtype)
     try:
         found = np.dtype(name.removeprefix("torch.") if name.startswith("torch.") else dtype)
-        holds_half = (
-            dtype is not None and found.kind in "fV" and float(np.array(0.5).astype(found)) == 0.5
-        )
+        # Those of `ml_dtypes` are of the kind V and registered; other such dtypes have any size.
+        is_number = found.kind == "f" or found.isbuiltin == 2
+        holds_half = dtype is not None and is_number and float(np.array(0.5).astype(found)) == 0.5
     except (TypeError, ValueError):
         holds_half = False
     if not holds_half:

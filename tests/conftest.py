@@ -29,10 +29,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="how long the tests of threads train",
     )
     parser.addoption(
+        "--kills",
+        type=int,
+        default=100,
+        help="how many saves are killed or interrupted",
+    )
+    parser.addoption(
         "--big",
         action="store_true",
         help="whether to test arrays of more than 2^31 numbers, which takes 18 GB",
     )
+
+
+@pytest.fixture
+def kills(pytestconfig: pytest.Config) -> int:
+    """Return how many saves a test kills or interrupts."""
+    return int(pytestconfig.getoption("--kills"))
 
 
 def skip_reason(report: pytest.TestReport | pytest.CollectReport) -> str:

@@ -31,7 +31,7 @@ POSIX = pytest.mark.skipif(os.name != "posix", reason="a matter of POSIX systems
 
 def run(code: str, *args: Any, **more: Any) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", textwrap.dedent(code), *map(str, args)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, **more)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=3600, **more)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done
 
@@ -93,11 +93,11 @@ KILLS = """
 
 
 @POSIX
-def test_a_hundred_kills_leave_a_whole_file_each(tmp_path: Path) -> None:
+def test_kills_leave_a_whole_file_each(tmp_path: Path, kills: int) -> None:
     """What was reported saved is never lost, and some kills do hit a writer in the middle."""
-    kills, left = map(int, run(KILLS, tmp_path, 100).stdout.split())
-    assert kills == 100
-    assert left >= 10
+    made, left = map(int, run(KILLS, tmp_path, kills).stdout.split())
+    assert made == kills
+    assert left >= kills // 10
 
 
 @POSIX

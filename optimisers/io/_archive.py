@@ -12,7 +12,6 @@ import contextlib
 import copy
 import math
 import zlib
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any, NoReturn, Self, cast
 
@@ -29,12 +28,15 @@ from .._tree import fold, walk
 from ..state import Leaf
 from . import _safetensors as form
 from ._entries import (
+    ABSENT,
+    Absent,
     ArrayNode,
     LeafNode,
     LeftOut,
     Node,
     StoredTensor,
     ValueNode,
+    are_slow,
     checked_tensor,
     checked_view,
     damaged,
@@ -42,15 +44,26 @@ from ._entries import (
     only,
     plain,
 )
-from ._revive import as_like, c_order, made_rule, named_class, rule_class, typed
+from ._revive import (
+    as_like,
+    c_order,
+    made_rule,
+    named_class,
+    newer_fields,
+    rule_class,
+    supplied,
+    typed,
+)
 from ._safetensors import FileFormatError, Source
 from ._saved import (
     BY_POSITION,
     CONTAINERS,
     DEEPEST,
+    NAMESPACES,
     VERSION,
     WITH_CLASS,
     at,
+    is_protocol,
     kind_of,
     most_places,
 )
@@ -61,8 +74,6 @@ Tree = Any
 _CLASSES = {kind: cls for cls, kind in CONTAINERS.items()}
 _MOST_PARTS = 1000
 """Rules that one rule may be made of."""
-_MOST_ALIKE = 100
-"""Keys of a node with one hash: Python's dictionaries compare all of these with each other."""
 _MOST_TEXT = 10_000_000
 """Letters in the addresses of tied leaves, which a small file can make long and many."""
 _MOST_LINES = 100
@@ -85,6 +96,10 @@ class Archive:
         self._nodes: list[Any] = []
         self._rules: list[dict[str, Any]] = []
         self._parts: list[list[int]] = []
+        self._is_open: list[bool] = []
+        self._fields: dict[tuple[str, ...], list[str] | None] = {}
+        self._examples: dict[int, Any] = {}
+        self._fitting: set[tuple[int, int]] = set()
         self._rule_classes: dict[str, Any] = {}
         self._rules_made: dict[int, Rule] = {}
         self._bases: dict[tuple[int, str], Any] = {}
@@ -147,8 +162,11 @@ class Archive:
             depths.append(1 + max((depths[k] for k in parts), default=0))
             if sizes[-1] > _MOST_PARTS or depths[-1] > DEEPEST:
                 damaged("a rule is made of too many rules")
+            # A user's rule, and one made of such, may keep anything.
+            is_open = ":" in said["rule"] or any(self._is_open[k] for k in parts)
             self._rules.append(said)
             self._parts.append(parts)
+            self._is_open.append(is_open)
 
     def _check_values(self, fields: Any, parts: list[int]) -> None:
         """Check the fields of a rule, and note the rules that they hold."""
@@ -223,16 +241,30 @@ class Archive:
         if not isinstance(keys, list) or len(keys) != len(numbers) or not isinstance(name, str):
             damaged(f"a node is {said!r:.60}")
         keys = [key if isinstance(key, str) else plain(key) for key in keys]
-        only_texts = kind in ("namespace", "state", "named")
+        only_texts = kind in (*NAMESPACES, "named")
         allowed = (str,) if only_texts else (str, int, bool, type(None))
         if not {*map(type, keys)} <= {*allowed}:
             damaged(f"a node is {said!r:.60}")
-        if max(Counter(map(hash, keys)).values(), default=0) > _MOST_ALIKE:
+        if kind in (*NAMESPACES, "named") and any(map(is_protocol, keys)):
+            damaged(f"a node has attributes that no file may give it: {said!r:.60}")
+        if not {*map(type, keys)} <= {str} and are_slow(keys):
             damaged(f"the keys of a node are made to be slow: {said!r:.60}")
         node = Node.of(kind, zip(keys, (self._nodes[k] for k in numbers), strict=True), name)
-        if len(node) != len(numbers):
+        if kind == "named" and ":" not in name:
+            node = self._completed(node)
+        if len(keys) != len(dict.fromkeys(keys)):
             damaged(f"a node has a key twice: {said!r:.60}")
         return node, numbers
+
+    def _completed(self, node: Node) -> Node:
+        """Return a state with those fields too that the version which wrote it did not have."""
+        mark = (node.name, *node)
+        if mark not in self._fields:
+            self._fields[mark] = newer_fields(node.name, [*node])
+        fields = self._fields[mark]
+        if fields is None:
+            return node
+        return Node.of(node.kind, ((f, node.get(f, ABSENT)) for f in fields), node.name)
 
     def _checked_array(self, said: dict[str, Any]) -> ArrayNode:
         k = index_of(said["array"], self.tensors)
@@ -254,7 +286,8 @@ class Archive:
             parts = self._parts[stack.pop()]
             stack += [part for part in parts if part not in needed]
             needed.update(parts)
-        for part in sorted(needed - self._rules_made.keys()):  # what it is made of stands above
+        # What a rule is made of stands above it.
+        for part in sorted(part for part in needed if part not in self._rules_made):
             said = self._rules[part]
             fields = {name: self._value(value) for name, value in said["fields"].items()}
             name = said["rule"]
@@ -266,12 +299,10 @@ class Archive:
     def _rule_of(self, leaf: LeafNode) -> Rule:
         """Return the rule of a leaf; if the library knows it, the state must be one it makes."""
         rule = self.rule(leaf.rule)
-        is_open, stack = False, [leaf.rule]
-        while stack and not is_open:
-            k = stack.pop()
-            is_open = ":" in self._rules[k]["rule"]  # a user's rule may keep anything
-            stack += self._parts[k]
-        if not is_open and not _is_state(rule.init(np.zeros(())), leaf.state):
+        if leaf.rule not in self._examples:
+            example = _ANY if self._is_open[leaf.rule] else rule.init(np.zeros(()))
+            self._examples[leaf.rule] = example
+        if not _is_state(self._examples[leaf.rule], leaf.state, self._fitting):
             damaged(f"it has a state that is none of {rule!r:.80}")
         return rule
 
@@ -294,6 +325,14 @@ class Archive:
         raw, check = form.read_raw(self.source, self.tensors[k].entry)
         self.check(k, raw, check if verify else None)
         return raw
+
+    def verify(self, k: int) -> None:
+        """Check the bytes of an array against their checksum, without holding all of them."""
+        tensor, check = self.tensors[k], 0
+        for chunk in form.read_through(self.source, tensor.entry):
+            check = zlib.crc32(chunk.data, check)
+            form.check_content(tensor.name, tensor.entry.tag, chunk)
+        self.check(k, np.empty(0, np.uint8), check)
 
     def check(self, k: int, raw: np.ndarray, check: int | None) -> None:
         """Refuse bytes that are not those that were written."""
@@ -330,6 +369,7 @@ class Archive:
         """Return this archive with no array read yet, so that what it makes is no one else's."""
         new = copy.copy(self)
         new._rules_made, new._bases, new._arrays = {}, {}, {}
+        new._examples, new._fitting = {}, set()
         return new
 
     def build(self, *roots: str) -> dict[str, Tree]:
@@ -362,7 +402,7 @@ class Archive:
         if unknown:
             self._refuse_unknown(roots, unknown)
         rules = {id(node): self._rule_of(node) for node in nodes if isinstance(node, LeafNode)}
-        made: dict[int, Any] = {}
+        made: dict[int, Any] = {id(ABSENT): ABSENT}
         for node in nodes:
             if isinstance(node, Node):
                 values = [made[id(child)] for child in node.values()]
@@ -373,7 +413,7 @@ class Archive:
                 )
             elif isinstance(node, ArrayNode):
                 made[id(node)] = self._array(node, None)
-            else:
+            elif isinstance(node, ValueNode):
                 made[id(node)] = node.value
         return {root: _with_ties(made[id(self.roots[root])]) for root in roots}
 
@@ -399,7 +439,7 @@ class Archive:
             seen.add(id(node))
             if id(node) in unknown:
                 what = node.text if isinstance(node, LeftOut) else node.name
-                lines.append(f"  {at(root, path)}: {what:.200}")
+                lines.append(f"  {form.shown(at(root, path))}: {form.shown(what[:200])}")
             below = ((_step(path, node, key), child) for key, child in _children(node))
             stack += reversed([(root, there, child) for there, child in below])
         if len(unknown) > len(lines):
@@ -423,10 +463,10 @@ class Archive:
             line for root, tree in wanted.items() for line in self._differences(root, tree)
         ]
         if differences:
-            raise ValueError(
-                "the file does not fit what was given as `like`:\n"
-                + "\n".join(f"  {line}" for line in differences)
-            )
+            lines = [f"  {form.shown(line)}" for line in differences[:_MOST_LINES]]
+            if len(differences) > _MOST_LINES:
+                lines.append(f"  and {len(differences) - _MOST_LINES:,} others")
+            raise ValueError("the file does not fit what was given as `like`:\n" + "\n".join(lines))
         made: dict[int, Leaf] = {}
 
         def leaf(path: Any, x: Any, y: Any) -> Any:
@@ -437,10 +477,15 @@ class Archive:
                 return made[id(y)]
             if isinstance(y, ArrayNode):
                 return self._array(y, x)
+            if y is ABSENT:
+                return y
             return x if isinstance(y, LeftOut) else y.value
 
         def filled(tree: Tree, said: Any) -> Tree:
-            return fold(tree, leaf, lambda path, x, values: rebuild(x, values), rest=(said,))
+            def node(path: Any, x: Any, values: list[Any]) -> Any:
+                return rebuild(x, supplied(type(x), values))
+
+            return fold(tree, leaf, node, rest=(said,))
 
         return {root: _with_ties(filled(tree, self.roots[root])) for root, tree in wanted.items()}
 
@@ -462,6 +507,8 @@ class Archive:
                 if _signature(rule) != _signature(x.rule):
                     differ(path, f"the rule {rule!r}", f"has {x.rule!r}")
                 stack.append((path.step("state"), x.state, y.state, True))
+            elif y is ABSENT:
+                continue
             elif isinstance(y, ArrayNode) and library_of(type(x)) is not None:
                 mine = self.tensors[y.tensor]
                 shape = mine.shape if y.view is None else y.view.shape
@@ -553,21 +600,37 @@ def _tie_differences(root: str, ties: list[tuple[KeyPath, Any, Any]]) -> Iterato
                 yield f"{' and '.join(at(root, path) for path in group.values())} are {where}"
 
 
-def _is_state(example: Any, node: Any) -> bool:
-    """Tell whether a node is made of tuples and arrays as a state that a rule makes."""
+_ANY = object()
+
+
+def _is_state(example: Any, node: Any, fitting: set[tuple[int, int]]) -> bool:
+    """Tell whether a node is made of tuples and arrays as a state that a rule makes.
+
+    Pairs that were found to be are noted in `fitting`, by their ids, and not looked at again.
+    """
+    if example is _ANY:
+        return True
     if not isinstance(example, tuple):
-        return isinstance(node, ArrayNode | ValueNode)
+        return isinstance(node, ArrayNode | ValueNode | Absent)
     if not isinstance(node, Node) or kind_of(example) != node.kind:
         return False
+    pair = id(example), id(node)
+    if pair in fitting:
+        return True
     same = [*children(example)] == [*node]
-    return same and all(map(_is_state, example, node.values()))
+    if not same or not all(
+        _is_state(e, n, fitting) for e, n in zip(example, node.values(), strict=True)
+    ):
+        return False
+    fitting.add(pair)
+    return True
 
 
 def _built(cls: Any, node: Node, values: list[Any]) -> Any:
     if cls is list:
         return values
     if issubclass(cls, tuple):
-        return tuple.__new__(cls, values)
+        return tuple.__new__(cls, supplied(cls, values))
     pairs = zip(node, values, strict=True)
     return cls(pairs) if issubclass(cls, dict) else cls(**dict(pairs))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import operator
 import os
 import re
@@ -130,13 +129,19 @@ class Checkpointer:
         save(path, state, model, metadata, leave_out=leave_out)
         sweep(os.fspath(self.folder), _STEP)
         for old in [s for s in self.steps() if s <= step][: -self.keep]:
-            with contextlib.suppress(FileNotFoundError):
+            try:
                 self._path(old).unlink()
+            except FileNotFoundError:
+                pass
+            except OSError as error:
+                text = f"saved step {step}, but could not remove an old checkpoint: {error}"
+                warnings.warn(text, stacklevel=2)
         return path
 
     def steps(self) -> list[int]:
         """Return the steps of which there are files, good or not, in order."""
-        found = (_STEP.fullmatch(entry.name) for entry in os.scandir(self.folder))
+        files = (entry for entry in os.scandir(self.folder) if not entry.is_dir())
+        found = (_STEP.fullmatch(entry.name) for entry in files)
         return sorted(step for m in found if m and self._path(step := int(m[1])).name == m[0])
 
     def latest(self) -> Checkpoint | None:
@@ -145,16 +150,28 @@ class Checkpointer:
         Files are read and checked against their checksums, newest first. One that is damaged is
         passed over with a warning.
         """
-        for step in reversed(self.steps()):
-            path = self._path(step)
-            try:
-                with File(path) as file:
-                    file.verify()
-            except (FileFormatError, OSError) as error:
-                warnings.warn(f"passed over a checkpoint: {error}", stacklevel=2)
-            else:
-                return Checkpoint(step, path)
-        return None
+        passed: set[int] = set()
+        gone: set[int] = set()
+        steps = self.steps()
+        while True:
+            for step in reversed(steps):
+                if step in passed:
+                    continue
+                path = self._path(step)
+                try:
+                    with File(path) as file:
+                        file.verify()
+                    return Checkpoint(step, path)
+                except (FileFormatError, OSError, MemoryError) as error:
+                    if isinstance(error, FileNotFoundError) and step not in gone:
+                        gone.add(step)  # a later one may have taken its place
+                        break
+                    passed.add(step)
+                    text = error if str(error) else f"{path}: it does not fit into the memory"
+                    warnings.warn(f"passed over a checkpoint: {text}", stacklevel=2)
+            before, steps = steps, self.steps()
+            if steps == before and passed.issuperset(steps):
+                return None
 
     def _path(self, step: int) -> Path:
         return self.folder / f"step-{step:012d}.safetensors"

@@ -64,6 +64,13 @@ class LeftOut:
     text: str
 
 
+class Absent:
+    """A field of a state that a file of an earlier version does not have."""
+
+
+ABSENT = Absent()
+
+
 @dataclasses.dataclass(eq=False, slots=True)
 class StoredTensor:
     """An array of the file: what it is, where its bytes lie, their checksum if there is one."""
@@ -107,7 +114,7 @@ def only(value: Any) -> tuple[str, Any]:
 def plain(value: Any) -> Any:
     """Return the number, text, ... that a value stands for."""
     kind, x = only(value)
-    if not kind:
+    if not kind and (type(x) is not float or math.isfinite(x)):
         return x
     try:
         if kind == "int":
@@ -133,12 +140,48 @@ def plain(value: Any) -> Any:
     damaged(f"a value is {value!r:.60}")
 
 
+def are_slow(keys: Sequence[Any]) -> bool:
+    """Tell whether Python's dictionaries would take long over such keys.
+
+    The hash of a whole number is known to everyone, so that a file could have keys which find one
+    place after another taken. This goes from place to place as dictionaries do, and counts.
+    """
+    patience = 10_000 + 100 * len(keys)
+    size, room, taken = 8, 5, bytearray(8)
+    for done, key in enumerate(keys):
+        if done == room:
+            size = 1 << (3 * done).bit_length()
+            room, taken, patience = size * 2 // 3, bytearray(size), patience - done
+            for old in keys[:done]:
+                patience -= _placed(hash(old), taken, size - 1, patience)
+        patience -= _placed(hash(key), taken, size - 1, patience)
+        if patience < 0:
+            return True
+    return False
+
+
+def _placed(code: int, taken: bytearray, mask: int, patience: int) -> int:
+    """Take the first free place for a hash, and return how many were looked at in vain."""
+    k = code & mask
+    if not taken[k]:
+        taken[k] = 1
+        return 0
+    rest, looked = code & 0xFFFF_FFFF_FFFF_FFFF, 0
+    while taken[k] and looked <= patience:
+        rest >>= 5
+        k = (5 * k + rest + 1) & mask
+        looked += 1
+    taken[k] = 1
+    return looked
+
+
 def checked_view(shape: Any, order: Any, flips: Any, size: int) -> View:
     """Return a view of an array of this size."""
     axes = range(len(shape)) if form.is_shape(shape) else range(0)
     for numbers in (order, flips):
-        if not isinstance(numbers, list) or not all(type(n) is int for n in numbers):
-            damaged(f"a layout is {numbers!r:.60}")
+        is_short = isinstance(numbers, list) and len(numbers) <= form.MAX_AXES
+        if not is_short or not all(type(n) is int for n in numbers):
+            damaged(f"the layout of a view is {numbers!r:.60}")
     is_order = sorted(order) == [*axes] and {*flips} <= {*axes} and len({*flips}) == len(flips)
     if not form.is_shape(shape) or not is_order or math.prod(shape) != size:
         damaged(f"a view of {size} elements is {[shape, order, flips]!r:.80}")

@@ -93,7 +93,7 @@ def save(
     if metadata is not None:
         roots["metadata"] = encoder.add("metadata", metadata)
     tensors, text = encoder.finish(roots)
-    form.write(os.fspath(path), tensors, text)
+    form.write(os.fsdecode(path), tensors, text)
 
 
 def load(path: str | os.PathLike[str], like: Tree = None) -> Tree:
@@ -182,7 +182,7 @@ def _naming(path: Name) -> Iterator[None]:
     try:
         yield
     except FileFormatError as error:
-        raise FileFormatError(f"{os.fspath(path)}: {error}") from None
+        raise FileFormatError(f"{os.fspath(path)}: {form.shown(str(error))}") from None
 
 
 # --- single arrays ---------------------------------------------------------------------------
@@ -312,7 +312,7 @@ class File(Mapping[str, np.ndarray]):
         """
         with _naming(self.path):
             for k in range(len(self)):
-                self._archive.raw(k)
+                self._archive.verify(k)
 
     def load(self, like: Tree = None) -> Tree:
         """Do what `load` does, with this file."""

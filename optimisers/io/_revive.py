@@ -1,25 +1,32 @@
 """What a file only names comes to life: rules, named tuples, arrays of each library.
 
 Nothing in a file is code that is run. A rule is looked up among the subclasses of `Rule` that
-exist, a named tuple among the classes that exist; no module is ever imported for a file.
+exist, a named tuple among the classes that exist, in what modules and classes hold as they stand:
+no module is imported for a file, no attribute is asked for that could run code, and what is found
+is taken for what it is, not for what it says that it is.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import sys
+import types
+import typing
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 
+from .._nodes import listed
 from .._rule import Rule
 from .._ties import View
 from . import _safetensors as form
+from ._entries import ABSENT
 from ._safetensors import FileFormatError
-from ._saved import OURS, class_name
+from ._saved import OURS, class_name, may_have
 
 Array = Any
 
@@ -67,9 +74,15 @@ def made_rule(cls: Any, name: str, fields: dict[str, Any]) -> Rule:
     is_ours = ":" not in name
     if names - fields.keys() or (is_ours and fields.keys() - names):
         raise FileFormatError(
-            f"the rule {name} has the fields {', '.join(sorted(names)) or 'none'}; in the file it "
-            f"has {', '.join(sorted(fields)) or 'none'}. It was saved by another version of it"
+            f"the rule {name} has the fields {listed(sorted(names))}; in the file it has "
+            f"{listed(sorted(fields))}. It was saved by another version of it"
         )
+    hints = _hints(cls)
+    for field, value in fields.items():
+        if field in hints and not _may_be(hints[field], value):
+            raise FileFormatError(
+                f"the file has a rule that cannot be: {name} with the {field} {value!r:.60}"
+            )
     try:
         return _constructed(cls, fields) if is_ours else _revived(cls, fields)
     except (TypeError, ValueError, AttributeError) as error:
@@ -78,6 +91,42 @@ def made_rule(cls: Any, name: str, fields: dict[str, Any]) -> Rule:
 
 def _is_data(cls: Any) -> bool:
     return dataclasses.is_dataclass(cls)
+
+
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    """Return the types of the fields that a class has from the library."""
+    ours = next(base for base in cls.__mro__ if base.__module__.startswith(OURS))
+    return {
+        name: hint
+        for name, hint in typing.get_type_hints(ours).items()
+        if typing.get_origin(hint) is not typing.ClassVar
+    }
+
+
+_CONTAINERS = (Rule, tuple, list, dict)
+
+
+def _may_be(hint: Any, value: Any) -> bool:
+    """Tell whether a field can be a rule, a container or a dtype, if it is one, as its hint says.
+
+    Numbers pass, since the rule itself looks at them.
+    """
+    origin, parts = typing.get_origin(hint) or hint, typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_may_be(part, value) for part in parts)
+    if not isinstance(origin, type):
+        return True
+    if issubclass(origin, np.dtype):
+        return isinstance(value, np.dtype)
+    if isinstance(value, str | bytes):  # which could be spread out like a tuple
+        return not issubclass(origin, _CONTAINERS)
+    if not isinstance(value, (*_CONTAINERS, np.dtype)):
+        return True
+    if origin is tuple and isinstance(value, tuple | list):
+        same = parts[:1] * len(value) if parts[1:] == (...,) else parts or (object,) * len(value)
+        return len(same) == len(value) and all(map(_may_be, same, value))
+    return isinstance(value, origin)
 
 
 def _constructed(cls: Any, fields: dict[str, Any]) -> Rule:
@@ -96,7 +145,7 @@ def _revived(cls: Any, fields: dict[str, Any]) -> Rule:
     """Return a user's rule as it was; its `__init__` may want what is not kept."""
     rule: Rule = object.__new__(cls)
     for name, value in fields.items():
-        if not name.isidentifier() or name.startswith("__"):
+        if not may_have(cls, name):
             raise ValueError(f"{cls.__name__} cannot have a field {name!r:.60}")
         object.__setattr__(rule, name, value)
     Rule.__post_init__(rule)
@@ -105,19 +154,72 @@ def _revived(cls: Any, fields: dict[str, Any]) -> Rule:
 
 def named_class(name: str, fields: list[Any]) -> type | None:
     """Return the named tuple of this name and with these fields, if there is one."""
-    states = (vars(cls).get("State") for cls in _rule_classes())
-    found: list[Any] = [s for s in states if isinstance(s, type) and class_name(s) == name]
+    return next((cls for cls in _named(name) if named_fields(cls) == fields), None)
+
+
+def _named(name: str) -> Iterator[type]:
+    """Yield the classes that have this name, the likeliest first."""
+    states = (_own(cls).get("State") for cls in _rule_classes())
+    found: list[Any] = [s for s in states if is_class(s) and class_name(s) == name]
     module, _, qualname = name.rpartition(":")
     for known in [module] if module else [m for m in [*sys.modules] if m.startswith(OURS)]:
         place: Any = sys.modules.get(known)
-        for part in qualname.split("."):  # only what is there: an attribute could run code
-            place = vars(place).get(part) if isinstance(place, ModuleType | type) else None
+        for part in qualname.split("."):
+            place = _own(place).get(part)
         found.append(place)
-    for cls in reversed(found):
-        is_named = isinstance(cls, type) and issubclass(cls, tuple)
-        if is_named and list(getattr(cls, "_fields", ())) == fields:
-            named: type = cls
-            return named
+    return filter(is_class, reversed(found))
+
+
+def newer_fields(name: str, fields: list[str]) -> list[str] | None:
+    """Return the fields of a state of ours that had only these when a file was written.
+
+    That is a named tuple with a static method `absent`, which is given what there is, by name, and
+    returns the rest. None if there is no such state.
+    """
+    for cls in _named(name):
+        known = named_fields(cls) or []
+        if "absent" in _in_class(cls) and [f for f in known if f in fields] == fields != known:
+            return known
+    return None
+
+
+def supplied(cls: Any, values: list[Any]) -> list[Any]:
+    """Return the values of a state, with those that a file of an earlier version did not have."""
+    if not any(value is ABSENT for value in values):
+        return values
+    found = {f: v for f, v in zip(cls._fields, values, strict=True) if v is not ABSENT}
+    found.update(cls.absent(found))
+    return [found[f] for f in cls._fields]
+
+
+_in_module: Any = vars(ModuleType)["__dict__"].__get__
+_in_class: Any = vars(type)["__dict__"].__get__
+_ancestors: Any = vars(type)["__mro__"].__get__
+
+
+def _own(place: Any) -> Any:
+    """Return what a module or class holds by itself, without asking it: that could run code."""
+    if is_class(place):
+        return _in_class(place)
+    return (_in_module(place) if issubclass(type(place), ModuleType) else None) or {}
+
+
+def is_class(x: Any) -> bool:
+    """Tell whether this is a class, by what it is and not by what it says (`__class__`)."""
+    return issubclass(type(x), type)
+
+
+def named_fields(cls: type) -> list[Any] | None:
+    """Return the fields of a named tuple; None for any other class."""
+    if tuple not in _ancestors(cls):
+        return None
+    for base in _ancestors(cls):
+        own = _in_class(base)
+        if "n_sequence_fields" in own:  # a struct sequence, such as `time.struct_time`
+            return None
+        if "_fields" in own:
+            fields = own["_fields"]
+            return list(fields) if type(fields) is tuple else None
     return None
 
 

@@ -23,12 +23,12 @@ import stat
 import sys
 import threading
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from ._atomic import replacing
+from ._atomic import opened, replacing
 
 MAX_HEADER = 100_000_000
 """Bytes of a header, at most: what other readers of the format allow."""
@@ -40,6 +40,22 @@ _CHUNK = 1 << 18
 
 class FileFormatError(ValueError):
     """A file that is not what `save` writes: damaged, cut short, of a later version, or hostile."""
+
+
+def shown(text: str) -> str:
+    """Return text, some of it out of a file, as a message may have it: printable, and short.
+
+    A file could otherwise clear the screen, forge lines of a log, or fill it.
+    """
+    text = shortened(text)
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def shortened(text: str) -> str:
+    """Return a text without its middle if it is very long."""
+    return text if len(text) <= 500 else f"{text[:240]}...{text[-240:]}"
 
 
 # --- dtypes ----------------------------------------------------------------------------------
@@ -57,6 +73,8 @@ _TAGS = {
     "uint16": "U16", "int8": "I8", "uint8": "U8", "bool": "BOOL",
 }  # fmt: skip
 _NAMES = {tag: name for name, tag in _TAGS.items()}
+_BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, **{tag: 8 * size for tag, size in _BYTES.items()}}
+"""Of an item of each dtype of the format, also of those that no array library here has."""
 _ONE_BYTE = (
     "float8_e3m4", "float8_e4m3", "float8_e4m3b11fnuz", "float6_e2m3fn", "float6_e3m2fn",
     "float4_e2m1fn", "int4", "uint4", "int2", "uint2",
@@ -119,6 +137,8 @@ def numpy_dtype(name: str) -> np.dtype[Any]:
     for char, known in _EXTENDED.items():
         if name == known:
             return np.dtype(char)
+    if name not in _TAGS and name not in _ONE_BYTE and name != "complex128":
+        raise FileFormatError(f"the file holds an array of dtype {name!r}, which is not known here")
     if name in _FROM_ML_DTYPES:
         try:
             import ml_dtypes
@@ -215,11 +235,16 @@ def _item_bytes(tensor: Tensor) -> int:
 
 
 def _copied(tensor: Tensor, size: int, file: BinaryIO) -> int:
+    """Write the bytes of an array, and return their checksum.
+
+    Another thread may change the array meanwhile. Each chunk is copied once, and what is summed up
+    is what is written.
+    """
     data = tensor.read().data
     assert data.nbytes == size
     check = 0
     for at in range(0, size, _CHUNK):
-        chunk = data[at : at + _CHUNK]
+        chunk = bytes(data[at : at + _CHUNK])
         check = zlib.crc32(chunk, check)
         file.write(chunk)
     return check
@@ -237,8 +262,8 @@ class Entry(NamedTuple):
     stop: int
 
     def dtype(self) -> str:
-        """Return the name of the dtype that the format says it has."""
-        return _NAMES[self.tag]
+        """Return the name of the dtype that the format says it has; the format's own if unknown."""
+        return _NAMES.get(self.tag, self.tag)
 
 
 class Header(NamedTuple):
@@ -249,7 +274,7 @@ class Header(NamedTuple):
 
 
 class Source:
-    """A file that any number of threads read, each at places of its own.
+    """A file that threads, forked children and handlers of signals read, each where it wants to.
 
     Parameters
     ----------
@@ -258,8 +283,8 @@ class Source:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self._file = open(path, "rb", buffering=0, opener=_opened)  # noqa: SIM115 (see `close`)
-        self._turn = threading.Lock()
+        self._file = opened(os.fspath(path), os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+        self._turn = threading.RLock()
         if not stat.S_ISREG(os.fstat(self._file.fileno()).st_mode):
             self.close()
             raise FileFormatError("no safetensors file: it is no regular file")
@@ -277,16 +302,26 @@ class Source:
         """Read as many bytes as `data` has room for, from this place on."""
         done = 0
         while done < len(data):
-            with self._turn:
-                self._file.seek(at + done)
-                got = self._file.readinto(data[done:])
+            got = self._read(data[done:], at + done)
             if not got:
                 raise FileFormatError("the file was cut short while it was read")
             done += got
 
-
-def _opened(path: str, flags: int) -> int:
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+    def _read(self, data: memoryview, at: int) -> int:
+        # A position in the file would be one for all: parents, children, threads, handlers.
+        if hasattr(os, "preadv"):
+            return os.preadv(self._file.fileno(), [data], at)
+        if hasattr(os, "pread"):
+            found = os.pread(self._file.fileno(), len(data), at)
+            data[: len(found)] = found
+            return len(found)
+        with self._turn:  # as on Windows; a handler that comes in between goes back to our place
+            before = self._file.tell()
+            try:
+                self._file.seek(at)
+                return self._file.readinto(data) or 0
+            finally:
+                self._file.seek(before)
 
 
 def read_header(source: Source) -> Header:
@@ -334,7 +369,8 @@ def _refuse_constant(text: str) -> None:
 
 
 def _checked(header: dict[str, Any], begin: int, size: int) -> Header:
-    metadata = header.pop("__metadata__", {})
+    metadata = header.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise FileFormatError("__metadata__ must hold strings")
     entries = {name: _entry(name, said, begin) for name, said in header.items()}
@@ -356,14 +392,15 @@ def _entry(name: str, said: Any, begin: int) -> Entry:
     if not isinstance(said, dict) or said.keys() != {"dtype", "shape", "data_offsets"}:
         raise FileFormatError(f"the array {name!r} needs a dtype, a shape and data_offsets")
     tag, shape, offsets = said["dtype"], said["shape"], said["data_offsets"]
-    if not isinstance(tag, str) or tag not in _BYTES:
-        raise FileFormatError(f"the array {name!r} has a dtype that is not known here: {tag!r:.40}")
+    if not isinstance(tag, str):
+        raise FileFormatError(f"the array {name!r} has no valid dtype: {tag!r:.40}")
     if not is_shape(shape):
         raise FileFormatError(f"the array {name!r} has no valid shape: {shape!r:.80}")
     if not _are_whole(offsets) or len(offsets) != 2:
         raise FileFormatError(f"the array {name!r} has no valid data_offsets: {offsets!r:.80}")
     start, stop = offsets
-    if stop - start != _BYTES[tag] * math.prod(shape):
+    # Later versions of the format have dtypes of which one can tell only that they lie there.
+    if stop < start or (tag in _BITS and 8 * (stop - start) != _BITS[tag] * math.prod(shape)):
         raise FileFormatError(
             f"the array {name!r} of dtype {tag} and shape {shape!r:.80} cannot lie in "
             f"{stop - start:,} bytes"
@@ -394,6 +431,15 @@ def read_raw(source: Source, entry: Entry) -> tuple[np.ndarray, int]:
         source.fill(chunk, entry.start + at)
         check = zlib.crc32(chunk, check)
     return raw, check
+
+
+def read_through(source: Source, entry: Entry) -> Iterator[np.ndarray]:
+    """Read the bytes of an array, a chunk at a time, which is good until the next is asked for."""
+    room = np.empty(min(entry.stop - entry.start, _CHUNK), np.uint8)
+    for at in range(entry.start, entry.stop, _CHUNK):
+        chunk = room[: entry.stop - at]
+        source.fill(chunk.data, at)
+        yield chunk
 
 
 def check_content(name: str, tag: str, raw: np.ndarray) -> None:

@@ -17,13 +17,16 @@ c) what is shared stays shared: one `Leaf`, one array, one list at several place
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import inspect
 import json
 import math
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from functools import partial
-from types import SimpleNamespace
+from types import MemberDescriptorType, SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -37,7 +40,7 @@ from .._ties import View, owners
 from .._tree import fold
 from ..state import Leaf
 from . import _safetensors as form
-from ._safetensors import Tensor
+from ._safetensors import Tensor, shortened
 
 Array = Any
 Tree = Any
@@ -62,6 +65,8 @@ CONTAINERS: dict[type, str] = {
 }
 BY_POSITION = ("list", "tuple")
 WITH_CLASS = ("named", "object")
+NAMESPACES = ("namespace", "state")
+"""Whose keys become attributes."""
 
 
 def most_places(count: int) -> int:
@@ -84,15 +89,42 @@ def class_name(cls: type) -> str:
     return f"{cls.__module__}:{cls.__qualname__}"
 
 
+def is_protocol(name: str) -> bool:
+    """Tell whether an attribute of this name could mean something to Python, NumPy and others.
+
+    An object with an `__array_interface__` is an array to NumPy, wherever in memory that says.
+    """
+    return name.startswith("__")
+
+
+def may_have(cls: type, name: str) -> bool:
+    """Tell whether a rule of this class can have a field of this name, out of a file.
+
+    It can if the class declares it, as a field of a dataclass, in a slot, in an annotation or as a
+    parameter of its `__init__`, or if the class has nothing of that name: no method, no constant.
+    """
+    if not name.isidentifier() or is_protocol(name):
+        return False
+    found = inspect.getattr_static(cls, name, None)
+    if found is None or isinstance(found, MemberDescriptorType):
+        return True
+    return name in _declared(cls)
+
+
+@functools.cache
+def _declared(cls: type) -> frozenset[str]:
+    """Return the fields that a class of rules declares."""
+    if dataclasses.is_dataclass(cls):
+        return frozenset(field.name for field in dataclasses.fields(cls))
+    theirs = (base for base in cls.__mro__ if not base.__module__.startswith(OURS))
+    annotated = (name for base in theirs for name in vars(base).get("__annotations__", ()))
+    return frozenset((*annotated, *inspect.signature(cls).parameters))
+
+
 def at(root: str, path: KeyPath) -> str:
     """Return the address of a place, for people to read."""
     text = str(path) if path else ""
     return shortened(f"{root}{'.' if text and text[0] != '[' else ''}{text}")
-
-
-def shortened(text: str) -> str:
-    """Return a text without its middle if it is very long."""
-    return text if len(text) <= 500 else f"{text[:240]}...{text[-240:]}"
 
 
 # --- trees to tables -------------------------------------------------------------------------
@@ -210,6 +242,12 @@ class Encoder:
             node["class"] = class_name(type(x))
         if kind not in BY_POSITION:
             node["keys"] = [_key(place, key) for key in children(x)]
+        if kind in NAMESPACES and any(map(is_protocol, node["keys"])):
+            name = next(filter(is_protocol, node["keys"]))
+            raise TypeError(
+                f"cannot save {place()}: its attribute {name!r:.60} has a name like those by which "
+                "Python and NumPy ask what an object is; choose one without two underscores ahead"
+            )
         return self._new(node, results)
 
     def _array_node(self, place: str, name: str, x: Array) -> int:
@@ -225,6 +263,12 @@ class Encoder:
 
     def _rule(self, place: str, name: str, rule: Any, depth: int = 0) -> int:
         def make() -> int:
+            for key in attributes(rule):
+                if ":" in class_name(type(rule)) and not may_have(type(rule), key):
+                    raise TypeError(
+                        f"cannot save {place}: its attribute {key!r:.60} takes the place of "
+                        f"something that the class {type(rule).__name__} has; declare it as a field"
+                    )
             fields = {
                 key: self._value(f"{place}.{key}", f"{name}.{key}", value, depth)
                 for key, value in attributes(rule).items()
