@@ -9,7 +9,7 @@ args ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test coverage docs-test examples bench lint format types oracles
+.PHONY: help demo test coverage docs-test docs docs-serve examples bench lint format types oracles
 .PHONY: build oldest newest reproducible audit clean distclean
 .PHONY: sanitize sanitize-threads fuzz fuzz-guided big
 .PHONY: test-cuda test-gpu bench-gpu
@@ -45,7 +45,14 @@ examples: $(VENV)/demo ## run every example on a small size
 	    $(BIN)/python -W error "$$example" --quick --out "build/$$(basename "$$example" .py).png"; \
 	done
 
-bench: $(VENV)/bench $(VENV)/oracles ## time everything beside NumPy, PyTorch, optax: docs/benchmarks.md
+docs: $(VENV)/docs $(VENV)/demo $(VENV)/oracles ## build the site in build/docs, and look at what it loads and links
+	@$(BIN)/python -m sphinx -W --keep-going -q -d build/doctrees docs build/docs $(args)
+	@$(BIN)/python tools/check_site.py build/docs
+
+docs-serve: docs ## show the site on port 8000 of this machine
+	@$(BIN)/python -m http.server --bind 127.0.0.1 --directory build/docs $(or $(args),8000)
+
+bench: $(VENV)/bench $(VENV)/oracles ## time everything beside NumPy, PyTorch, optax: docs/benchmarks/benchmarks.md
 	@$(BIN)/python asv_bench/side_by_side.py $(args)
 
 bench-gpu: $(VENV)/built ## time updates on a GPU, beside a copy and PyTorch's Adam
@@ -162,6 +169,6 @@ build/%/built: setup.py $(wildcard optimisers/*.py optimisers/*/*.py optimisers/
 	@touch $@
 
 # The extra that `make demo`, `make test`, ... names, read from what was just installed.
-$(VENV)/demo $(VENV)/test $(VENV)/cuda $(VENV)/bench $(VENV)/dev $(VENV)/oracles $(VENV)/audit $(VENV)/fuzz: $(VENV)/%: $(VENV)/built pyproject.toml
+$(VENV)/demo $(VENV)/test $(VENV)/docs $(VENV)/cuda $(VENV)/bench $(VENV)/dev $(VENV)/oracles $(VENV)/audit $(VENV)/fuzz: $(VENV)/%: $(VENV)/built pyproject.toml
 	@test $@ -nt pyproject.toml || { echo "installing optimisers[$*]" && $(PIP) "optimisers[$*]"; }
 	@touch $@

@@ -2,8 +2,8 @@
 
     python asv_bench/side_by_side.py
 
-prints the page docs/benchmarks.md, and writes it there, with a picture. Whether a goal is met is
-computed from what was measured. A peer that is not installed leaves a dash.
+prints the page docs/benchmarks/benchmarks.md, and writes it there, with a picture. Whether a goal
+is met is computed from what was measured. A peer that is not installed leaves a dash.
 """
 
 from __future__ import annotations
@@ -470,7 +470,7 @@ def main() -> None:
         "--quick", action="store_true", help="tiny and few: only to try the program"
     )
     parser.add_argument("--no-write", action="store_true", help="print only, draw nothing")
-    parser.add_argument("--out", type=Path, default=ROOT / "docs", metavar="FOLDER")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "benchmarks", metavar="FOLDER")
     options = parser.parse_args()
     plan = QUICK if options.quick else Plan()
 

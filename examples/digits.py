@@ -1,4 +1,9 @@
-"""Train a small network on handwritten digits, in the two ways this library offers.
+"""Handwritten digits
+==================
+
+Train a small network on handwritten digits, in the two ways this library offers.
+
+::
 
     python examples/digits.py
 
@@ -29,7 +34,9 @@ from optimisers import Adam, OptimiserChain, WeightDecay, destructure, setup, up
 Model = dict[str, Any]
 Array = np.ndarray
 
-# --- the data: 1,797 images of 8 by 8 pixels ---------------------------------------------------
+# %%
+# The data: 1,797 images of 8 by 8 pixels
+# ---------------------------------------
 
 
 class Data(NamedTuple):
@@ -46,7 +53,9 @@ def load() -> Data:
     return Data(*train_test_split(images, labels, test_size=0.2, random_state=0, stratify=labels))
 
 
-# --- the network: plain functions of a plain tree ----------------------------------------------
+# %%
+# The network: plain functions of a plain tree
+# --------------------------------------------
 
 
 def make_model(seed: int = 0, sizes: tuple[int, ...] = (64, 64, 10)) -> Model:
@@ -83,7 +92,9 @@ def accuracy(model: Model, images: Array, labels: Array) -> float:
 
 loss_and_gradient = value_and_grad(cross_entropy)
 
-# --- training ------------------------------------------------------------------------------------
+# %%
+# Training
+# --------
 
 # Weight decay first adds a little of each parameter to its gradient; Adam then makes it a step.
 RULE = OptimiserChain(WeightDecay(1e-4), Adam(eta=0.003))

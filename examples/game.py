@@ -1,9 +1,14 @@
-"""Play a game that Adam cannot finish: a tiny GAN, in which two players pull at one function.
+"""A game for two
+==============
+
+Play a game that Adam cannot finish: a tiny GAN, in which two players pull at one function.
+
+::
 
     python examples/game.py
 
 A generator shifts noise by `theta`, and wants it to look like data from around `CENTRE`. A critic
-tells the two apart by a linear score with the weights `w`. What one wins, the other loses:
+tells the two apart by a linear score with the weights `w`. What one wins, the other loses::
 
     score(theta, w) = w · (mean of the data - mean of the noise - theta)
 
@@ -30,7 +35,9 @@ from matplotlib import pyplot
 
 CENTRE = np.array([1.0, -0.5])
 
-# --- the game ------------------------------------------------------------------------------------
+# %%
+# The game
+# --------
 
 
 def gradients(players: dict[str, Any]) -> dict[str, Any]:
@@ -58,7 +65,9 @@ def distances(path: np.ndarray) -> np.ndarray:
     return np.linalg.norm(path - np.concatenate([CENTRE, np.zeros(2)]), axis=1)
 
 
-# --- the picture ---------------------------------------------------------------------------------
+# %%
+# The picture
+# -----------
 
 
 def draw(paths: dict[str, np.ndarray], colours: dict[str, str], out: str) -> None:

@@ -1,4 +1,9 @@
-"""Train a JAX network to tell two spirals apart, with the whole training inside `jax.jit`.
+"""Two spirals in JAX
+==================
+
+Train a JAX network to tell two spirals apart, with the whole training inside `jax.jit`.
+
+::
 
     python examples/jax_mlp.py
 
@@ -31,7 +36,9 @@ from matplotlib import pyplot
 
 Model = list[dict[str, Any]]
 
-# --- the data ------------------------------------------------------------------------------------
+# %%
+# The data
+# --------
 
 
 def make_spirals(n: int, seed: int = 0) -> tuple[Any, Any]:
@@ -45,7 +52,9 @@ def make_spirals(n: int, seed: int = 0) -> tuple[Any, Any]:
     return jnp.asarray(points, jnp.float32), jnp.asarray(spiral)
 
 
-# --- the network ---------------------------------------------------------------------------------
+# %%
+# The network
+# -----------
 
 
 def make_model(sizes: tuple[int, ...] = (2, 64, 64, 1), seed: int = 0) -> Model:
@@ -72,7 +81,9 @@ def loss(model: Model, points: Any, labels: Any) -> Any:
     return jnp.mean(jnp.where(labels == 1, jax.nn.softplus(-s), jax.nn.softplus(s)))
 
 
-# --- training ------------------------------------------------------------------------------------
+# %%
+# Training
+# --------
 
 
 @jax.jit
@@ -89,7 +100,9 @@ def train(state: Any, model: Model, points: Any, labels: Any, keys: Any) -> tupl
     return state, model, values
 
 
-# --- the picture ---------------------------------------------------------------------------------
+# %%
+# The picture
+# -----------
 
 
 def draw(model: Model, points: Any, labels: Any, losses: Any, out: str) -> None:

@@ -1,4 +1,9 @@
-"""Logistic regression from scratch: a model, a gradient by hand, and a loop of three lines.
+"""Logistic regression
+===================
+
+Logistic regression from scratch: a model, a gradient by hand, and a loop of three lines.
+
+::
 
     python examples/logistic.py
 
@@ -32,7 +37,9 @@ def make_data(n: int, seed: int = 0) -> tuple[Array, Array]:
     return middles[labels] + rng.standard_normal((n, 2)) @ spread, labels
 
 
-# --- the model and its gradient ------------------------------------------------------------------
+# %%
+# The model and its gradient
+# --------------------------
 
 
 def predict(model: Model, points: Array) -> Array:
@@ -62,7 +69,9 @@ def train(points: Array, labels: Array, steps: int) -> list[Model]:
     return models
 
 
-# --- the picture ---------------------------------------------------------------------------------
+# %%
+# The picture
+# -----------
 
 
 def draw(points: Array, labels: Array, models: list[Model], out: str) -> None:

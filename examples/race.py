@@ -1,4 +1,9 @@
-"""Race all rules of the library over two famous landscapes.
+"""A race of all rules
+===================
+
+Race all rules of the library over two famous landscapes.
+
+::
 
     python examples/race.py
 
@@ -30,7 +35,9 @@ from matplotlib import pyplot
 
 Array = np.ndarray
 
-# --- the landscapes ------------------------------------------------------------------------------
+# %%
+# The landscapes
+# --------------
 
 
 class Landscape(NamedTuple):
@@ -72,7 +79,9 @@ LANDSCAPES = [
     ),
 ]
 
-# --- the runners ---------------------------------------------------------------------------------
+# %%
+# The runners
+# -----------
 
 
 def runners() -> Iterator[type[Rule]]:
@@ -136,7 +145,9 @@ def best(cls: type[Rule], land: Landscape, steps: int, count: int) -> Run:
     return min((run(rule, land, steps) for rule in rates(cls, count)), key=merit)
 
 
-# --- the picture ---------------------------------------------------------------------------------
+# %%
+# The picture
+# -----------
 
 
 def draw(races: dict[str, list[Run]], out: str) -> None:

@@ -1,4 +1,9 @@
-"""Fit a line through data with gross errors, by a rule of our own that does not believe them all.
+"""A rule of your own
+==================
+
+Fit a line through data with gross errors, by a rule of our own that does not believe them all.
+
+::
 
     python examples/robust_regression.py
 
@@ -32,7 +37,9 @@ from optimisers.words import abs2, sqrt
 
 Array = Any
 
-# --- a rule of our own ---------------------------------------------------------------------------
+# %%
+# A rule of our own
+# -----------------
 
 
 @dataclass(frozen=True)
@@ -76,7 +83,9 @@ class RobustAdam(ElementwiseRule):
         return rate * m / (sqrt(v) + epsilon), (m, v)
 
 
-# --- data ----------------------------------------------------------------------------------------
+# %%
+# Data
+# ----
 
 
 class Data(NamedTuple):
@@ -102,7 +111,9 @@ def load(share: float = 0.1, seed: int = 0) -> Data:
     )
 
 
-# --- losses, by their derivatives ----------------------------------------------------------------
+# %%
+# Losses, by their derivatives
+# ----------------------------
 
 
 def square(residual: Array) -> Array:
@@ -117,7 +128,9 @@ def student(residual: Array, nu: float = 3.0, scale: float = 0.5) -> Array:
     return (nu + 1) * residual / (nu * scale**2 + residual**2)
 
 
-# --- training ------------------------------------------------------------------------------------
+# %%
+# Training
+# --------
 
 Model = dict[str, Array]
 

@@ -1,4 +1,9 @@
-"""Fit a spectrum with SciPy: a model with names, and the flat vector that SciPy wants.
+"""Spectral lines with SciPy
+=========================
+
+Fit a spectrum with SciPy: a model with names, and the flat vector that SciPy wants.
+
+::
 
     python examples/spectrum.py
 
@@ -27,7 +32,9 @@ from matplotlib import pyplot
 Array = np.ndarray
 Model = dict[str, Any]
 
-# --- the model -----------------------------------------------------------------------------------
+# %%
+# The model
+# ---------
 
 
 def line(place: float, width: float, height: float) -> dict[str, Array]:
@@ -59,7 +66,9 @@ def misfit_and_gradient(model: Model, x: Array, y: Array) -> tuple[float, Model]
     return 0.5 * float(residual @ residual) * len(x), gradient
 
 
-# --- a measurement, and a guess ------------------------------------------------------------------
+# %%
+# A measurement, and a guess
+# --------------------------
 
 TRUTH: Model = {
     "lines": [line(2.1, 0.25, 3.0), line(3.0, 0.4, 1.6), line(6.4, 0.15, 2.2), line(7.9, 0.7, 1.2)],
@@ -86,7 +95,9 @@ def limits(re: Any) -> Bounds:
     return Bounds(re.flatten(low), re.flatten(high))
 
 
-# --- the fit -------------------------------------------------------------------------------------
+# %%
+# The fit
+# -------
 
 
 def fit(x: Array, y: Array, method: Any, **options: Any) -> tuple[OptimizeResult, Model]:
@@ -101,7 +112,9 @@ def fit(x: Array, y: Array, method: Any, **options: Any) -> tuple[OptimizeResult
     return result, re(result.x)
 
 
-# --- the picture ---------------------------------------------------------------------------------
+# %%
+# The picture
+# -----------
 
 
 def draw(x: Array, y: Array, model: Model, out: str) -> None:

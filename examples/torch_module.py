@@ -1,4 +1,9 @@
-"""Train a PyTorch module that says how sure it is, with the parameters written in place.
+"""A PyTorch module in place
+=========================
+
+Train a PyTorch module that says how sure it is, with the parameters written in place.
+
+::
 
     python examples/torch_module.py
 
@@ -30,7 +35,9 @@ except ImportError:
 matplotlib.use("Agg")  # a file, not a window
 from matplotlib import pyplot
 
-# --- the data ------------------------------------------------------------------------------------
+# %%
+# The data
+# --------
 
 
 def truth(x: Any) -> tuple[Any, Any]:
@@ -45,7 +52,9 @@ def measure(n: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     return x, mean + deviation * rng.standard_normal(n)
 
 
-# --- the module ----------------------------------------------------------------------------------
+# %%
+# The module
+# ----------
 
 
 class Forecast(torch.nn.Module):
@@ -90,7 +99,9 @@ def train(module: Forecast, x: torch.Tensor, y: torch.Tensor, steps: int) -> Non
     print(f"{steps:6d}  {surprise(module, x, y).item():8.4f}")
 
 
-# --- the picture ---------------------------------------------------------------------------------
+# %%
+# The picture
+# -----------
 
 
 def draw(module: Forecast, x: np.ndarray, y: np.ndarray, out: str) -> None:
