@@ -149,6 +149,22 @@ def test_a_struct_sequence_is_no_named_tuple(name: str, path: Path) -> None:
             load(path)
 
 
+@pytest.mark.parametrize("child", [None, True, -1, 1.0, "0", [0], {}, {"value": 1}, {"int": "0"}])
+@pytest.mark.parametrize("kind", ["list", "tuple", "dict", "namespace", "named", "leaf"])
+def test_a_child_is_a_number_of_a_node_above(kind: str, child: Any, path: Path) -> None:
+    node: dict[str, Any] = {kind: [child]}
+    if kind == "leaf":
+        node = {**LEAF, "state": child}
+    elif kind not in ("list", "tuple"):
+        node["keys"] = ["sum"]
+    if kind == "named":
+        node["class"] = "AccumGradState"
+    path.write_bytes(crafted([{"value": 1}, node], [DESCENT]))
+    for like in (None, {"sum": 1}, [1]):
+        with pytest.raises(FileFormatError, match="number of an entry"):
+            load(path, like=like)
+
+
 # --- rules -----------------------------------------------------------------------------------
 
 TEXTS = ["(1000,1000,150)f8", "V2000000000", "float32", "f8,f8", "S9", ">f4"]
@@ -176,8 +192,9 @@ def test_no_array_is_made_of_a_dtype_that_is_no_number(text: str) -> None:
 @pytest.mark.parametrize("rule", EVERY_RULE, ids=name_of)
 def test_no_field_is_a_container_of_rules_unless_its_class_says_so(rule: Rule, path: Path) -> None:
     save(path, Leaf(rule, ()))
-    with File(path) as file:
-        said = file._archive._rules
+    content = path.read_bytes()
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    said = json.loads(header["__metadata__"]["optimisers"])["rules"]
     for field, value in said[-1]["fields"].items():
         is_made_of_rules = "rule" in json.dumps(value)
         for odd in ({"tuple": [{"rule": 0}] * 5}, {"dict": [["a"], [1]]}, {"rule": 0}):

@@ -41,6 +41,7 @@ FLOORS = [
     {"state", "destructure"},
     {"_info", "minimise", "optax", "scipy", "torch", "io._saved"},
     {"io._entries"},
+    {"io._tables"},
     {"io._revive"},
     {"io._archive"},
     {"io._files"},

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
-from typing import Any, NoReturn, Self
+from collections.abc import Sequence
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -20,16 +20,9 @@ from ._safetensors import FileFormatError
 
 
 class Node(dict[Any, Any]):
-    """A node: its children by key, and what it was."""
+    """A node: its children by key."""
 
-    kind: str
-    name: str
-
-    @classmethod
-    def of(cls, kind: str, found: Iterable[tuple[Any, Any]], name: str = "") -> Self:
-        node = cls(found)
-        node.kind, node.name = kind, name
-        return node
+    __slots__ = ()
 
 
 @dataclasses.dataclass(eq=False, slots=True)
@@ -57,11 +50,8 @@ class ValueNode:
     value: Any
 
 
-@dataclasses.dataclass(eq=False, slots=True)
-class LeftOut:
-    """Something that was not saved, and what it was."""
-
-    text: str
+LEFT_OUT = object()
+"""Something that was not saved."""
 
 
 class Absent:
@@ -98,24 +88,15 @@ def index_of(k: Any, table: Sequence[Any]) -> int:
     return k
 
 
-def only(value: Any) -> tuple[str, Any]:
-    """Return what a value is, and of what: its one key; "" for what JSON has."""
-    if isinstance(value, dict):
-        if value.keys() == {"array", "view"}:
-            return "array", value["array"]
-        if len(value) == 1:
-            kind, x = next(iter(value.items()))
-            return kind, x
-    elif not isinstance(value, list):
-        return "", value
-    damaged(f"a value is {value!r:.60}")
-
-
 def plain(value: Any) -> Any:
     """Return the number, text, ... that a value stands for."""
-    kind, x = only(value)
-    if not kind and (type(x) is not float or math.isfinite(x)):
-        return x
+    if value is None or isinstance(value, str | int):
+        return value
+    if type(value) is float and math.isfinite(value):
+        return value
+    if type(value) is not tuple or len(value) != 2:
+        damaged(f"a value is {value!r:.60}")
+    kind, x = value
     try:
         if kind == "int":
             return int(x, 16)
@@ -188,21 +169,47 @@ def checked_view(shape: Any, order: Any, flips: Any, size: int) -> View:
     return View(tuple(shape), tuple(order), tuple(flips))
 
 
-def checked_tensor(said: Any, entries: dict[str, form.Entry], check: int) -> StoredTensor:
+_TENSOR = {"name", "dtype", "shape"}
+_AXES = [tuple(range(n)) for n in range(form.MAX_AXES + 1)]
+
+
+def usual_tensor(
+    name: Any, dtype: Any, shape: Any, entries: dict[str, form.Entry], check: int
+) -> StoredTensor | None:
+    """Return an array of the text that lies in the file as it is, in C order; None if it may not.
+
+    This is the quick way for nearly all arrays; `checked_tensor` looks again at the others.
+    """
+    entry = entries.get(name) if type(name) is str else None
+    if entry is None or type(shape) is not list or type(dtype) is not str:
+        return None
+    if form.usual_tag(dtype) != entry.tag or tuple(shape) != entry.shape:
+        return None
+    layout = View(entry.shape, _AXES[len(shape)], ())
+    return StoredTensor(name, dtype, entry.shape, layout, entry, check)
+
+
+def checked_tensor(
+    said: dict[str, Any] | None,
+    entries: dict[str, form.Entry],
+    check: int,
+) -> StoredTensor:
     """Return an array of the text, if the header has it where and as the text says."""
-    wanted, allowed = {"name", "dtype", "shape"}, {"order", "flips"}
-    if not isinstance(said, dict) or not wanted <= said.keys() <= wanted | allowed:
+    if said is None or not _TENSOR <= said.keys() <= {*_TENSOR, "order", "flips"}:
         damaged(f"an array is {said!r:.80}")
     name, dtype, shape = said["name"], said["dtype"], said["shape"]
     are_texts = isinstance(name, str) and isinstance(dtype, str)
     if not are_texts or not form.is_shape(shape) or name not in entries:
         damaged(f"an array is {said!r:.80}")
-    entry = entries[name]
+    entry, shape = entries[name], tuple(shape)
     if form.stored(dtype, shape) != (entry.tag, entry.shape):
         damaged(
-            f"the array {name!r} should have dtype {dtype} and shape {shape!r:.80}, and lies there "
-            f"as {entry.tag} of shape {list(entry.shape)!r:.80}"
+            f"the array {name!r} should have dtype {dtype} and shape {list(shape)!r:.80}, and lies "
+            f"there as {entry.tag} of shape {list(entry.shape)!r:.80}"
         )
-    order = said.get("order", [*range(len(shape))])
-    layout = checked_view(shape, order, said.get("flips", []), math.prod(shape))
-    return StoredTensor(name, dtype, tuple(shape), layout, entry, check)
+    if len(said) == 3:
+        layout = View(shape, tuple(range(len(shape))), ())
+    else:
+        order = said.get("order", [*range(len(shape))])
+        layout = checked_view([*shape], order, said.get("flips", []), math.prod(shape))
+    return StoredTensor(name, dtype, shape, layout, entry, check)

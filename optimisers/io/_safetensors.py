@@ -16,15 +16,17 @@ d) Checksums stand in the metadata, at a place known before the data is written:
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
+import re
 import stat
 import sys
 import threading
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, cast
 
 import numpy as np
 
@@ -34,7 +36,7 @@ MAX_HEADER = 100_000_000
 """Bytes of a header, at most: what other readers of the format allow."""
 MAX_AXES = 64
 _ALIGNMENT = 64
-_CHUNK = 1 << 18
+CHUNK = 1 << 18
 """Bytes between two glances at memory: a chunk is in the cache when it is written."""
 
 
@@ -75,6 +77,8 @@ _TAGS = {
 _NAMES = {tag: name for name, tag in _TAGS.items()}
 _BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, **{tag: 8 * size for tag, size in _BYTES.items()}}
 """Of an item of each dtype of the format, also of those that no array library here has."""
+_TAG = {tag: tag for tag in _BITS}
+"""So that all entries hold one text of each."""
 _ONE_BYTE = (
     "float8_e3m4", "float8_e4m3", "float8_e4m3b11fnuz", "float6_e2m3fn", "float6_e3m2fn",
     "float4_e2m1fn", "int4", "uint4", "int2", "uint2",
@@ -96,6 +100,7 @@ def _is_extended(dtype: np.dtype[Any]) -> bool:
     return dtype.kind in "fc" and dtype.char in _EXTENDED
 
 
+@functools.lru_cache(maxsize=256)
 def dtype_name(dtype: Any) -> str | None:
     """Return the name under which a dtype (NumPy's or PyTorch's) is saved, None if it cannot be."""
     if isinstance(dtype, np.dtype):
@@ -132,6 +137,10 @@ def stored(name: str, shape: Sequence[int]) -> tuple[str, tuple[int, ...]]:
     raise FileFormatError(f"the file holds an array of dtype {name!r}, which is not known here")
 
 
+usual_tag = _TAGS.get
+"""Gives the format's dtype for the name of one that is written as it is."""
+
+
 def numpy_dtype(name: str) -> np.dtype[Any]:
     """Return the dtype of NumPy that has this name."""
     for char, known in _EXTENDED.items():
@@ -163,6 +172,13 @@ def typed(raw: np.ndarray, name: str, shape: Sequence[int]) -> np.ndarray:
     return x
 
 
+@functools.lru_cache(maxsize=256)
+def lies_as_in_files(dtype: np.dtype[Any]) -> bool:
+    """Tell whether the bytes of such numbers are those of the file."""
+    is_native = dtype.byteorder in "|<" or (dtype.byteorder == "=" and sys.byteorder == "little")
+    return is_native and not _is_extended(dtype)
+
+
 def untyped(x: np.ndarray) -> np.ndarray:
     """Return the bytes of an array in the order of the file."""
     if _is_extended(x.dtype):
@@ -185,12 +201,13 @@ def _without_padding(x: np.ndarray) -> np.ndarray:
 
 
 class Tensor(NamedTuple):
-    """An array to be written; `read` gives its bytes when its turn comes."""
+    """An array to be written; `read` of it gives its bytes when its turn comes."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
-    read: Callable[[], np.ndarray]
+    x: Any
+    read: Callable[[Any], np.ndarray | bytes]
 
 
 KEY, CHECKSUMS = "optimisers", "optimisers.crc32"
@@ -202,7 +219,8 @@ def write(path: str, tensors: Sequence[Tensor], text: str) -> None:
     count = len(tensors)
     stored_as = [stored(t.dtype, t.shape) for t in tensors]
     sizes = [_BYTES[tag] * math.prod(shape) for tag, shape in stored_as]
-    order = sorted(range(count), key=lambda k: -_item_bytes(tensors[k]))
+    items = {dtype: _item_bytes(dtype) for dtype in {t.dtype for t in tensors}}
+    order = sorted(range(count), key=lambda k: -items[tensors[k].dtype])
     blank = "0" * (8 * (count + 1))
     header: dict[str, Any] = {"__metadata__": {CHECKSUMS: blank, KEY: text}}
     start = 0
@@ -228,9 +246,9 @@ def write(path: str, tensors: Sequence[Tensor], text: str) -> None:
         file.write("".join(f"{check:08x}" for check in checks).encode("ascii"))
 
 
-def _item_bytes(tensor: Tensor) -> int:
+def _item_bytes(dtype: str) -> int:
     """Return the bytes of one item of an array, as those who view it will want it aligned."""
-    tag, shape = stored(tensor.dtype, ())
+    tag, shape = stored(dtype, ())
     return _BYTES[tag] * math.prod(shape)
 
 
@@ -240,11 +258,16 @@ def _copied(tensor: Tensor, size: int, file: BinaryIO) -> int:
     Another thread may change the array meanwhile. Each chunk is copied once, and what is summed up
     is what is written.
     """
-    data = tensor.read().data
+    read = tensor.read(tensor.x)
+    if type(read) is bytes:  # a small array, copied already
+        assert len(read) == size
+        file.write(read)
+        return zlib.crc32(read)
+    data = cast(np.ndarray, read).data
     assert data.nbytes == size
     check = 0
-    for at in range(0, size, _CHUNK):
-        chunk = bytes(data[at : at + _CHUNK])
+    for at in range(0, size, CHUNK):
+        chunk = bytes(data[at : at + CHUNK])
         check = zlib.crc32(chunk, check)
         file.write(chunk)
     return check
@@ -339,29 +362,78 @@ def read_header(source: Source) -> Header:
         )
     encoded = bytearray(length)
     source.fill(memoryview(encoded), 8)
-    return _checked(parse(encoded, "the header"), 8 + length, size)
+    begin = 8 + length
+    text = _decoded(encoded, "the header")
+    del encoded
+    return _checked(parse(text, "the header", _HeaderObjects(begin)), begin, size)
 
 
-def parse(text: bytearray | str, what: str) -> Any:
-    """Parse JSON, strictly: no key twice, no NaN, nothing but an object."""
+def _decoded(encoded: bytearray, what: str) -> str:
     try:
-        if isinstance(text, bytearray):
-            text = text.decode("utf-8")
-        found = json.loads(text, object_pairs_hook=_once, parse_constant=_refuse_constant)
+        return encoded.decode("utf-8")
+    except ValueError as error:
+        raise FileFormatError(f"{what} is no JSON text: {error}") from None
+
+
+def parse(text: str, what: str, hook: Callable[[list[tuple[str, Any]]], Any]) -> Any:
+    """Parse JSON, strictly: no key twice, no NaN, nothing but an object.
+
+    `hook` makes of each object, given as its pairs, something small.
+    """
+    if text[:1] != "{":
+        raise FileFormatError(f"{what} is no JSON object")
+    _refuse_brackets(text, what)
+    try:
+        return json.loads(text, object_pairs_hook=hook, parse_constant=_refuse_constant)
     except FileFormatError as error:
         raise FileFormatError(f"{what} is damaged: {error}") from None
     except (ValueError, RecursionError) as error:
         raise FileFormatError(f"{what} is no JSON text: {error}") from None
-    if not isinstance(found, dict) or text[0] != "{":
-        raise FileFormatError(f"{what} is no JSON object")
-    return found
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise FileFormatError("it has a key twice")
-    return found
+def _refuse_brackets(text: str, what: str) -> None:
+    """Refuse a text of very many lists: nothing is asked before these are all there.
+
+    A list takes 64 bytes, an empty one 2 letters of text; no file of ours or of other programs has
+    more than one in 6. Brackets in strings are not counted, which is only looked at if need be.
+    """
+    if text.count("[") * 6 > len(text) + 600:
+        bare = _STRING.sub("", text)
+        if bare.count("[") * 6 > len(text) + 600:
+            raise FileFormatError(f"{what} is no JSON text of a file: it is made of too many lists")
+
+
+_STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
+
+
+class _HeaderObjects:
+    """Makes of the objects of a header: entries, one dictionary of strings, and the header."""
+
+    def __init__(self, begin: int) -> None:
+        self.begin = begin
+        self.others = 0
+
+    def __call__(self, pairs: list[tuple[str, Any]]) -> Any:
+        if len(pairs) == 3:
+            (a, tag), (b, shape), (c, offsets) = pairs
+            if a != "dtype" or b != "shape" or c != "data_offsets":
+                found = dict(pairs)
+                if found.keys() != _ENTRY:
+                    tag = Entry
+                else:
+                    tag, shape, offsets = found["dtype"], found["shape"], found["data_offsets"]
+            if type(tag) is not Entry and tag is not Entry:
+                return _entry(tag, shape, offsets, self.begin)
+        self.others += 1
+        if self.others > 3:
+            raise FileFormatError("an array needs a dtype, a shape and data_offsets")
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            raise FileFormatError("it has a key twice")
+        return found
+
+
+_ENTRY = {"dtype", "shape", "data_offsets"}
 
 
 def _refuse_constant(text: str) -> None:
@@ -369,13 +441,18 @@ def _refuse_constant(text: str) -> None:
 
 
 def _checked(header: dict[str, Any], begin: int, size: int) -> Header:
+    if type(header) is not dict:
+        raise FileFormatError("an array needs a dtype, a shape and data_offsets")
     metadata = header.pop("__metadata__", None)
     metadata = {} if metadata is None else metadata
-    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+    is_dict = type(metadata) is dict
+    if not is_dict or not all(isinstance(v, str) for v in metadata.values()):
         raise FileFormatError("__metadata__ must hold strings")
-    entries = {name: _entry(name, said, begin) for name, said in header.items()}
     end = begin
-    for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
+    for name, entry in header.items():
+        if type(entry) is not Entry:
+            raise FileFormatError(f"the array {name!r} needs a dtype, a shape and data_offsets")
+    for name, entry in sorted(header.items(), key=lambda item: item[1][2:]):
         if entry.start != end:
             fault = "overlaps the one before it" if entry.start < end else "comes after a gap"
             raise FileFormatError(f"the array {name!r} {fault}")
@@ -385,27 +462,26 @@ def _checked(header: dict[str, Any], begin: int, size: int) -> Header:
             f"the file should have {end:,} bytes by its header, and has {size:,}: "
             f"{'cut short' if end > size else 'something was appended'}"
         )
-    return Header(entries, metadata)
+    return Header(header, metadata)
 
 
-def _entry(name: str, said: Any, begin: int) -> Entry:
-    if not isinstance(said, dict) or said.keys() != {"dtype", "shape", "data_offsets"}:
-        raise FileFormatError(f"the array {name!r} needs a dtype, a shape and data_offsets")
-    tag, shape, offsets = said["dtype"], said["shape"], said["data_offsets"]
+def _entry(tag: Any, shape: Any, offsets: Any, begin: int) -> Entry:
     if not isinstance(tag, str):
-        raise FileFormatError(f"the array {name!r} has no valid dtype: {tag!r:.40}")
-    if not is_shape(shape):
-        raise FileFormatError(f"the array {name!r} has no valid shape: {shape!r:.80}")
-    if not _are_whole(offsets) or len(offsets) != 2:
-        raise FileFormatError(f"the array {name!r} has no valid data_offsets: {offsets!r:.80}")
+        raise FileFormatError(f"an array has no valid dtype: {tag!r:.40}")
+    if shape != [] and not is_shape(shape):
+        raise FileFormatError(f"an array has no valid shape: {shape!r:.80}")
+    if type(offsets) is not list or [*map(type, offsets)] != _TWO_INTS or offsets[0] < 0:
+        raise FileFormatError(f"an array has no valid data_offsets: {offsets!r:.80}")
     start, stop = offsets
     # Later versions of the format have dtypes of which one can tell only that they lie there.
     if stop < start or (tag in _BITS and 8 * (stop - start) != _BITS[tag] * math.prod(shape)):
         raise FileFormatError(
-            f"the array {name!r} of dtype {tag} and shape {shape!r:.80} cannot lie in "
-            f"{stop - start:,} bytes"
+            f"an array of dtype {tag} and shape {shape!r:.80} cannot lie in {stop - start:,} bytes"
         )
-    return Entry(tag, tuple(shape), begin + start, begin + stop)
+    return Entry(_TAG.get(tag, tag), tuple(shape), begin + start, begin + stop)
+
+
+_TWO_INTS = [int, int]
 
 
 def _are_whole(numbers: Any) -> bool:
@@ -414,6 +490,8 @@ def _are_whole(numbers: Any) -> bool:
 
 def is_shape(numbers: Any) -> bool:
     """Tell whether an array can have this shape, also where a 0 makes its size small."""
+    if type(numbers) is list and len(numbers) == 1 and type(numbers[0]) is int:
+        return 0 <= numbers[0] < 2**56
     return (
         _are_whole(numbers)
         and len(numbers) <= MAX_AXES
@@ -426,8 +504,8 @@ def read_raw(source: Source, entry: Entry) -> tuple[np.ndarray, int]:
     raw = np.empty(entry.stop - entry.start, np.uint8)
     data = raw.data
     check = 0
-    for at in range(0, len(data), _CHUNK):
-        chunk = data[at : at + _CHUNK]
+    for at in range(0, len(data), CHUNK):
+        chunk = data[at : at + CHUNK]
         source.fill(chunk, entry.start + at)
         check = zlib.crc32(chunk, check)
     return raw, check
@@ -435,8 +513,8 @@ def read_raw(source: Source, entry: Entry) -> tuple[np.ndarray, int]:
 
 def read_through(source: Source, entry: Entry) -> Iterator[np.ndarray]:
     """Read the bytes of an array, a chunk at a time, which is good until the next is asked for."""
-    room = np.empty(min(entry.stop - entry.start, _CHUNK), np.uint8)
-    for at in range(entry.start, entry.stop, _CHUNK):
+    room = np.empty(min(entry.stop - entry.start, CHUNK), np.uint8)
+    for at in range(entry.start, entry.stop, CHUNK):
         chunk = room[: entry.stop - at]
         source.fill(chunk.data, at)
         yield chunk

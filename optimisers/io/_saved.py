@@ -25,9 +25,8 @@ import math
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
-from functools import partial
 from types import MemberDescriptorType, SimpleNamespace
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
@@ -130,6 +129,17 @@ def at(root: str, path: KeyPath) -> str:
 # --- trees to tables -------------------------------------------------------------------------
 
 
+class Where(NamedTuple):
+    """The address of a place, which is only made where it is shown."""
+
+    root: object
+    path: KeyPath
+    tail: str = ""
+
+    def __str__(self) -> str:
+        return f"{at(str(self.root), self.path)}{self.tail}"
+
+
 class Encoder:
     """Trees on their way into a file."""
 
@@ -138,7 +148,7 @@ class Encoder:
         self.nodes: list[dict[str, Any]] = []
         self._places: list[int] = []
         self.rules: list[dict[str, Any]] = []
-        self.arrays: list[tuple[str, Array]] = []
+        self.arrays: list[tuple[object, Array]] = []
         self.names: list[str] = []
         self._array_nodes: list[dict[str, Any]] = []
         self._numbers: dict[tuple[str, int], tuple[int, Any]] = {}
@@ -147,13 +157,13 @@ class Encoder:
         """Write a tree into the tables and return the number of its node."""
         return self._add(root, root, tree)
 
-    def _add(self, root: str, name: str, tree: Tree) -> int:
+    def _add(self, root: object, name: str, tree: Tree) -> int:
         return cast(
             int,
             fold(
                 tree,
-                lambda path, x: self._leaf(at(root, path), ".".join([name, *map(str, path)]), x),
-                lambda path, x, results: self._node(partial(at, root, path), x, results),
+                lambda path, x: self._leaf(Where(root, path), ".".join([name, *map(str, path)]), x),
+                lambda path, x, results: self._node(Where(root, path), x, results),
             ),
         )
 
@@ -180,7 +190,7 @@ class Encoder:
             assert dtype is not None, place
             name = _unlike(self.names[k], names)
             number[k] = len(tensors)
-            tensors.append(Tensor(name, dtype, tuple(x.shape), partial(_raw, x)))
+            tensors.append(Tensor(name, dtype, tuple(x.shape), x, _raw))
             said.append({"name": name, "dtype": dtype, "shape": list(x.shape)})
             said[-1].update(_layout(x, k in with_views))
         for node in self._array_nodes:
@@ -207,10 +217,13 @@ class Encoder:
 
     def _new(self, node: dict[str, Any], below: Iterable[int] = ()) -> int:
         self.nodes.append(node)
-        self._places.append(1 + sum(self._places[k] for k in below))
+        places = 1
+        for k in below:
+            places += self._places[k]
+        self._places.append(places)
         return len(self.nodes) - 1
 
-    def _leaf(self, place: str, name: str, x: Any) -> int:
+    def _leaf(self, place: Where, name: str, x: Any) -> int:
         if isinstance(x, Leaf):
             one = x if x.tie is None else x.tie  # JAX makes several leaves of one that is tied
             return self._number("leaf", one, lambda: self._state_leaf(place, name, x))
@@ -228,14 +241,27 @@ class Encoder:
                 ) from None
             return self._new({"left_out": f"{type(x).__name__} {x!r:.80}"})
 
-    def _state_leaf(self, place: str, name: str, leaf: Leaf) -> int:
-        rule = self._rule(f"{place}.rule", f"{name}.rule", leaf.rule)
-        state = self._add(f"{place}.state", name, leaf.state)
+    def _state_leaf(self, place: Where, name: str, leaf: Leaf) -> int:
+        rule = self._rule(place._replace(tail=".rule"), f"{name}.rule", leaf.rule)
+        state = self._state(place._replace(tail=".state"), name, leaf.state)
         skipped = {"skipped": int(leaf.skipped)} if leaf.skipped else {}
         frozen = bool(leaf.frozen)
         return self._new({"leaf": rule, "state": state, "frozen": frozen, **skipped}, [state])
 
-    def _node(self, place: Callable[[], str], x: Any, results: list[int]) -> int:
+    def _state(self, place: Where, name: str, state: Any) -> int:
+        """Write what a rule remembers: mostly a tuple of arrays, which is a tree of one level."""
+        cls = type(state)
+        if is_node(state) and issubclass(cls, tuple) and not any(map(is_node, state)):
+            keys = [*children(state)]
+            path = KeyPath()
+            below = [
+                self._leaf(Where(place, path.step(key)), f"{name}.{key}", x)
+                for key, x in zip(keys, state, strict=True)
+            ]
+            return self._node(place, state, below)
+        return self._add(place, name, state)
+
+    def _node(self, place: Where, x: Any, results: list[int]) -> int:
         kind = kind_of(x)
         node: dict[str, Any] = {kind: results}
         if kind in WITH_CLASS:
@@ -245,23 +271,23 @@ class Encoder:
         if kind in NAMESPACES and any(map(is_protocol, node["keys"])):
             name = next(filter(is_protocol, node["keys"]))
             raise TypeError(
-                f"cannot save {place()}: its attribute {name!r:.60} has a name like those by which "
+                f"cannot save {place}: its attribute {name!r:.60} has a name like those by which "
                 "Python and NumPy ask what an object is; choose one without two underscores ahead"
             )
         return self._new(node, results)
 
-    def _array_node(self, place: str, name: str, x: Array) -> int:
+    def _array_node(self, place: Where, name: str, x: Array) -> int:
         node = {"array": self._array(place, name, x)}
         self._array_nodes.append(node)
         return self._new(node)
 
-    def _array(self, place: str, name: str, x: Array) -> int:
+    def _array(self, place: object, name: str, x: Array) -> int:
         _refuse_unsavable(place, x)
         self.arrays.append((place, x))
         self.names.append(name)
         return len(self.arrays) - 1
 
-    def _rule(self, place: str, name: str, rule: Any, depth: int = 0) -> int:
+    def _rule(self, place: object, name: str, rule: Any, depth: int = 0) -> int:
         def make() -> int:
             for key in attributes(rule):
                 if ":" in class_name(type(rule)) and not may_have(type(rule), key):
@@ -280,10 +306,12 @@ class Encoder:
             raise TypeError(f"{place} is no rule: {rule!r:.60}")
         return self._number("rule", rule, make)
 
-    def _value(self, place: str, name: str, x: Any, depth: int = 0) -> Any:
+    def _value(self, place: object, name: str, x: Any, depth: int = 0) -> Any:
         """Return what JSON has for `x`, or an object with one key that says what `x` is."""
         if depth > DEEPEST:
-            raise TypeError(f"cannot save {place:.80}...: there are tuples or rules {DEEPEST} deep")
+            raise TypeError(
+                f"cannot save {place!s:.80}...: there are tuples or rules {DEEPEST} deep"
+            )
         deeper = depth + 1
         cls = type(x)
         if x is None or cls is bool or cls is str:
@@ -325,18 +353,20 @@ class Encoder:
         )
 
 
-def _key(place: Callable[[], str], key: Any) -> Any:
+def _key(place: object, key: Any) -> Any:
     if type(key) is str or type(key) is bool or key is None:
         return key
     if type(key) is int:
         return key if abs(key) < 2**63 else {"int": hex(key)}
     raise TypeError(
-        f"cannot save {place()}: its key {key!r:.60} is of class {type(key).__name__}; "
+        f"cannot save {place}: its key {key!r:.60} is of class {type(key).__name__}; "
         "strings and whole numbers can be saved as keys"
     )
 
 
-def _refuse_unsavable(place: str, x: Array) -> None:
+def _refuse_unsavable(place: object, x: Array) -> None:
+    if type(x) is np.ndarray and form.dtype_name(x.dtype) is not None:
+        return
     library = library_of(type(x))
     why = ""
     if library == "autograd" or is_tracer(x):
@@ -353,7 +383,8 @@ def _refuse_unsavable(place: str, x: Array) -> None:
 
 def _unlike(name: str, names: set[str]) -> str:
     """Return `name`, cut where very long, and with a number where another array has it."""
-    name = shortened(name.encode("utf-8", "backslashreplace").decode("utf-8"))
+    if not name.isascii() or len(name) > 500:
+        name = shortened(name.encode("utf-8", "backslashreplace").decode("utf-8"))
     found, n = name, 1
     while found in names:
         n += 1
@@ -364,6 +395,8 @@ def _unlike(name: str, names: set[str]) -> str:
 
 def _layout(x: Array, with_flips: bool) -> dict[str, list[int]]:
     """Return how the elements follow each other in memory, if not in C order."""
+    if type(x) is np.ndarray and x.flags.c_contiguous:
+        return {}
     if library_of(type(x)) not in ("numpy", "torch", "cupy") or 0 in x.shape:
         return {}
     view = View.of(x)
@@ -375,8 +408,10 @@ def _layout(x: Array, with_flips: bool) -> dict[str, list[int]]:
     return found
 
 
-def _raw(x: Array) -> np.ndarray:
-    """Return the bytes of an array of any library, in C order."""
+def _raw(x: Array) -> np.ndarray | bytes:
+    """Return the bytes of an array of any library, in C order: of a small one, a copy."""
+    if type(x) is np.ndarray and x.nbytes <= form.CHUNK and form.lies_as_in_files(x.dtype):
+        return x.tobytes()
     library = library_of(type(x))
     if library == "torch":
         torch: Any = sys.modules["torch"]
