@@ -10,7 +10,7 @@ args ?=
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help demo test coverage docs-test docs docs-serve examples bench lint format types oracles
-.PHONY: build oldest newest reproducible audit clean distclean
+.PHONY: build wheel portable oldest newest reproducible audit clean distclean
 .PHONY: sanitize sanitize-threads fuzz fuzz-guided big
 .PHONY: test-cuda test-gpu bench-gpu
 
@@ -101,6 +101,19 @@ oracles: $(VENV)/oracles ## install PyTorch, JAX, optax, ... so that the tests c
 build: $(VENV)/test ## make the source archive and the wheel in dist/
 	@$(BIN)/python -m build --outdir dist
 
+wheel: $(VENV)/test $(VENV)/wheel ## build a wheel for this Linux and others, and test it in a venv of its own
+	@rm -rf build/wheel && mkdir -p build/wheel
+	@$(BIN)/python -m build --no-isolation --wheel --outdir build/wheel/made > build/wheel/log
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --wheel-dir dist build/wheel/made/*.whl
+	@$(PYTHON) -m venv build/wheel/venv
+	@cd build/wheel; wheel=$$(ls -t ../../dist/*manylinux*.whl | head -1); \
+	venv/bin/python -m pip install -qq --disable-pip-version-check "$$wheel[test]"; \
+	venv/bin/python -P -m optimisers; \
+	venv/bin/pytest -q -c ../../pyproject.toml $(ELSEWHERE) $(args)
+
+portable: $(VENV)/portable ## compile the extensions for Windows, macOS and ARM, without running them
+	@$(BIN)/python tools/portable.py build/portable
+
 # As a user gets it: built from the source archive with the newest NumPy, and run with another.
 ELSEWHERE := $(patsubst %,../../tests/test_%.py,autograd compose destructure io parity ties words)
 
@@ -169,6 +182,6 @@ build/%/built: setup.py $(wildcard optimisers/*.py optimisers/*/*.py optimisers/
 	@touch $@
 
 # The extra that `make demo`, `make test`, ... names, read from what was just installed.
-$(VENV)/demo $(VENV)/test $(VENV)/docs $(VENV)/cuda $(VENV)/bench $(VENV)/dev $(VENV)/oracles $(VENV)/audit $(VENV)/fuzz: $(VENV)/%: $(VENV)/built pyproject.toml
+$(VENV)/demo $(VENV)/test $(VENV)/docs $(VENV)/wheel $(VENV)/portable $(VENV)/cuda $(VENV)/bench $(VENV)/dev $(VENV)/oracles $(VENV)/audit $(VENV)/fuzz: $(VENV)/%: $(VENV)/built pyproject.toml
 	@test $@ -nt pyproject.toml || { echo "installing optimisers[$*]" && $(PIP) "optimisers[$*]"; }
 	@touch $@

@@ -1,0 +1,78 @@
+"""The files around the library: links, workflows, the recipe, the wheels' settings."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+HOME = "https://github.com/optimisers/optimisers"
+YAML = [*(ROOT / ".github").rglob("*.yml"), ROOT / "CITATION.cff", *ROOT.glob("*-recipe/*.yaml")]
+TARGET = re.compile(r"^\[[\w-]+\]: (\S+)$|\]\(([^)]+)\)", re.MULTILINE)
+
+
+def test_the_links_of_the_readme_are_absolute_and_lead_to_files() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    targets = [one or other for one, other in TARGET.findall(text)]
+    assert len(targets) > 20
+    for target in targets:
+        assert target.startswith("https://"), f"{target} is dead on the page of an index"
+        raw = target.replace("raw.githubusercontent.com/optimisers/optimisers/", "")
+        path = re.fullmatch(rf"(?:{HOME}/(?:blob|tree)/|https://)main/(.*)", raw)
+        if target.startswith(HOME) or raw != target:
+            assert path, target
+            assert (ROOT / path[1]).exists(), target
+
+
+def test_the_project_says_where_it_lives() -> None:
+    urls = PROJECT["project"]["urls"]
+    assert urls["Repository"] == HOME
+    assert {"Documentation", "Issues", "Changelog"} <= urls.keys()
+
+
+@pytest.mark.parametrize("path", YAML, ids=lambda path: path.name)
+def test_what_services_read_is_well_formed(path: Path) -> None:
+    yaml = pytest.importorskip("yaml")
+    found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    assert isinstance(found, dict)
+    if path.parent.name == "workflows":
+        assert found["permissions"] == {"contents": "read"}, "more is given job by job"
+        for job in found["jobs"].values():
+            assert "uses" in job or job["steps"]
+            for step in job.get("steps", []):
+                assert "uses" in step or "run" in step
+
+
+def test_a_release_needs_no_password() -> None:
+    yaml = pytest.importorskip("yaml")
+    text = (ROOT / ".github/workflows/release.yml").read_text(encoding="utf-8")
+    assert yaml.safe_load(text)["jobs"]["publish"]["permissions"]["id-token"] == "write"
+    assert not re.search(r"password|secrets\.", text.partition("steps:")[2])
+
+
+def test_the_recipe_has_the_version_and_the_needs_of_the_project() -> None:
+    yaml = pytest.importorskip("yaml")
+    recipe = yaml.safe_load((ROOT / "conda-recipe/recipe.yaml").read_text(encoding="utf-8"))
+    assert recipe["context"]["version"] == PROJECT["project"]["version"]
+    needed = {need.replace(" ", "") for need in recipe["requirements"]["run"]} - {"python"}
+    assert needed == set(PROJECT["project"]["dependencies"])
+    host = {need.replace(" ", "") for need in recipe["requirements"]["host"]}
+    assert set(PROJECT["build-system"]["requires"]) <= host
+
+
+def test_wheels_are_tested_with_tests_that_are_there() -> None:
+    settings = PROJECT["tool"]["cibuildwheel"]
+    tests = re.findall(r"\{project\}/(tests/\S+)", " ".join(settings["test-command"]))
+    assert tests
+    assert all((ROOT / test).exists() for test in tests)
+    assert {"cp311-*", "cp314-*", "cp314t-*"} <= set(settings["build"])
+
+
+def test_private_parts_of_the_compiler_for_gpus_are_used_in_one_file() -> None:
+    sources = (ROOT / "optimisers").rglob("*.py")
+    users = [path.name for path in sources if "cudadrv" in path.read_text(encoding="utf-8")]
+    assert users == ["_cuda.py"]
