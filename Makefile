@@ -9,7 +9,7 @@ args ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test coverage docs-test docs docs-serve examples bench lint format types oracles
+.PHONY: help demo test coverage docs-test docs docs-serve examples bench asv asv-check lint format types oracles
 .PHONY: build wheel portable oldest newest reproducible audit clean distclean
 .PHONY: sanitize sanitize-threads fuzz fuzz-guided big
 .PHONY: test-cuda test-gpu bench-gpu
@@ -54,6 +54,13 @@ docs-serve: docs ## show the site on port 8000 of this machine
 
 bench: $(VENV)/bench $(VENV)/oracles ## time everything beside NumPy, PyTorch, optax: docs/benchmarks/benchmarks.md
 	@$(BIN)/python asv_bench/side_by_side.py $(args)
+
+asv: $(VENV)/bench $(VENV)/oracles ## time every row of the goals with asv, for a history; published in build/published/asv
+	@cd asv_bench; PATH="$(CURDIR)/$(BIN):$$PATH"; asv machine --yes > ../build/asv.log; \
+	    asv run --python=same --set-commit-hash=$$(git rev-parse HEAD) $(args); asv publish
+
+asv-check: $(VENV)/bench ## see whether asv takes the benchmarks
+	@mkdir -p build/home; cd asv_bench; HOME=$(CURDIR)/build/home $(CURDIR)/$(BIN)/asv check -E existing
 
 bench-gpu: $(VENV)/built ## time updates on a GPU, beside a copy and PyTorch's Adam
 	@$(BIN)/python asv_bench/gpu.py $(args)

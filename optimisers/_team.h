@@ -63,7 +63,11 @@ static inline int team_move(volatile int64_t *at, int64_t *from, int64_t to) {
 #endif
 
 #if defined(_WIN32)
+#define WIN32_LEAN_AND_MEAN /* the rest has macros such as `small` */
+#define NOMINMAX
 #include <windows.h>
+#undef far /* empty macros, from the days of 16 bits */
+#undef near
 #define team_yield() SwitchToThread()
 #else
 #include <sched.h>

@@ -145,6 +145,33 @@ def test_ratios_are_taken_within_each_round(monkeypatch: pytest.MonkeyPatch) -> 
     assert times.ratio("ours", "peer") == 0.5
 
 
+def test_every_row_of_the_goals_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCH)
+    from benchmarks import goals
+
+    monkeypatch.setattr(goals.LargeRule, "size", 100)
+    ran = set()
+    for name, work in vars(goals).items():
+        if not (isinstance(work, type) and hasattr(work, "params")):
+            continue
+        sides, *others = work.params
+        smallest = [values[0] for values in others]
+        for side in sides:
+            if name in ("Compilation", "AfterGradient"):  # they compile, or multiply large matrices
+                continue
+            benchmark = work()
+            try:
+                benchmark.setup(side, *smallest)
+            except NotImplementedError:
+                continue
+            benchmark.time_step(side, *smallest)
+            ran.add((name, side))
+            getattr(benchmark, "teardown", lambda *_: None)(side, *smallest)
+    ours = {name for name, _ in ran}
+    assert {"Adam", "Chain", "LargeRule", "Pure", "Watched", "Team", "Leaves"} <= ours
+    assert ("Leaves", "save") in ran
+
+
 def test_asv_takes_the_suite(tmp_path: Path) -> None:
     pytest.importorskip("asv")
     home = {**os.environ, "HOME": str(tmp_path)}
