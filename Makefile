@@ -11,7 +11,7 @@ args ?=
 .DELETE_ON_ERROR:
 .PHONY: help demo test coverage docs-test docs docs-serve examples bench asv asv-check lint format types oracles
 .PHONY: build wheel portable oldest newest reproducible audit clean distclean
-.PHONY: sanitize sanitize-threads fuzz fuzz-guided big
+.PHONY: sanitize sanitize-threads attack-files fuzz fuzz-guided big
 .PHONY: test-cuda test-gpu bench-gpu
 
 help: ## show this list
@@ -90,6 +90,10 @@ sanitize-threads: build/thread/built ## look for races: first where there are so
 
 fuzz: $(VENV)/test ## throw 20,000 random trees, states and gradients at the engine
 	@$(BIN)/python -m pytest --hypothesis-profile=long tests/test_fuzz.py $(args)
+
+attack-files: $(VENV)/test ## damage and forge files 20,000 times, kill and interrupt 2,000 saves
+	@$(BIN)/python -m pytest --hypothesis-profile=long --kills=2000 \
+	    $(addprefix tests/test_,$(addsuffix .py,io_hostile io_attacks io_writers checkpointer)) $(args)
 
 FUZZED := what_is_refused_changes_nothing_and_what_is_taken_is_right flat_vectors_of_such_models changes_of_such_states
 fuzz-guided: $(VENV)/test $(VENV)/fuzz ## the same for some minutes, chosen by atheris by what code they reach

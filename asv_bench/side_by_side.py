@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks.files import Run
 from benchmarks.measure import Limit, Times, alternate, import_time, memory_growth
 from benchmarks.models import RULES, gradient_of, many_arrays, mlp, normal, resnet18
 from benchmarks.peers import TWINS, Step, numpy_adam, optax_step, torch_step, torch_twins
@@ -55,6 +56,7 @@ class Plan:
     medium: int = 100_000
     sizes: tuple[int, ...] = (*(k * 10**e for e in range(1, 7) for k in (1, 3)), 10_000_000)
     arrays: int = 1_000
+    leaves: tuple[int, ...] = (1_000, 20_000)
     hidden: int = 128
     width: int = 64
 
@@ -62,7 +64,7 @@ class Plan:
         return alternate(steps, self.runs, self.least)
 
 
-QUICK = Plan(2, 0, 20_000, 3_000, (10, 1_000, 3_000, 20_000), 20, 8, 2)
+QUICK = Plan(2, 0, 20_000, 3_000, (10, 1_000, 3_000, 20_000), 20, (3, 7), 8, 2)
 
 # --- contenders and ratios -------------------------------------------------------------------
 
@@ -393,6 +395,46 @@ def threads(plan: Plan) -> Section:
     return section
 
 
+def files(plan: Plan) -> Section:
+    """Put saving and loading, checksums included, beside the package of that format."""
+    section = Section(
+        "Files: Adam, float32",
+        "The package `safetensors` writes the same arrays by name, without checksums, and its file "
+        "is forced to the disk as ours is. In brackets: how many times its time ours is.",
+        ["work", "save", "load", "load with `like`", "the package's save", "its load"],
+    )
+    many = {f"{count:,} leaves of 8": many_arrays(count, 8) for count in plan.leaves}
+    for work, model in (many | {f"one array of {counted(plan.large)}": normal(plan.large)}).items():
+        run = Run(model)
+        took = alternate(run.steps(), min(plan.runs, 7), 0)
+        run.remove()
+
+        def of_package(name: str, kind: str, took: Times = took) -> float | None:
+            theirs = f"package's {kind}"
+            return took.ratio(name, theirs) if theirs in took else None
+
+        row = [work]
+        for name, kind in (("save", "save"), ("load", "load"), ("load, like", "load")):
+            ratio = of_package(name, kind)
+            row.append(duration(took[name]) + ("" if ratio is None else f" ({times(ratio)})"))
+        for kind in ("save", "load"):
+            theirs = f"package's {kind}"
+            row.append(duration(took[theirs]) if theirs in took else "–")
+            section.goals.append(
+                Goal(
+                    f"{kind}, {work}",
+                    "times the safetensors package",
+                    of_package(kind, kind),
+                    3,
+                    1,
+                    times,
+                    less=True,
+                )
+            )
+        section.rows.append(row)
+    return section
+
+
 def footprint(plan: Plan) -> Section:
     seconds, big = import_time(plan.runs)
     flat, rebuild = opt.destructure(many_arrays(plan.arrays))
@@ -479,7 +521,7 @@ def main() -> None:
     say("Adam")
     arrays = sweep(plan)
     sections = [adam(plan, arrays), memory_limit(plan, arrays)]
-    for section in (chains, rules, precision, pure, finite, threads, footprint):
+    for section in (chains, rules, precision, pure, finite, threads, files, footprint):
         say(section.__name__)
         sections.append(section(plan))
 

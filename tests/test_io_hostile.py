@@ -494,8 +494,12 @@ edits = st.lists(
 )
 
 
+MANY = max(300, settings.default.max_examples)
+"""Files that are made up for each test below; more by `make attack-files`."""
+
+
 @settings(
-    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=MANY, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(edits=edits, in_header=st.booleans())
 @example(edits=[("set", 0.0, 0.0, b"\xff" * 8)], in_header=False)
@@ -561,7 +565,7 @@ odd = st.sampled_from([None, True, False, *NUMBERS, *TEXTS, *LISTS, *OBJECTS])
 
 
 @settings(
-    max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=MANY, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(data=st.data())
 def test_a_text_with_right_checksums_makes_a_tree_or_one_clear_error(
@@ -591,7 +595,7 @@ def test_a_text_with_right_checksums_makes_a_tree_or_one_clear_error(
             load_or_unfit(path, like)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=MANY, deadline=None)
 @given(text=st.recursive(
     st.one_of(st.none(), st.integers(), st.text(max_size=3), st.sampled_from(["F32", "I8"])),
     lambda below: st.one_of(
@@ -614,7 +618,7 @@ def test_any_json_is_a_file_or_refused(
     assert all(isinstance(x, np.ndarray) for x in got.values())
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=MANY, deadline=None)
 @given(content=st.binary(max_size=64))
 def test_any_bytes_are_a_file_or_refused(
     content: bytes, tmp_path_factory: pytest.TempPathFactory
