@@ -95,7 +95,7 @@ def save(
         if metadata is not None:
             roots["metadata"] = encoder.add("metadata", metadata)
         tensors, text = encoder.finish(roots)
-    form.write(os.fsdecode(path), tensors, text)
+        form.write(os.fsdecode(path), tensors, text)
 
 
 def load(path: str | os.PathLike[str], like: Tree = None) -> Tree:

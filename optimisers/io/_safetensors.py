@@ -222,14 +222,17 @@ def write(path: str, tensors: Sequence[Tensor], text: str) -> None:
     items = {dtype: _item_bytes(dtype) for dtype in {t.dtype for t in tensors}}
     order = sorted(range(count), key=lambda k: -items[tensors[k].dtype])
     blank = "0" * (8 * (count + 1))
-    header: dict[str, Any] = {"__metadata__": {CHECKSUMS: blank, KEY: text}}
+    entries = [f'{{"__metadata__":{{"{CHECKSUMS}":"{blank}","{KEY}":{quoted(text)}}}']
     start = 0
     for k in order:
         tag, shape = stored_as[k]
-        offsets = [start, start + sizes[k]]
-        header[tensors[k].name] = {"dtype": tag, "shape": list(shape), "data_offsets": offsets}
-        start += sizes[k]
-    encoded = json.dumps(header, separators=(",", ":")).encode("ascii")
+        stop = start + sizes[k]
+        entries.append(
+            f'{quoted(tensors[k].name)}:{{"dtype":"{tag}","shape":{listed_shape(shape)},'
+            f'"data_offsets":[{start},{stop}]}}'
+        )
+        start = stop
+    encoded = f"{','.join(entries)}}}".encode("ascii")
     encoded += b" " * (-(8 + len(encoded)) % _ALIGNMENT)
     if len(encoded) > MAX_HEADER:
         raise ValueError(
@@ -244,6 +247,16 @@ def write(path: str, tensors: Sequence[Tensor], text: str) -> None:
             checks[k + 1] = _copied(tensors[k], sizes[k], file)
         file.seek(8 + encoded.index(blank.encode("ascii")))
         file.write("".join(f"{check:08x}" for check in checks).encode("ascii"))
+
+
+quoted = json.encoder.encode_basestring_ascii
+"""Gives a text as JSON has it."""
+
+
+@functools.lru_cache(maxsize=1024)
+def listed_shape(shape: tuple[int, ...]) -> str:
+    """Return a shape as JSON has it."""
+    return f"[{','.join(map(str, shape))}]"
 
 
 def _item_bytes(dtype: str) -> int:

@@ -179,7 +179,7 @@ class Encoder:
         owner = owners(cast(Any, self.arrays))
         number: dict[int, int] = {}
         tensors: list[Tensor] = []
-        said: list[dict[str, Any]] = []
+        said: list[str] = []
         tied = {k for k, first in enumerate(owner) if first != k}
         with_views = {owner[k] for k in tied}
         names: set[str] = set()
@@ -191,22 +191,24 @@ class Encoder:
             name = _unlike(self.names[k], names)
             number[k] = len(tensors)
             tensors.append(Tensor(name, dtype, tuple(x.shape), x, _raw))
-            said.append({"name": name, "dtype": dtype, "shape": list(x.shape)})
-            said[-1].update(_layout(x, k in with_views))
+            shape = form.listed_shape(tensors[-1].shape)
+            more = "".join(f',"{key}":{v}' for key, v in _layout(x, k in with_views).items())
+            said.append(f'{{"name":{form.quoted(name)},"dtype":"{dtype}","shape":{shape}{more}}}')
         for node in self._array_nodes:
             k = node["array"]
             node["array"] = number[owner[k]]
             if k in tied:
                 view = View.of(self.arrays[k][1])
                 node["view"] = [list(view.shape), list(view.order), list(view.flips)]
-        text = {
+        tables = {
             "version": VERSION,
             "roots": roots,
             "nodes": self.nodes,
             "rules": self.rules,
-            "tensors": said,
+            "tensors": [],
         }
-        return tensors, json.dumps(text, separators=(",", ":"), allow_nan=False)
+        text = json.dumps(tables, separators=(",", ":"), allow_nan=False)
+        return tensors, f"{text.removesuffix(']}')}{','.join(said)}]}}"
 
     def _number(self, kind: str, x: Any, make: Callable[[], int]) -> int:
         """Return the number of what was met before, or make one; `x` is kept alive meanwhile."""
@@ -393,7 +395,7 @@ def _unlike(name: str, names: set[str]) -> str:
     return found
 
 
-def _layout(x: Array, with_flips: bool) -> dict[str, list[int]]:
+def _layout(x: Array, with_flips: bool) -> dict[str, str]:
     """Return how the elements follow each other in memory, if not in C order."""
     if type(x) is np.ndarray and x.flags.c_contiguous:
         return {}
@@ -402,9 +404,9 @@ def _layout(x: Array, with_flips: bool) -> dict[str, list[int]]:
     view = View.of(x)
     found = {}
     if view.order != tuple(range(len(view.shape))):
-        found["order"] = list(view.order)
+        found["order"] = form.listed_shape(view.order)
     if with_flips and view.flips:
-        found["flips"] = list(view.flips)
+        found["flips"] = form.listed_shape(view.flips)
     return found
 
 
