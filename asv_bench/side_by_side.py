@@ -398,7 +398,7 @@ def threads(plan: Plan) -> Section:
 def files(plan: Plan) -> Section:
     """Put saving and loading, checksums included, beside the package of that format."""
     section = Section(
-        "Files: Adam, float32",
+        "Saving and loading Adam",
         "The package `safetensors` writes the same arrays by name, without checksums, and its file "
         "is forced to the disk as ours is. In brackets: how many times its time ours is.",
         ["work", "save", "load", "load with `like`", "the package's save", "its load"],
