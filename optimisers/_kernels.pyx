@@ -933,21 +933,23 @@ cdef class Batch:
         return self.add(place, plan, state, x, g)
 
     cdef Plan plan(self, rule, lower):
-        """Return the plan of a rule, or None; often that of the last batch."""
+        """Return the plan of a rule, or None; often that of the last batch.
+
+        A rule without a plan is not kept: it may hold what JAX traces, which must not outlive the
+        trace.
+        """
         cdef Plan plan
         if self.work.rule == <PyObject*> rule:
-            plan = None if self.work.plan is NULL else <Plan> <object> self.work.plan
-            if plan is not None:
-                plan.forget()
+            plan = <Plan> <object> self.work.plan
+            plan.forget()
             return plan
         plan = lower(rule)
-        Py_XDECREF(self.work.rule)
-        Py_XDECREF(self.work.plan)
-        Py_INCREF(rule)
-        self.work.rule, self.work.plan = <PyObject*> rule, NULL
         if plan is not None:
+            Py_XDECREF(self.work.rule)
+            Py_XDECREF(self.work.plan)
+            Py_INCREF(rule)
             Py_INCREF(plan)
-            self.work.plan = <PyObject*> plan
+            self.work.rule, self.work.plan = <PyObject*> rule, <PyObject*> plan
         return plan
 
     cdef bint add(self, Py_ssize_t place, Plan plan, state, x, g) except -1:

@@ -205,3 +205,13 @@ def test_a_traced_array_at_two_places():
         return update(state, model, [jnp.ones(2), None])[1]
 
     assert [x.tolist() for x in step(jnp.zeros(2))] == [[-1, -1], [0, 0]]
+
+
+@pytest.mark.parametrize("cls", registry())
+def test_nothing_of_a_trace_outlives_it(cls):
+    rule = make_rule(cls)
+    x = jnp.ones(2)
+    state = setup(rule, x)
+    with jax.checking_leaks():
+        jax.jit(update)(state, x, x)
+        jax.jit(lambda x: update(setup(rule, x), x, x))(x)
