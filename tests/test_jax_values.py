@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from util import assert_same_bits
+from util import assert_same_bits, example
 
 import optimisers
 from optimisers import (
@@ -21,6 +21,7 @@ from optimisers import (
     update,
     update_,
 )
+from optimisers._rule import registry
 from optimisers.io import load, save
 
 jax: Any = pytest.importorskip("jax")
@@ -209,7 +210,7 @@ def test_a_traced_array_at_two_places():
 
 @pytest.mark.parametrize("cls", registry())
 def test_nothing_of_a_trace_outlives_it(cls):
-    rule = make_rule(cls)
+    rule = example(cls)
     x = jnp.ones(2)
     state = setup(rule, x)
     with jax.checking_leaks():
