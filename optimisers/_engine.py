@@ -30,7 +30,7 @@ import numpy as np
 from . import _device, _torch, rules, words
 from . import _kernels as baseline
 from ._arraypath import Call, at_once, blank, checked_gradient, evaluate, is_finite, writing
-from ._arrays import isnumeric, maywrite
+from ._arrays import isnumeric, library_of, maywrite
 from ._jax import attributes, holds_traced, is_jax, is_tracer, settled, with_attributes
 from ._rule import ElementwiseRule, Rule
 from ._ties import overlap
@@ -440,7 +440,7 @@ def checked(
     """
     if isinstance(leaf.state, MixedPrecisionState) and getattr(g, "dtype", x.dtype) != x.dtype:
         master = as_seen(leaf.state.master)
-        if type(master) is type(x) and master.shape == x.shape:
+        if library_of(type(master)) == library_of(type(x)) and master.shape == x.shape:
             return checked_gradient(g, master, where)
     return checked_gradient(g, x, where)
 

@@ -15,6 +15,7 @@ import copy
 import ctypes
 import importlib
 import math
+import numbers
 import operator
 import sys
 from collections.abc import Callable
@@ -51,8 +52,6 @@ class Number:
 
     __slots__ = ("high", "low")
 
-    __array_ufunc__ = None  # NumPy leaves calculations to this class
-
     def __init__(self, high: Any, low: Any) -> None:
         self.high = high
         self.low = low
@@ -77,8 +76,25 @@ class Number:
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.array(self.value(), dtype)
 
+    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **options: Any) -> Any:
+        """Calculate for NumPy, by its function of that name or, while JAX traces, by JAX's."""
+        values = [x.value() if isinstance(x, Number) else x for x in inputs]
+        if any(map(is_tracer, values)):
+            own = getattr(sys.modules["jax"].numpy, ufunc.__name__, None)
+            return NotImplemented if own is None or method != "__call__" else own(*values)
+        return getattr(ufunc, method)(*values, **options)
+
     def __float__(self) -> float:
         return float(self.value())
+
+    def __int__(self) -> int:
+        return int(self.value())
+
+    def __round__(self, ndigits: int | None = None) -> Any:
+        return round(self.value(), ndigits)
+
+    def __format__(self, spec: str) -> str:
+        return format(self.value(), spec)
 
     def __bool__(self) -> bool:
         return bool(self.value())
@@ -110,13 +126,24 @@ def _alone(name: str) -> Callable[..., Any]:
     return lambda self: calculate(self.value())
 
 
-for _name in ("add", "sub", "mul", "truediv", "pow"):
+for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow"):
     setattr(Number, f"__{_name}__", _forward(f"__{_name}__"))
     setattr(Number, f"__r{_name}__", _backward(f"__{_name}__"))
 for _name in ("eq", "ne", "lt", "le", "gt", "ge"):
     setattr(Number, f"__{_name}__", _forward(f"__{_name}__"))
-for _name in ("neg", "abs"):
+for _name in ("neg", "pos", "abs"):
     setattr(Number, f"__{_name}__", _alone(f"__{_name}__"))
+for _name, _calculate in (("trunc", math.trunc), ("floor", math.floor), ("ceil", math.ceil)):
+    setattr(Number, f"__{_name}__", lambda self, calculate=_calculate: calculate(self.value()))
+
+
+def _divmod(self: Number, other: Any) -> Any:
+    return divmod(self.value(), other.value() if isinstance(other, Number) else other)
+
+
+cast(Any, Number).__divmod__ = _divmod
+cast(Any, Number).__rdivmod__ = lambda self, other: divmod(other, self.value())
+numbers.Real.register(Number)
 
 
 def parts_of(value: Any) -> tuple[Any, Any]:

@@ -323,6 +323,8 @@ class ElementwiseRule(Rule):
     def apply(self, state: Any, x: Any, dx: Any, *higher: Any) -> tuple[Any, Any]:
         """Evaluate the step with the array library of `x`; writes into nothing."""
         state = checked_state(self, state, self.State)
+        if self.counts and isinstance(state.t, (int, float)):  # as a file of numbers has it
+            state = state._replace(t=as_like(zero := count_like(x), zero + int(state.t)))
         slots = tuple(map(read_only, state[: len(self.slots)]))
         for name, slot in zip(self.slots, slots, strict=True):
             if slot.shape != x.shape:
@@ -411,7 +413,11 @@ def count_like(x: Any) -> Any:
     xp = namespace(x)
     if xp is np or xp.__name__ == "autograd.numpy":
         return np.zeros((), np.int64)
-    return xp.zeros((), int) if xp.__name__.startswith("jax") else xp.asarray(0, dtype=xp.int64)
+    if xp.__name__.startswith("jax"):
+        return xp.zeros((), int)
+    if "torch" in xp.__name__:  # on the host, wherever new tensors would go by default
+        return xp.asarray(0, dtype=xp.int64, device="cpu")
+    return xp.asarray(0, dtype=xp.int64)
 
 
 def cast_like(x: Any, numbers: Iterable[Any]) -> tuple[Any, ...]:

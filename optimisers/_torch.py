@@ -166,7 +166,10 @@ def like(x: Tensor, new: Any) -> Tensor:
     new = _tensor(new, x).detach()
     if isinstance(x, torch.nn.Parameter):
         return type(x)(new, x.requires_grad)
-    return new.requires_grad_(x.requires_grad)
+    if x.requires_grad != new.requires_grad:
+        with contextlib.suppress(RuntimeError):  # where `torch.func` sees to it
+            new.requires_grad_(x.requires_grad)
+    return new
 
 
 def state_like(old: Any, new: Any, x: Tensor) -> Any:

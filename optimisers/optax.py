@@ -50,8 +50,9 @@ def to_optax(rule: Rule) -> Any:
     optax.GradientTransformation
         ``init(params)`` gives a `RuleState`; ``update(grads, state, params)`` gives the updates
         that `optax.apply_updates` *adds*, so ``-dx`` where the rule says ``dx``. It goes into
-        `optax.chain`, `optax.masked`, `jax.jit`, `jax.lax.scan`. A rule that ends in a learning
-        rate goes last in a chain; what follows it sees steps instead of gradients.
+        `optax.chain`, `optax.masked`, `jax.jit`, `jax.lax.scan`. Extra arguments of ``update``
+        (``value=``, ``grad=``, ...) are passed over, as `optax.adam` does. A rule that ends in a
+        learning rate goes last in a chain; what follows it sees steps instead of gradients.
 
     Raises
     ------
@@ -99,7 +100,9 @@ def to_optax(rule: Rule) -> Any:
         places, structure = jax.tree_util.tree_flatten_with_path(params)
         return RuleState(structure.unflatten([_init(rule, path, x) for path, x in places]))
 
-    def update(grads: Tree, state: RuleState, params: Tree = None) -> tuple[Tree, RuleState]:
+    def update(
+        grads: Tree, state: RuleState, params: Tree = None, **extra: Any
+    ) -> tuple[Tree, RuleState]:
         if params is None:
             raise ValueError(
                 "to_optax: rules look at the parameters, so hand them over: "
@@ -114,7 +117,7 @@ def to_optax(rule: Rule) -> Any:
         updates = structure.unflatten([u for u, _ in stepped])
         return updates, RuleState(structure.unflatten([s for _, s in stepped]))
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _is_parameter(x: Any) -> bool:

@@ -24,6 +24,7 @@ from ._nodes import mirror, rebuild, register_leaf, trainable_keys
 from ._path import KeyPath
 from ._rule import Rule, read_only
 from ._ties import carry, laid_out, overlap, parameters, same_elements
+from ._torch import is_tensor
 from ._tree import fmap, fold, walk
 
 Array = Any
@@ -182,7 +183,7 @@ def setup(rule: Rule, model: Tree) -> Tree:
 
 def _new_leaf(rule: Rule, path: KeyPath, x: Array) -> Leaf:
     try:
-        return Leaf(rule, rule.init(x))
+        return Leaf(rule, rule.init(x.detach() if is_tensor(x) else x))
     except TypeError as error:
         raise TypeError(f"at {path}: {error}") from error
 
@@ -466,7 +467,10 @@ class _Tied:
         if len(group) == 1:
             return gs[first]  # which the engine checks
         given = {}
-        for k in group:
+        x, g = self.xs[first], gs[first]
+        # PyTorch has summed what it hands over as the one gradient of one tensor.
+        once = is_tensor(x) and all(self.xs[k] is x and gs[k] is g for k in group)
+        for k in group[:1] if once else group:
             as_seen = partial(self._carried, source=first, target=k)
             g = _engine.checked(gs[k], leaf, self.xs[k], partial(self.where, k), as_seen)
             if g is not None:

@@ -131,6 +131,7 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
 
     def _forget(self) -> None:
         self._rules: dict[int, tuple[Any, Rule]] = {}
+        self._start: tuple[Rule, Group] | None = None  # the rule, and what groups start with
         self._fillers: dict[tuple[str, ...], Callable[[dict[str, Any]], Any]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -196,14 +197,16 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
     def _numbers(self, group: Group) -> dict[str, Any]:
         """Return what a group has in place of the rule's fields, as numbers of Python."""
         return {
-            name: value.item() if isinstance(value, torch.Tensor) else value
+            name: _number(name, value) if isinstance(value, torch.Tensor) else value
             for name, value in group.items()
             if name in self._names
         }
 
     def _adjusted(self, numbers: dict[str, Any]) -> Rule:
         """Return the rule with other fields."""
-        start = {**_defaults(self.rule)}
+        if self._start is None or self._start[0] is not self.rule:
+            self._start = self.rule, _defaults(self.rule)
+        start = self._start[1]
         changed = {n: v for n, v in numbers.items() if n not in start or start[n] != v}
         rate = changed.pop("lr", None)
         rule = self.rule.adjust(**changed) if changed else self.rule
@@ -314,6 +317,8 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
             for index, p in self._indexed(given):
                 if index in given["state"]:
                     kept = given["state"][index]
+                    if any(isinstance(value, int | float) for value in kept.values()):
+                        kept = _as_tensors(kept, dict(_named(self.rule.init(p.detach()))))
                     self.state[p] = {name: _copied(value, p) for name, value in kept.items()}
 
         hooks = (
@@ -339,7 +344,7 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
             expected = dict(_named(self.rule.init(p.detach())))
             _check_names(expected, found, self.rule, self._path(p))
             for name, value in expected.items():
-                shape, got = (getattr(v, "shape", None) for v in (value, found[name]))
+                shape, got = _shape(value), _shape(found[name])
                 if shape != got:
                     raise ValueError(
                         f"the state of {self._path(p)}: expected {name!r} of shape {shape}, "
@@ -387,6 +392,15 @@ def _defaults(rule: Rule) -> Group:
                 continue
             found[name] = value
     return found
+
+
+def _number(name: str, value: Tensor) -> Any:
+    if value.numel() != 1:
+        raise TypeError(
+            f"a parameter group has a tensor of shape {tuple(value.shape)} as {name}, which must "
+            "be one number; give each rate a group of its own"
+        )
+    return value.item()
 
 
 def _is_plain(value: Any) -> bool:
@@ -449,6 +463,20 @@ def _copied(value: Any, p: Tensor) -> Any:
         return value
     device = p.device if value.is_floating_point() or value.is_complex() else value.device
     return value.detach().to(device, copy=True)
+
+
+def _shape(value: Any) -> Any:
+    return torch.Size() if isinstance(value, int | float) else getattr(value, "shape", None)
+
+
+def _as_tensors(kept: dict[str, Any], like: dict[str, Any]) -> dict[str, Any]:
+    """Return a state whose counts are tensors, where a tool made plain numbers of them."""
+    return {
+        name: torch.as_tensor(value, dtype=like[name].dtype, device=like[name].device)
+        if isinstance(value, int | float) and isinstance(like.get(name), torch.Tensor)
+        else value
+        for name, value in kept.items()
+    }
 
 
 def _listed(names: Any) -> str:

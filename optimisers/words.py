@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import sys
 from typing import Any
 
 import array_api_compat
@@ -69,10 +70,17 @@ def _real(x: Any) -> Any:
     return namespace(x).real(x) if hasattr(x, "dtype") and is_complex(x) else x
 
 
+def _is_tensor(x: Any) -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(x, torch.Tensor)
+
+
 def _beside(x: Any, y: Any) -> Any:
     """Return `y` as an array of `x`'s library, where a bare number would not do."""
     if hasattr(y, "dtype") or isinstance(x, _NUMPY):
         return y
+    if _is_tensor(x):  # on the host, wherever new tensors would go by default
+        return namespace(x).asarray(y, dtype=x.dtype, device="cpu")
     return namespace(x).asarray(y, dtype=x.dtype)
 
 
@@ -97,6 +105,11 @@ def abs2(x: Any) -> Any:
 
 def sign(x: Any) -> Any:
     """Sign: -1, 0 or 1, nan for nan, and ``z/|z|`` for complex z."""
+    if _is_tensor(x):  # by `where`, since tensors that are sharded or mapped take no mask
+        xp: Any = sys.modules["torch"]
+        if x.is_complex():
+            return xp.where(x == 0, xp.zeros_like(x), x / xp.abs(x))
+        return xp.where(xp.isnan(x), x, xp.sign(x))
     return namespace(x).sign(x)
 
 
