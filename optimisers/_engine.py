@@ -230,6 +230,9 @@ def _compiled(rule: Any, is_double: bool) -> tuple[int, int] | None:
 
 # --- all leaves ------------------------------------------------------------------------------
 
+Beside = Callable[[dict[int, Array], dict[int, Any], Sequence[int]], list[Call]]
+"""What tells `advance` what else is to be written with a step."""
+
 _watchers: list[list[tuple[int, str]]] = []
 
 
@@ -268,9 +271,13 @@ def advance(
     where: Callable[[int], str],
     in_place: bool,
     on_nonfinite: str = "ignore",
-    beside: Callable[[dict[int, Array]], list[Call]] | None = None,
+    beside: Beside | None = None,
+    skipped: Sequence[int] = (),
 ) -> tuple[dict[int, Array], dict[int, Any], list[int]]:
     """Update every leaf that has a gradient and is not frozen; all of them or none.
+
+    All that is written in place is written at one stroke, which an interrupt finds not begun or
+    done: a caller who has more to write hands it over as `beside`.
 
     Parameters
     ----------
@@ -284,8 +291,11 @@ def advance(
     on_nonfinite : {"ignore", "skip", "raise"}
         What to do about a gradient with NaN or infinity in it.
     beside : callable, optional
-        Given the parameters that are not written in place, by place, returns what else is to be
-        written when they have their values.
+        Given, by place, the parameters that are not written in place and the states that are new,
+        and the places that are skipped, returns what else is to be written when the rest has its
+        values.
+    skipped : sequence of int
+        Places whose leaves count that they are passed by.
 
     Returns
     -------
@@ -364,8 +374,8 @@ def advance(
             raise nonfinite(where(min(bad)), len(bad))
         for k in bad:
             gs[k] = None
-        made = advance(leaves, xs, gs, higher, where, in_place, beside=beside)
-        return *made[:2], sorted(bad)
+        passed = sorted(bad)
+        return advance(leaves, xs, gs, higher, where, in_place, beside=beside, skipped=passed)
     clash = batch.settle() or (on_device and on_device.settle())
     by_cuda = on_device.places() if on_device else []
     if clash := clash or (stored and _clash(batch, xs, [*by_cuda, *stored])):
@@ -373,13 +383,18 @@ def advance(
     try:
         if on_device:
             on_device.measure()
-        if (in_place and rest) or beside is not None or on_device:
+        if (in_place and (rest or tensors or skipped)) or beside is not None or on_device:
             writes: list[Call] = [(batch.run,)]
             if on_device:
                 writes += on_device.calls()
-            writes += _stores(leaves, xs, stored, new_state if in_place else {})
+            if in_place:
+                writes += _stores(leaves, xs, stored, new_state)
+                writes += _counts(leaves, skipped)
             if beside is not None:
-                writes += beside(new_x)
+                writes += beside(new_x, new_state, skipped)
+            if in_place and tensors:
+                seen_by_torch = {*batch.places(), *by_cuda}.intersection(tensors)
+                writes.append(_torch.noting([xs[k] for k in seen_by_torch]))
             at_once(writes)
         else:
             batch.run()
@@ -388,14 +403,12 @@ def advance(
         raise FloatingPointError(f"at {where(failed)}: {error}") from error
     if tensors:
         _give_tensors(batch, tensors, leaves, xs, in_place)
-        if in_place and by_cuda:
-            _torch.note_written([*map(xs.__getitem__, {*by_cuda}.intersection(tensors))])
     for seen in _watchers:
         by_kernels = batch.places()
         arrays = {*new_state}.intersection(rest).difference(by_kernels, by_cuda)
         for backend, taken in (("kernels", by_kernels), ("cuda", by_cuda), ("arrays", arrays)):
             seen.extend(zip(sorted(taken), itertools.repeat(backend)))
-    return new_x, new_state, []
+    return new_x, new_state, [*skipped]
 
 
 def _evaluated(
@@ -418,6 +431,11 @@ def _stores(
     """Return the calls that store what the array path has made."""
     parameters = [writing(xs[k], new) for k, new in stored.items()]
     return parameters + [(setattr, leaves[k], "state", new) for k, new in new_state.items()]
+
+
+def _counts(leaves: list[Any], skipped: Sequence[int]) -> list[Call]:
+    """Return the calls that count, in the leaves, that they were passed by."""
+    return [(setattr, leaves[k], "skipped", leaves[k].skipped + 1) for k in skipped]
 
 
 def checked(
@@ -547,12 +565,9 @@ def summed(a: Array, b: Array) -> Array:
 def _give_tensors(
     batch: Any, places: list[int], leaves: list[Any], xs: list[Array], in_place: bool
 ) -> None:
-    """Make tensors of what belongs in the place of tensors; tell autograd which were written."""
-    by_kernels = {*batch.places()}.intersection(places)
-    if in_place:
-        _torch.note_written([xs[k] for k in by_kernels])
-    else:
-        for k in by_kernels:
+    """Make tensors of what belongs in the place of tensors."""
+    if not in_place:
+        for k in {*batch.places()}.intersection(places):
             batch.new_state[k] = _torch.state_like(leaves[k].state, batch.new_state[k], xs[k])
     for k in places:
         if k in batch.new_x:

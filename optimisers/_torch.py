@@ -214,10 +214,13 @@ def writing(x: Tensor, new: Any) -> tuple[Any, Tensor]:
     return x.detach().copy_, new.detach()
 
 
-def note_written(xs: list[Tensor]) -> None:
-    """Tell autograd that these tensors changed, so that it refuses graphs that hold them."""
+def noting(xs: list[Tensor]) -> tuple[Any, list[Tensor]]:
+    """Return the call that tells autograd that these tensors change.
+
+    Then it refuses graphs that hold them. The call is one of Python: the last, for `at_once`.
+    """
     torch: Any = sys.modules["torch"]
-    torch.autograd.graph.increment_version(xs)
+    return torch.autograd.graph.increment_version, xs
 
 
 def unrecorded(x: object) -> contextlib.AbstractContextManager[Any]:

@@ -245,7 +245,10 @@ def update_(
     """Take one step in place.
 
     Like `update`, but writes into the writable arrays of `model` and into `state`. If it raises,
-    both are as they were. An interrupt (Ctrl-C) finds the step not begun, or whole.
+    both are as they were. An interrupt (Ctrl-C) finds the step not begun, or whole: in `state`, in
+    what it counts, and in the arrays that can be written. Of others, such as those of JAX, the new
+    ones are in the model that is returned: where an interrupt comes before that, `state` may be one
+    step ahead of the model that you have. Only `update` leaves you both as they were.
 
     Parameters
     ----------
@@ -309,17 +312,12 @@ def _step(
             leaves, xs, gs, higher, where, in_place, on_nonfinite
         )
     else:
-        tied = _Tied(leaves, xs, where)
+        tied = _Tied(leaves, held, xs, where)
         new_x, new_state, skipped = tied.advance(gs, higher, in_place, on_nonfinite)
 
-    if in_place:
-        for k in skipped:
-            leaves[k].skipped += 1
-        for leaf, other in zip(leaves, held, strict=True) if leaves is not held else ():
-            other.state, other.skipped = leaf.state, leaf.skipped
-        if not new_x:
-            return state, model
-    else:
+    if in_place and not new_x:
+        return state, model
+    if not in_place:
         state = _renewed(state, held, leaves, new_state, skipped)
         for k, x in enumerate(xs):
             if k not in new_x:
@@ -380,8 +378,10 @@ def _reunited(leaves: list[Leaf]) -> list[Leaf]:
 class _Tied:
     """The places of a model, grouped by leaf: one step for each group, spread to its places."""
 
-    def __init__(self, leaves: list[Leaf], xs: list[Array], where: Callable[[int], str]) -> None:
-        self.xs, self.where = xs, where
+    def __init__(
+        self, leaves: list[Leaf], held: list[Leaf], xs: list[Array], where: Callable[[int], str]
+    ) -> None:
+        self.held, self.xs, self.where = held, xs, where
         groups: dict[int, list[int]] = {}
         for k, leaf in enumerate(leaves):
             groups.setdefault(id(leaf), []).append(k)
@@ -437,9 +437,15 @@ class _Tied:
         new_state = {self.groups[j][0]: state for j, state in states.items()}
         return new_x, new_state, [self.groups[j][0] for j in skipped]
 
-    def _beside(self, summed: list[Any], new_x: dict[int, Array]) -> list[Call]:
-        """Return the calls that write a group's new values into its separate arrays."""
-        calls = []
+    def _beside(
+        self,
+        summed: list[Any],
+        new_x: dict[int, Array],
+        new_state: dict[int, Any],
+        skipped: Sequence[int],
+    ) -> list[Call]:
+        """Return the calls that write a group's new values into its separate arrays and leaves."""
+        calls: list[Call] = []
         written = []
         for j, group in enumerate(self.groups):
             if summed[j] is None or self.leaves[j].frozen:
@@ -454,6 +460,17 @@ class _Tied:
                     calls.append(writing(other, new_x.get(j, x)))
         if calls and (clash := overlap(written)):
             raise _engine.overlapping(*map(self.where, clash))
+        return calls + self._told(new_state, skipped)
+
+    def _told(self, new_state: dict[int, Any], skipped: Sequence[int]) -> list[Call]:
+        """Return the calls that tell a group's other leaves what its first comes to hold."""
+        calls: list[Call] = []
+        passed = set(skipped)
+        for j, (leaf, group) in enumerate(zip(self.leaves, self.groups, strict=True)):
+            for other in {id(self.held[k]): self.held[k] for k in group}.values():
+                if other is not leaf:
+                    calls.append((setattr, other, "state", new_state.get(j, leaf.state)))
+                    calls.append((setattr, other, "skipped", leaf.skipped + (j in passed)))
         return calls
 
     def _primary(self, group: list[int]) -> Array:

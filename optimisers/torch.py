@@ -12,6 +12,7 @@ except ImportError as error:  # pragma: no cover
     raise ImportError("optimisers.torch needs PyTorch: install the package torch") from error
 
 from . import _engine
+from ._arraypath import Call
 from ._arrays import maywrite
 from ._rule import Rule
 from .compose import MixedPrecision, OptimiserChain
@@ -254,9 +255,13 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
                     leaves.append(_Leaf(rule, self._state(p, rule, kept)))
                     xs.append(p)
                     gs.append(g)
-        _, new, _ = _engine.advance(leaves, xs, gs, (), lambda k: self._path(xs[k]), True)
-        for k in {*begun, *new}:
-            self.state[xs[k]] = dict(_named(new.get(k, leaves[k].state)))
+
+        def keep(_: object, new: dict[int, Any], __: object) -> list[Call]:
+            made = {k: dict(_named(new.get(k, leaves[k].state))) for k in {*begun, *new}}
+            # One call of C; to enter them one by one would ask each tensor for its hash.
+            return [(self.state.update, {xs[k]: state for k, state in made.items()})]
+
+        _engine.advance(leaves, xs, gs, (), lambda k: self._path(xs[k]), True, beside=keep)
         return loss
 
     def _state(self, p: Tensor, rule: Rule, kept: dict[str, Any] | None) -> Any:

@@ -35,6 +35,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="how many saves are killed or interrupted",
     )
     parser.addoption(
+        "--interrupts",
+        type=int,
+        default=40,
+        help="how many instructions of a call are interrupted, and of its last ones as many",
+    )
+    parser.addoption(
         "--big",
         action="store_true",
         help="whether to test arrays of more than 2^31 numbers, which takes 18 GB",
@@ -45,6 +51,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def kills(pytestconfig: pytest.Config) -> int:
     """Return how many saves a test kills or interrupts."""
     return int(pytestconfig.getoption("--kills"))
+
+
+@pytest.fixture
+def interrupts(pytestconfig: pytest.Config) -> int:
+    """Return how many instructions of a call a test interrupts."""
+    return int(pytestconfig.getoption("--interrupts"))
 
 
 def skip_reason(report: pytest.TestReport | pytest.CollectReport) -> str:

@@ -44,8 +44,9 @@ LIBRARY = str(Path(optimisers.__file__).parent)
 
 
 def content(tree):
-    """Return all that a call may change: arrays bit by bit, rules, what is frozen."""
-    leaves = [(repr(x.rule), x.frozen) for _, x in walk(tree) if hasattr(x, "frozen")]
+    """Return all that a call may change: arrays bit by bit, rules, what is frozen or skipped."""
+    found = [x for _, x in walk(tree) if hasattr(x, "frozen")]
+    leaves = [(repr(x.rule), x.frozen, x.skipped) for x in found]
     return [(place, bits(a)) for place, a in arrays_in(tree)], leaves
 
 
@@ -53,18 +54,21 @@ def content(tree):
 
 
 def interrupted(call, n):
-    """Make a call, with Ctrl-C before its n-th instruction within the library; tell if it came."""
-    left = n
+    """Make a call, with Ctrl-C before its n-th instruction within the library.
+
+    Return how many instructions it came to.
+    """
+    seen = 0
 
     def trace(frame, event, arg):
-        nonlocal left
+        nonlocal seen
         if event == "call":
             if not frame.f_code.co_filename.startswith(LIBRARY):
                 return None
             frame.f_trace_opcodes, frame.f_trace_lines = True, False
         elif event == "opcode":
-            left -= 1
-            if left == 0:
+            seen += 1
+            if seen == n:
                 raise KeyboardInterrupt
         return trace
 
@@ -73,31 +77,39 @@ def interrupted(call, n):
     try:
         call()
     except KeyboardInterrupt:
-        return True
+        assert seen == n
     finally:
         sys.settrace(before)
-    return False
+    return seen
 
 
-def sweep(make, call, stride=1):
-    """Interrupt a call at each of its instructions; count what it was found to have left.
+def instructions(call, interrupts):
+    """Return which instructions of a call to interrupt: some everywhere, and most of the last."""
+    total = interrupted(call, 0)
+    last = max(1, total - interrupts)
+    found = {*np.linspace(1, last, interrupts, dtype=int), *range(last, total + 1, 2)}
+    return sorted(map(int, found))
 
-    `make` gives what it changes, anew each time.
+
+def sweep(make, call, interrupts, seen=content):
+    """Interrupt a call at many of its instructions: it has done nothing then, or all.
+
+    `make` gives what it changes, anew each time, and `seen` what that holds.
     """
+    call(*make())  # what is done once
     objects = make()
-    before = content(objects)
-    call(*objects)
-    after = content(objects)
+    before = seen(objects)
+    where = instructions(lambda: call(*objects), interrupts)
+    after = seen(objects)
     assert before != after
-    found = {"before": 0, "after": 0}
-    n = 1
-    while interrupted(lambda: call(*objects), n) if (objects := make()) else None:
-        now = content(objects)
-        assert now in (before, after), f"half done, interrupted at instruction {n}"
-        found["before" if now == before else "after"] += 1
-        n += stride
-    assert content(objects) == after
-    return found
+    found = []
+    for n in where:
+        objects = make()
+        interrupted(lambda made=objects: call(*made), n)
+        found.append(seen(objects))
+        assert found[-1] in (before, after), f"half done, interrupted at instruction {n}"
+    assert found[0] == before
+    assert found[-1] == after
 
 
 def trainable():
@@ -126,44 +138,90 @@ def trainable():
     return state, model, grad
 
 
-def test_an_interrupted_update_is_whole_or_not_begun():
-    found = sweep(trainable, update_, stride=13)
-    assert min(found.values()) > 10
-    assert found["before"] > found["after"]
+def test_an_interrupted_update_is_whole_or_not_begun(interrupts):
+    sweep(trainable, update_, interrupts)
 
 
-def test_an_interrupted_pure_update_touches_nothing():
+@parametrize("spoilt", ["kernels arrays tied", "apart", "arrays mixed"])
+def test_an_interrupted_step_counts_all_that_it_skips_or_nothing(spoilt, interrupts):
+    """Beside leaves that move; also where several leaves stand for one that is tied."""
+
+    def make():
+        state, model, grad = trainable()
+        for name in spoilt.split():
+            each = grad[name] if isinstance(grad[name], list) else [grad[name]]
+            grad[name] = [np.full(np.shape(model[name][k]), np.nan) for k in range(len(each))]
+            grad[name] = grad[name] if name == "arrays" else np.full(model[name].shape, np.nan)
+        return state, model, grad
+
+    def call(*objects):
+        update_(*objects, on_nonfinite="skip")
+
+    sweep(make, call, interrupts)
+
+
+def test_an_interrupted_step_counts_in_each_leaf_that_jax_has_made_of_one(interrupts):
+    jax = pytest.importorskip("jax")
+
+    def make():
+        w = np.ones(3)
+        model = {"one": w, "other": np.ones(2), "again": w}
+        state = jax.tree_util.tree_map(np.array, setup(Adam(0.1), model))
+        assert state["one"] is not state["again"]
+        grad = {"one": np.full(3, np.nan), "other": np.ones(2), "again": None}
+        return state, model, grad
+
+    sweep(make, lambda *objects: update_(*objects, on_nonfinite="skip"), interrupts)
+
+
+@parametrize("dtype", ["float32", "float16"])  # by the kernels, and by the array path
+def test_an_interrupted_step_of_an_optimizer_is_whole_or_not_begun(dtype, interrupts):
+    torch = pytest.importorskip("torch")
+    from optimisers.torch import Optimizer
+
+    def make():
+        torch.set_grad_enabled(True)  # between two instructions of `with`, nothing is undone
+        ps = [torch.nn.Parameter(torch.ones(3, dtype=getattr(torch, dtype))) for _ in range(3)]
+        for p in ps:
+            p.grad = torch.ones_like(p)
+        return ps, Optimizer(ps, Adam(0.1))
+
+    def seen(objects):
+        ps, optimizer = objects
+        kept = [optimizer.state.get(p, {}) for p in ps]
+        return str([p.tolist() for p in ps]), str(kept)
+
+    sweep(make, lambda ps, optimizer: optimizer.step(), interrupts, seen)
+    torch.set_grad_enabled(True)
+
+
+def test_an_interrupted_pure_update_touches_nothing(interrupts):
     objects = trainable()
     before = content(objects)
-    n = 1
-    while interrupted(lambda: update(*objects), n):
+    for n in instructions(lambda: update(*objects), interrupts):
+        interrupted(lambda: update(*objects), n)
         assert content(objects) == before
-        n += 97
-    assert n > 1000
-    assert content(objects) == before
 
 
 @parametrize("call", [freeze_, lambda state: adjust_(state, 0.5)])
-def test_an_interrupted_change_of_many_leaves(call):
+def test_an_interrupted_change_of_many_leaves(call, interrupts):
     model = {k: np.ones(1) for k in "abcdefgh"}
-    found = sweep(lambda: (setup(Momentum(), model),), call)
-    assert found["before"] > found["after"] > 0
+    sweep(lambda: (setup(Momentum(), model),), call, interrupts)
 
 
-def test_an_interrupted_thaw():
+def test_an_interrupted_thaw(interrupts):
     def make():
         state = setup(Momentum(), {k: np.ones(1) for k in "abc"})
         freeze_(state)
         return (state,)
 
-    assert min(sweep(make, thaw_).values()) > 0
+    sweep(make, thaw_, interrupts)
 
 
-def test_an_interrupted_copy_of_a_vector_into_a_model():
+def test_an_interrupted_copy_of_a_vector_into_a_model(interrupts):
     model = {"a": np.zeros(3), "b": [np.zeros(2, np.float32), np.zeros((2, 2), np.complex64)]}
     flat, re = destructure(model)
-    found = sweep(lambda: (copy.deepcopy(model),), lambda m: re.copy_into_(m, flat + 1 + 2j))
-    assert found["before"] > found["after"] > 0
+    sweep(lambda: (copy.deepcopy(model),), lambda m: re.copy_into_(m, flat + 1 + 2j), interrupts)
 
 
 # --- a rule that raises ----------------------------------------------------------------------
