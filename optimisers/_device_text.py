@@ -327,7 +327,7 @@ def combine_text(p: float, kind: str, is_last: bool) -> str:
         f"        norm = {found}",
         "        limit = limits[tensor * barriers + at]",
         "        factor = limit / norm",
-        "        if norm <= limit:",
+        "        if norm <= limit or not isfinite(limit):",
         "            factor = double(1)",
         "        norms[tensor * barriers + at] = norm",
         "        factors[tensor * barriers + at] = number(factor)",

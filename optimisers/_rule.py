@@ -37,34 +37,61 @@ from .words import is_complex, maximum, namespace, where
 
 
 class Limit(NamedTuple):
-    """What the numbers of a field must satisfy; attached to the field's type with `Annotated`."""
+    """What the numbers of a field must satisfy; attached to the field's type with `Annotated`.
+
+    On the type of a number it is about this number, on that of a tuple about all in it together.
+    """
 
     text: str
-    holds: Callable[[float], bool]
+    holds: Callable[[Any], bool]
+
+
+class Limits(NamedTuple):
+    """What a field must satisfy: each of its numbers, and then all of them together."""
+
+    each: list[Limit]
+    together: list[Limit]
 
 
 Finite = Annotated[float, Limit("finite", math.isfinite)]
 NonNegative = Annotated[float, Limit("finite and at least 0", lambda v: 0 <= v < math.inf)]
+Upper = Annotated[float, Limit("at least 0", lambda v: v >= 0)]
+"""An upper limit, and so inf where there is none."""
+
 Decay = Annotated[float, Limit("in [0, 1)", lambda v: 0 <= v < 1)]
 Decays = tuple[Decay, Decay]
+Shrink = Annotated[float, Limit("in (0, 1)", lambda v: 0 < v < 1)]
+Grow = Annotated[float, Limit("finite and above 1", lambda v: 1 < v < math.inf)]
+Range = Annotated[
+    tuple[NonNegative, Upper],
+    Limit("(least, largest), in this order", lambda pair: pair[0] <= pair[1]),
+]
 Order = Annotated[float, Limit("a number, inf or -inf", lambda v: not math.isnan(v))]
 Count = Annotated[int, Limit("a whole number, at least 1", lambda v: v >= 1 and v.is_integer())]
 
 
 @functools.cache
-def _limits(cls: type) -> dict[str, list[Limit]]:
+def _limits(cls: type) -> dict[str, Limits]:
     """Return for each field of `cls` its limits: one, or one for each entry of a tuple."""
     try:
         hints = typing.get_type_hints(cls, include_extras=True)
     except Exception:  # a user's annotations that cannot be read here limit nothing
         return {}
-    found: dict[str, list[Limit]] = {}
+    found: dict[str, Limits] = {}
     for name, hint in hints.items():
-        parts = typing.get_args(hint) if typing.get_origin(hint) is tuple else (hint,)
-        limits = [m for p in parts for m in getattr(p, "__metadata__", ()) if isinstance(m, Limit)]
-        if limits:
-            found[name] = limits
+        together = _limits_on(hint)
+        bare = hint.__origin__ if together else hint
+        if typing.get_origin(bare) is tuple:
+            each = [limit for part in typing.get_args(bare) for limit in _limits_on(part)]
+        else:
+            each, together = together, []
+        if each:
+            found[name] = Limits(each, together)
     return found
+
+
+def _limits_on(hint: Any) -> list[Limit]:
+    return [m for m in getattr(hint, "__metadata__", ()) if isinstance(m, Limit)]
 
 
 _PLAIN = (bool, int, float, np.ndarray, np.generic)
@@ -80,9 +107,14 @@ def is_traced(value: Any) -> bool:
     return is_tracer(value) or (tracer is not None and isinstance(value, tracer.Box))
 
 
+def _is_unknown(value: Any) -> bool:
+    """Tell whether nobody can say yet which number `value` is."""
+    return is_traced(value) or (type(value) is Number and not value.is_scalar)
+
+
 def _checked_number(where: str, limit: Limit, value: Any) -> Any:
     """Return `value` as a Python number, or as it is where it is traced."""
-    if is_traced(value) or (type(value) is Number and not value.is_scalar):
+    if _is_unknown(value):
         return value
     try:
         if isinstance(value, str | bytes) or getattr(value, "ndim", 0) != 0:
@@ -93,10 +125,27 @@ def _checked_number(where: str, limit: Limit, value: Any) -> Any:
             f"{where} must be a real number, {limit.text}; got {value!r} ({type(value).__name__})"
         ) from None
     except OverflowError:  # a whole number beyond all floats
-        number = math.inf
+        number = math.inf if value > 0 else -math.inf
     if not limit.holds(number):
         raise ValueError(f"{where} must be {limit.text}; got {value!r}")
-    return value if type(value) in (bool, int, float) else number
+    return value if type(value) in (bool, int, float) and math.isfinite(number) else number
+
+
+def _checked(where: str, limits: Limits, value: Any) -> Any:
+    """Return a field's number, or its tuple of them, as Python numbers."""
+    each, together = limits
+    if len(each) == 1:
+        return _checked_number(where, each[0], value)
+    if not isinstance(value, tuple | list) or len(value) != len(each):
+        raise TypeError(f"{where} must hold {len(each)} numbers; got {value!r}")
+    checked = tuple(
+        _checked_number(f"{where}[{i}]", limit, number)
+        for i, (limit, number) in enumerate(zip(each, value, strict=True))
+    )
+    for limit in together:
+        if not any(map(_is_unknown, checked)) and not limit.holds(checked):
+            raise ValueError(f"{where} must be {limit.text}; got {value!r}")
+    return checked
 
 
 # --- Rule ------------------------------------------------------------------------------------
@@ -149,18 +198,8 @@ class Rule(ABC):
             _registry.append(cls)
 
     def __post_init__(self) -> None:
-        name = self._shown_as
         for field, limits in _limits(type(self)).items():
-            value = getattr(self, field)
-            if len(limits) == 1:
-                checked = _checked_number(f"{name}: {field}", limits[0], value)
-            elif not isinstance(value, tuple | list) or len(value) != len(limits):
-                raise TypeError(f"{name}: {field} must hold {len(limits)} numbers; got {value!r}")
-            else:
-                checked = tuple(
-                    _checked_number(f"{name}: {field}[{i}]", limit, number)
-                    for i, (limit, number) in enumerate(zip(limits, value, strict=True))
-                )
+            checked = _checked(f"{self._shown_as}: {field}", limits, getattr(self, field))
             object.__setattr__(self, field, checked)
 
     def init(self, x: Any) -> Any:

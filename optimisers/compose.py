@@ -13,9 +13,9 @@ from . import _device
 from ._jax import Maybe, chosen, is_tracer
 from ._rule import (
     Count,
-    NonNegative,
     Order,
     Rule,
+    Upper,
     as_like,
     checked_state,
     count_like,
@@ -118,7 +118,8 @@ class ClipNorm(Rule):
     Parameters
     ----------
     omega : float
-        Largest norm that passes, in units of g (for p of 0, a count).
+        Largest norm that passes, in units of g (for p of 0, a count); inf is no limit, and leaves
+        what `throw` says.
     p : float
         Which norm, ``sum(|g|^p)^(1/p)``: 2 by default; inf and -inf take the largest and the
         smallest element, 0 counts those that are not zero.
@@ -150,7 +151,7 @@ class ClipNorm(Rule):
     ((), array([ 0.6, -0.8]))
     """
 
-    omega: NonNegative = 10.0
+    omega: Upper = 10.0
     p: Order = 2.0
     throw: bool = True
 
@@ -164,15 +165,16 @@ class ClipNorm(Rule):
     def factor(self, norm: Any) -> Any:
         """Return what a gradient of this norm is multiplied with."""
         if is_traced(norm) or is_traced(self.omega):
-            return where(norm <= self.omega, 1.0, self.omega / norm)
+            passes = (norm <= self.omega) | (self.omega == math.inf)
+            return where(passes, 1.0, self.omega / norm)
         if self.throw and not math.isfinite(norm):
             raise FloatingPointError(
                 f"ClipNorm: the gradient has {self.p:g}-norm {norm}; "
                 "ClipNorm(..., throw=False) lets such gradients through"
             )
-        if math.isnan(norm):
-            return norm
-        return 1.0 if norm <= self.omega else self.omega / norm
+        if norm <= self.omega or self.omega == math.inf:
+            return 1.0
+        return self.omega / norm
 
 
 def norm(x: Array, p: float) -> Any:

@@ -8,7 +8,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ._rule import Count, Decay, Decays, ElementwiseRule, Finite, NonNegative
+from ._rule import (
+    Count,
+    Decay,
+    Decays,
+    ElementwiseRule,
+    Finite,
+    Grow,
+    NonNegative,
+    Range,
+    Shrink,
+    Upper,
+)
 from .words import abs2, absolute, clip, ema_weight, maximum, minimum, sign, sqrt, where, zeros_like
 
 Array = Any
@@ -179,8 +190,9 @@ class RMSProp(ElementwiseRule):
 
     and if centred::
 
-        l  = rho l + (1 - rho) g
-        dx = eta g / (sqrt(max(q - |l|², 0)) + epsilon)
+        q  = rho q + rho (1 - rho) |g - l|²       with the old l
+        l  = l + (1 - rho) (g - l)
+        dx = eta g / (sqrt(q) + epsilon)
 
     Parameters
     ----------
@@ -195,9 +207,12 @@ class RMSProp(ElementwiseRule):
 
     Notes
     -----
-    Keeps ``q``, and ``l`` if centred. Same numbers as `torch.optim.RMSprop`, and `optax.rmsprop`
-    with ``eps_in_sqrt=False``. Where rounding makes the variance negative it is held at 0; theirs
-    becomes NaN.
+    Keeps ``q``, the mean of ``|g|²``; if centred, ``l``, the mean of g, and as ``q`` the variance
+    around it. Same numbers as `torch.optim.RMSprop`, and `optax.rmsprop` with
+    ``eps_in_sqrt=False``. Centred, these keep the mean of ``|g|²`` too and subtract ``|l|²`` from
+    it at each step: the same number, but for rounding, which there leaves no digit of a variance
+    that is small beside ``|l|²``, or makes it negative and the step NaN. To go on from a state of
+    theirs, subtract once: ``q = square_avg - abs(grad_avg)**2``.
 
     References
     ----------
@@ -268,15 +283,16 @@ class _CentredRMSProp(RMSProp):
         return super().__repr__().removeprefix("_Centred")
 
     def coefs(self) -> Numbers:
-        return *super().coefs(), 0.0
+        return *super().coefs(), self.rho * (1 - self.rho)
 
     @staticmethod
     def step(x: Array, dx: Array, state: Arrays, coefs: Numbers) -> Stepped:
         q, l = state  # noqa: E741 (the name in the formula)
-        rho, rest, eta, epsilon, zero = coefs
-        q = rho * q + rest * abs2(dx)
-        l = rho * l + rest * dx  # noqa: E741
-        return eta * dx / (sqrt(maximum(q - abs2(l), zero)) + epsilon), (q, l)
+        rho, rest, eta, epsilon, share = coefs
+        apart = dx - l
+        q = rho * q + share * abs2(apart)
+        l = l + rest * apart  # noqa: E741
+        return eta * dx / (sqrt(q) + epsilon), (q, l)
 
 
 @dataclass(frozen=True)
@@ -296,9 +312,10 @@ class Rprop(ElementwiseRule):
         The step size, in units of x, from which each element starts. It is read once, by `setup`:
         adjusting it later has no effect.
     ell : tuple of two floats
-        What a step size is multiplied with where the sign changed, and where it stayed.
+        What a step size is multiplied with where the sign changed, in (0, 1), and where it stayed,
+        above 1.
     gamma : tuple of two floats
-        Least and largest step size, in units of x.
+        Least and largest step size, in units of x; the largest may be inf, which is none.
 
     Notes
     -----
@@ -322,8 +339,8 @@ class Rprop(ElementwiseRule):
     """
 
     eta: NonNegative = 1e-3
-    ell: tuple[NonNegative, NonNegative] = (0.5, 1.2)
-    gamma: tuple[NonNegative, NonNegative] = (1e-6, 50.0)
+    ell: tuple[Shrink, Grow] = (0.5, 1.2)
+    gamma: Range = (1e-6, 50.0)
 
     slots = ("g", "eta")
     real_only = True
@@ -1103,7 +1120,7 @@ class ClipGrad(ElementwiseRule):
     Parameters
     ----------
     delta : float
-        The limit, in units of g.
+        The limit, in units of g; inf is none.
 
     Notes
     -----
@@ -1120,7 +1137,7 @@ class ClipGrad(ElementwiseRule):
     array([ 3. , -3.5])
     """
 
-    delta: NonNegative = 10.0
+    delta: Upper = 10.0
 
     real_only = True
 

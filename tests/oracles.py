@@ -48,10 +48,10 @@ def nesterov(h, t, x, g, s):
 
 
 def rmsprop(h, t, x, g, s):
-    s.q = h.rho * s.get("q") + (1 - h.rho) * abs2(g)
+    s.moment = h.rho * s.get("moment") + (1 - h.rho) * abs2(g)
     s.l = h.rho * s.get("l") + (1 - h.rho) * g
-    variance = max(s.q - abs2(s.l), zero) if h.centred else s.q
-    return h.eta * g / (sqrt(variance) + h.epsilon)
+    s.q = s.moment - abs2(s.l) if h.centred else s.moment
+    return h.eta * g / (sqrt(s.q) + h.epsilon)
 
 
 def rprop(h, t, x, g, s):

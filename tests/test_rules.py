@@ -93,14 +93,20 @@ def test_docstring_tells_all(cls):
 INSIDE = {
     "finite": [-3.0, 0, 1e300],
     "finite and at least 0": [0, 0.0, 5e-324, 1e300],
+    "at least 0": [0, 0.0, 5e-324, 1e300, math.inf],
     "in [0, 1)": [0, 0.0, 1 - 2**-53],
+    "in (0, 1)": [5e-324, 1 - 2**-53],
+    "finite and above 1": [1 + 2**-52, 2, 1e300],
     "a number, inf or -inf": [math.inf, -math.inf, 0, -2.5],
     "a whole number, at least 1": [1, 7, 2.0],
 }
 OUTSIDE = {
     "finite": [math.nan, math.inf, -math.inf, 10**400],
     "finite and at least 0": [-1e-300, math.nan, math.inf, -math.inf, 10**400],
+    "at least 0": [-1e-300, math.nan, -math.inf, -(10**400)],
     "in [0, 1)": [1, 1.0, -1e-9, math.nan, math.inf],
+    "in (0, 1)": [0, 1, 1.5, -0.5, math.nan, math.inf],
+    "finite and above 1": [1, 0.5, -2, math.nan, math.inf, 10**400],
     "a number, inf or -inf": [math.nan],
     "a whole number, at least 1": [0, -1, 1.5, math.nan, math.inf],
 }
@@ -112,7 +118,7 @@ def limited():
     for cls in PUBLIC:
         for field, limits in _rule._limits(cls).items():
             pair = typing.get_origin(typing.get_type_hints(cls)[field]) is tuple
-            for i, limit in enumerate(limits):
+            for i, limit in enumerate(limits.each):
                 found.append((cls, field, i if pair else None, limit.text))
     return found
 
@@ -120,7 +126,9 @@ def limited():
 def built(cls, field, i, value):
     """Return a rule of this class with this value in a field, or at place i of a pair."""
     if i is not None:
-        pair = list(getattr(example(cls), field))
+        widest = [0.0, math.inf]  # beside which any value is in order
+        is_range = _rule._limits(cls)[field].together
+        pair = widest if is_range else list(getattr(example(cls), field))
         pair[i] = value
         value = tuple(pair)
     return example(cls, **{field: value}), value
@@ -173,6 +181,30 @@ def test_values_that_are_no_numbers(cls, field, i, text, value):
 def test_pairs_hold_two_numbers(beta):
     with pytest.raises(TypeError, match=re.escape(f"Adam: beta must hold 2 numbers; got {beta!r}")):
         Adam(beta=beta)
+
+
+RANGES = [(cls, field) for cls in PUBLIC for field, v in _rule._limits(cls).items() if v.together]
+
+
+@pytest.mark.parametrize(("cls", "field"), RANGES)
+def test_the_ends_of_a_range_are_in_order(cls, field):
+    for right in (0, 0), (2, 2), (1e-6, math.inf):
+        assert getattr(cls(**{field: right}), field) == right
+    message = rf"{cls.__name__}: {field} must be \(least, largest\), in this order; got \(2, 1e"
+    with pytest.raises(ValueError, match=message):
+        cls(**{field: (2, 1e-6)})
+    with pytest.raises(ValueError, match=message):
+        cls().adjust(**{field: (2, 1e-6)})
+    x = np.ones(2)
+    state = setup(OptimiserChain(cls()), x)
+    with pytest.raises(ValueError, match=message):
+        adjust_(state, **{field: (2, 1e-6)})
+    assert state.rule == OptimiserChain(cls())
+
+
+def test_a_whole_number_beyond_all_floats_is_infinite():
+    assert ClipGrad(10**400).delta == ClipNorm(10**400).omega == math.inf
+    assert ClipNorm(p=-(10**400)).p == -math.inf
 
 
 def test_messages_of_centred_rmsprop_name_the_public_rule():

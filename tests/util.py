@@ -67,7 +67,7 @@ def moved(value: Any) -> Any:
     """Return a number near a default, so that no field hides behind a default of 0 or 1."""
     if isinstance(value, tuple):
         return tuple(map(moved, value))
-    return 0.8 * value if value else 0.1
+    return (1.25 if value > 1 else 0.8) * value if value else 0.1
 
 
 def variants(cls: Any) -> list[Any]:

@@ -188,8 +188,9 @@ def test_norms_of_representable_size_stay_so_on_the_way(
 
 @pytest.mark.parametrize("p", ORDERS)
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_norms_that_are_let_through(p: float, bad: float) -> None:
-    rule = ClipNorm(0.5, p, throw=False)
+@pytest.mark.parametrize("omega", [0.5, np.inf])
+def test_norms_that_are_let_through(omega: float, p: float, bad: float) -> None:
+    rule = ClipNorm(omega, p, throw=False)
     g = np.array([1, bad, 0, -2, 3], np.float32)
     check_steps(update, rule, {"w": np.ones(5, np.float32)}, [{"w": g}], assert_same_values)
 
