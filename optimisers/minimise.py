@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 import time
 import warnings
@@ -12,7 +13,9 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
+from ._arrays import dtype_name, isnumeric, library_of
 from ._rule import Rule
+from ._tree import fmap, walk
 from .state import setup, update, update_
 
 Tree = Any
@@ -141,6 +144,10 @@ def minimize(
     more if the callback or a loss that is not finite ended the run. The loss of the last model is
     not computed.
 
+    The gradient of a complex parameter points uphill here, as PyTorch's does: dL/da + i dL/db for
+    a + ib. JAX and HIPS autograd give its conjugate, which `minimize` turns round: for every
+    gradient that is a JAX array, and for those of `autograd.value_and_grad`.
+
     Examples
     --------
     >>> import numpy as np, optimisers
@@ -169,7 +176,7 @@ def minimize(
     times: list[float] = []
     message = f"took all {steps} steps"
     start = time.perf_counter()
-    evaluate = _Evaluation(loss, value_and_grad)
+    evaluate = _Evaluation(loss, value_and_grad, any_complex=_any_complex(model))
     with _bar(int(steps), progress) as show:
         for step in range(int(steps)):
             value, gradient = evaluate(model)
@@ -197,8 +204,16 @@ def minimize(
 class _Evaluation:
     """The function from a model to (value, gradient), from what `minimize` was given."""
 
-    def __init__(self, loss: Callable[..., Any], value_and_grad: Callable[..., Any] | None) -> None:
-        self.loss = loss
+    def __init__(
+        self,
+        loss: Callable[..., Any],
+        value_and_grad: Callable[..., Any] | None,
+        *,
+        any_complex: bool,
+    ) -> None:
+        self.any_complex = any_complex
+        self.by_autograd = _is_of_autograd(loss) or _is_of_autograd(value_and_grad)
+        self.loss = self._watched(loss) if any_complex else loss
         self.transform = value_and_grad
         self.function = loss if value_and_grad is None else None
 
@@ -211,7 +226,27 @@ class _Evaluation:
                 "value_and_grad=jax.value_and_grad"
             )
         value, gradient = pair
+        if self.any_complex:
+            gradient = fmap(self._uphill, gradient)
         return _number(value), gradient
+
+    def _uphill(self, g: Any) -> Any:
+        """Return an array of the gradient in the convention of the rules."""
+        library = library_of(type(g))
+        turned = library == "jax" or (self.by_autograd and library == "numpy")
+        return g.conj() if turned and g.dtype.kind == "c" else g
+
+    def _watched(self, loss: Callable[..., Any]) -> Callable[..., Any]:
+        """Return the loss; it notes whether HIPS autograd calls it, to differentiate it."""
+
+        @functools.wraps(loss)
+        def watched(model: Tree) -> Any:
+            self.by_autograd = self.by_autograd or any(
+                type(x).__module__.startswith("autograd.") for _, x in walk(model)
+            )
+            return loss(model)
+
+        return watched
 
     def _first(self, model: Tree) -> Any:
         """Find out what the user's `value_and_grad` is, and evaluate for the first time."""
@@ -234,6 +269,15 @@ class _Evaluation:
             answer = self.transform(self.loss)
         self.function = answer
         return answer(model)
+
+
+def _any_complex(model: Tree) -> bool:
+    return any(isnumeric(x) and "complex" in dtype_name(x.dtype) for _, x in walk(model))
+
+
+def _is_of_autograd(function: Any) -> bool:
+    """Tell whether HIPS autograd made the function."""
+    return str(getattr(function, "__globals__", {}).get("__name__")).startswith("autograd.")
 
 
 def _number(value: Any) -> float:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -69,8 +69,9 @@ class Method:
     """A rule that SciPy calls as one of its methods; made by `method`.
 
     It takes what ``method="L-BFGS-B"`` takes. `jac` is a function, or True where `fun` returns
-    ``(value, gradient)``; without it the gradient is a 2-point finite difference, which does not
-    leave the bounds. `bounds` hold by projection after each step, for `x0` too. `callback` is
+    ``(value, gradient)``; without it the gradient is a finite difference, which does not leave the
+    bounds. SciPy keeps the text of ``jac="2-point"``, ``"3-point"`` and ``"cs"`` from methods of
+    others, so that the option ``finite_diff`` says which. `bounds` hold by projection after each step, for `x0` too. `callback` is
     ``callback(intermediate_result)`` or ``callback(xk)``, after each step, and may raise
     StopIteration. `constraints` are refused; `hess` and `hessp` are not used.
 
@@ -94,8 +95,13 @@ class Method:
         Whether to print how it ended; a failure is then a warning.
     ``return_all``
         Whether to return every `x`, as ``allvecs``.
+    ``finite_diff``
+        "3-point", the default: central differences, two calls of `fun` for each number of `x`.
+        "2-point": one call each, with half the digits. "cs": complex steps, as precise as `fun`,
+        which must then take complex numbers.
     ``eps``, ``finite_diff_rel_step``
-        Absolute (1.5e-8 by default) or relative step of finite differences.
+        Absolute or relative step of finite differences. By default the relative one that suits
+        the scheme and the dtypes of `x` and of what `fun` returns.
 
     ``tol`` of `scipy.optimize.minimize` means ``gtol``.
 
@@ -131,7 +137,8 @@ class Method:
         xtol: float | None = None,
         disp: bool = False,
         return_all: bool = False,
-        eps: Any = 2**-26,
+        finite_diff: str = "3-point",
+        eps: Any = None,
         finite_diff_rel_step: Any = None,
         tol: float | None = None,
         **unknown: Any,
@@ -146,7 +153,8 @@ class Method:
         x = _floating_vector(x0)
         low, high = _limits(bounds, x)
         np.clip(x, low, high, out=x)
-        problem = _Problem(fun, args, jac, low, high, eps, finite_diff_rel_step)
+        difference = _Difference(finite_diff, low, high, eps, finite_diff_rel_step)
+        problem = _Problem(fun, args, jac, difference)
         report = _callback(callback)
 
         state = setup(self.rule, x)
@@ -279,34 +287,29 @@ class _Problem:
     """Value and gradient of the function, counted as SciPy counts."""
 
     def __init__(
-        self,
-        fun: Callable[..., Any],
-        args: tuple[Any, ...],
-        jac: Any,
-        low: Array,
-        high: Array,
-        eps: Any,
-        relative: Any,
+        self, fun: Callable[..., Any], args: tuple[Any, ...], jac: Any, difference: _Difference
     ) -> None:
         if jac is True:
             raise ValueError("jac=True is for scipy.optimize.minimize(..., method=...)")
+        if isinstance(jac, str):
+            difference = replace(difference, scheme=jac)
         self.fun, self.args = fun, args
         self.jac = jac if callable(jac) else None
-        self.low, self.high = low, high
-        self.eps, self.relative = eps, relative
+        self.difference = difference
         self.nfev = self.njev = 0
 
     def __call__(self, x: Array) -> tuple[float, Array]:
         f = self.value(x)
         self.njev += 1
         if self.jac is None:
-            return f, self.difference(x, f)
+            return float(f), self.difference(self.value, x, f)
         g = np.array(self.jac(x.copy(), *self.args), x.dtype)
         if g.size != x.size:
             raise ValueError(f"the gradient must have the shape of x, {x.shape}; got {g.shape}")
-        return f, g.reshape(x.shape)
+        return float(f), g.reshape(x.shape)
 
-    def value(self, x: Array) -> float:
+    def value(self, x: Array) -> Any:
+        """Return the function's number in the dtype it came in: that of its rounding."""
         self.nfev += 1
         f = np.asarray(self.fun(x.copy(), *self.args))
         if f.size != 1:
@@ -314,20 +317,39 @@ class _Problem:
                 f"fun must return a number; got an array of shape {f.shape} "
                 "(jac=True says that it returns a pair)"
             )
-        return float(f.item())
+        if f.dtype.kind == "c" and x.dtype.kind != "c":
+            raise TypeError(f"fun must return a real number; got {f.item()!r}")
+        return f.reshape(())[()] if f.dtype.kind in "fc" else np.float64(f.item())
 
-    def difference(self, x: Array, f: float) -> Array:
-        """Return the 2-point finite difference; zero where the bounds leave no room for one."""
+
+@dataclass(frozen=True)
+class _Difference:
+    """Finite differences within bounds."""
+
+    scheme: str
+    low: Array
+    high: Array
+    eps: Any
+    relative: Any
+
+    def __post_init__(self) -> None:
+        if self.scheme not in ("2-point", "3-point", "cs"):
+            raise ValueError(
+                f'finite_diff must be "2-point", "3-point" or "cs"; got {self.scheme!r:.60}'
+            )
+
+    def __call__(self, value: Callable[[Array], Any], x: Array, f: Any) -> Array:
+        """Return the gradient at `x`; zero where the bounds leave no room for a difference."""
         if not np.isfinite(f):
             return np.full_like(x, np.nan)
         from scipy.optimize._numdiff import approx_derivative
 
         free = self.low < self.high
-        moved = x.copy()
 
-        def along(part: Array) -> float:
+        def along(part: Array) -> Any:
+            moved = x.astype(part.dtype)  # complex, if steps are
             moved[free] = part
-            return self.value(moved)
+            return value(moved)
 
         def of(step: Any) -> Any:
             return step if step is None or np.ndim(step) == 0 else np.asarray(step)[free]
@@ -337,7 +359,7 @@ class _Problem:
             g[free] = approx_derivative(
                 along,
                 x[free],
-                method="2-point",
+                method=self.scheme,
                 rel_step=of(self.relative),
                 abs_step=of(self.eps) if self.relative is None else None,
                 f0=f,

@@ -144,6 +144,75 @@ def test_an_error_of_the_users_own_comes_through() -> None:
         opt.minimize(broken, start(), opt.Adam(0.1), 5)
 
 
+COMPLEX = 3 - 1j
+
+
+def squared_distance(model: Tree) -> Any:
+    return abs(model["z"] - COMPLEX) ** 2
+
+
+def jax_makers() -> dict[str, Any]:
+    jax = pytest.importorskip("jax")
+    return {
+        "transformation": jax.value_and_grad,
+        "jitted": lambda f: jax.jit(jax.value_and_grad(f)),
+        "function": jax.jit(jax.value_and_grad(squared_distance)),
+    }
+
+
+@pytest.mark.parametrize("kind", ["transformation", "jitted", "function"])
+def test_complex_parameters_go_downhill_by_jax(kind: str) -> None:
+    jnp = pytest.importorskip("jax.numpy")
+    model = {"z": jnp.asarray(1 + 2j), "w": jnp.asarray(2.0)}
+    found = opt.minimize(
+        squared_distance, model, opt.Adam(0.1), 300, value_and_grad=jax_makers()[kind]
+    )
+    np.testing.assert_allclose(found.model["z"], COMPLEX, atol=1e-2)
+
+
+def test_complex_parameters_go_downhill_where_the_loss_is_of_jax() -> None:
+    jax = pytest.importorskip("jax")
+    model = {"z": np.asarray(1 + 2j)}  # the gradient is JAX's all the same
+    found = opt.minimize(jax.value_and_grad(squared_distance), model, opt.Adam(0.1), 300)
+    np.testing.assert_allclose(found.model["z"], COMPLEX, atol=1e-2)
+
+
+@pytest.mark.parametrize("kind", ["transformation", "wrapped", "function", "loss"])
+def test_complex_parameters_go_downhill_by_autograd(kind: str) -> None:
+    autograd = pytest.importorskip("autograd")
+    anp = autograd.numpy
+
+    def loss(model: Tree) -> Any:
+        return anp.sum(anp.abs(model["z"] - COMPLEX) ** 2)
+
+    def wrapped(f: Any) -> Any:
+        return lambda model: autograd.value_and_grad(f)(model)
+
+    arguments: dict[str, Any] = {
+        "transformation": (loss, autograd.value_and_grad),
+        "wrapped": (loss, wrapped),
+        "function": (loss, autograd.value_and_grad(loss)),
+        "loss": (autograd.value_and_grad(loss), None),
+    }
+    function, vg = arguments[kind]
+    model = {"z": np.array([1 + 2j, 0.5])}
+    found = opt.minimize(function, model, opt.Adam(0.1), 300, value_and_grad=vg)
+    np.testing.assert_allclose(found.model["z"], COMPLEX, atol=1e-2)
+
+
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+def test_gradients_that_point_uphill_are_taken_as_they_are(library: str) -> None:
+    xp = pytest.importorskip(library)
+    model = {"z": xp.asarray([1 + 2j, 0.5])}
+
+    def uphill(model: Tree) -> Any:
+        z = model["z"] - COMPLEX
+        return (abs(z) ** 2).sum(), {"z": 2 * z}
+
+    found = opt.minimize(uphill, model, opt.Adam(0.1), 300)
+    np.testing.assert_allclose(found.model["z"], COMPLEX, atol=1e-2)
+
+
 def test_with_autograd() -> None:
     autograd = pytest.importorskip("autograd")
     model = {"a": np.array([1.0, -2.0]), "b": [np.array(0.5)]}

@@ -98,11 +98,63 @@ def test_jac_may_be_a_function_a_pair_or_missing() -> None:
     np.testing.assert_array_equal(by_function.x, by_pair.x)
     assert by_difference.success
     np.testing.assert_allclose(by_difference.x, CENTRE, atol=1e-4)
-    assert by_difference.nfev == 4 * by_difference.njev
+    assert by_difference.nfev == 7 * by_difference.njev  # two for each number, and the value
     relative = minimize(
         bowl, np.zeros(3), method=ADAM, options={"gtol": 1e-4, "finite_diff_rel_step": 1e-6}
     )
     np.testing.assert_allclose(relative.x, CENTRE, atol=1e-4)
+
+
+def quartic(x: Any) -> Any:
+    return (x**4).sum()
+
+
+@pytest.mark.parametrize(
+    ("options", "calls", "digits"),
+    [
+        ({}, 5, 1e-8),
+        ({"finite_diff": "3-point"}, 5, 1e-8),
+        ({"finite_diff": "2-point"}, 3, 1e-5),
+        ({"finite_diff": "cs"}, 3, 1e-14),
+        ({"eps": 1e-3}, 5, 1e-4),
+    ],
+)
+def test_finite_differences_have_the_digits_of_their_scheme(
+    options: dict[str, Any], calls: int, digits: float
+) -> None:
+    for bounds in (None, [(-5, 5), (-5, 2)]):
+        result = minimize(
+            quartic, [1.0, 2.0], method=ADAM, bounds=bounds, options={"maxiter": 0, **options}
+        )
+        np.testing.assert_allclose(result.jac, [4, 32], rtol=digits)
+        assert result.nfev == calls
+
+
+@pytest.mark.parametrize("jac", ["2-point", "3-point", "cs"])
+def test_no_scheme_is_less_precise_than_what_was_asked_for(jac: str) -> None:
+    result = minimize(quartic, [1.0, 2.0], method=ADAM, jac=jac, options={"maxiter": 0})
+    np.testing.assert_allclose(result.jac, [4, 32], rtol=1e-8)
+    direct = ADAM(quartic, [1.0, 2.0], jac=jac, maxiter=0)  # where SciPy is not between
+    assert direct.nfev == {"2-point": 3, "3-point": 5, "cs": 3}[jac]
+
+
+def test_finite_differences_of_an_unknown_scheme_are_refused() -> None:
+    with pytest.raises(ValueError, match='finite_diff must be "2-point", "3-point" or "cs"'):
+        minimize(bowl, np.zeros(3), method=ADAM, options={"finite_diff": "5-point"})
+
+
+@pytest.mark.parametrize("scheme", ["2-point", "3-point"])
+@pytest.mark.parametrize(("start", "returned"), [("f4", "f4"), ("f4", "f8"), ("f8", "f4")])
+def test_finite_differences_suit_single_precision(start: str, returned: str, scheme: str) -> None:
+    def fun(x: Any) -> Any:
+        return np.asarray(((x - 1) ** 2).sum(), returned)[()]
+
+    result = minimize(
+        fun, np.zeros(3, start), method=ADAM, options={"gtol": 1e-2, "finite_diff": scheme}
+    )
+    assert result.success
+    assert result.nit > 0
+    np.testing.assert_allclose(result.x, 1, atol=1e-2)
 
 
 def test_args_are_handed_on() -> None:
