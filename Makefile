@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
+# Tests on all cores; `make test args=-n0` runs them in one process. Each takes up to 2 GB.
+PARALLEL := -n logical --maxprocesses 8 --dist worksteal
 SIMULATED := NUMBA_ENABLE_CUDASIM=1 $(BIN)/python -m pytest $(addprefix tests/cuda/test_,parity.py trees.py tensors.py page.py)
 args ?=
 
@@ -21,19 +23,20 @@ demo: $(VENV)/demo ## train a network on handwritten digits, over the tree and o
 	@$(BIN)/python examples/digits.py $(args)
 
 test: $(VENV)/test ## run the tests
-	@$(BIN)/python -m pytest $(args)
+	@$(BIN)/python -m pytest $(PARALLEL) $(args)
 
 test-cuda: $(VENV)/test $(VENV)/cuda ## run the tests of CUDA kernels without a GPU: simulated, and compiled
-	@$(SIMULATED) $(args)
-	@$(BIN)/python -m pytest tests/cuda/test_ptx.py tests/cuda/test_launch_overhead.py $(args)
+	@$(SIMULATED) $(PARALLEL) $(args)
+	@$(BIN)/python -m pytest $(PARALLEL) tests/cuda/test_ptx.py $(args)
+	@$(BIN)/python -m pytest tests/cuda/test_launch_overhead.py $(args)
 
 test-gpu: $(VENV)/test ## run the tests of CUDA kernels on a GPU, with the extra cuda12 or cuda13
 	@$(BIN)/python -m pytest $(addprefix tests/cuda/test_,parity.py trees.py page.py gpu.py) $(args)
 
 coverage: $(VENV)/test $(VENV)/cuda ## run the tests and measure what of the Python code they reach
-	@$(SIMULATED) -q --cov --cov-report= --cov-fail-under=0 -k "not test_every_rule and not test_chains and not test_special"
-	@$(BIN)/python -m pytest tests/cuda/test_ptx.py -q --cov --cov-append --cov-report= --cov-fail-under=0 -k "three or masters"
-	@$(BIN)/python -m pytest --cov --cov-append --cov-report=term $(args)
+	@$(SIMULATED) -q $(PARALLEL) --cov --cov-report= --cov-fail-under=0 -k "not test_every_rule and not test_chains and not test_special"
+	@$(BIN)/python -m pytest tests/cuda/test_ptx.py -q $(PARALLEL) --cov --cov-append --cov-report= --cov-fail-under=0 -k "three or masters"
+	@$(BIN)/python -m pytest $(PARALLEL) --cov --cov-append --cov-report=term $(args)
 
 docs-test: $(VENV)/test ## run the examples in the docstrings, in README.md and in docs/
 	@$(BIN)/python -m pytest --doctest-modules --doctest-ignore-import-errors optimisers tests/test_readme.py $(args)
@@ -81,7 +84,7 @@ types: $(VENV)/dev ## check types: mypy on the package, pyright on a user's code
 sanitize: build/address,undefined/built ## run the tests of the kernels under GCC's checks of memory and of undefined behaviour
 	@$(ALONE) PYTHONPATH=build/address,undefined PYTHONMALLOC=malloc ASAN_OPTIONS=detect_leaks=0 \
 	    LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
-	    $(BIN)/python -m pytest -p no:cacheprovider $(or $(args),$(SANITIZED))
+	    $(BIN)/python -m pytest $(PARALLEL) -p no:cacheprovider $(or $(args),$(SANITIZED))
 
 sanitize-threads: build/thread/built ## look for races: first where there are some, two threads on one model, then where none may be
 	@! $(RACES) tests/test_threads.py -k no_harm > build/thread/races 2>&1
@@ -89,10 +92,10 @@ sanitize-threads: build/thread/built ## look for races: first where there are so
 	@$(RACES) $(or $(args),tests/test_threads.py tests/test_engine.py -k "threads and not no_harm and not threadpoolctl and not environment")
 
 fuzz: $(VENV)/test ## throw 20,000 random trees, states and gradients at the engine
-	@$(BIN)/python -m pytest --hypothesis-profile=long tests/test_fuzz.py $(args)
+	@$(BIN)/python -m pytest $(PARALLEL) --hypothesis-profile=long tests/test_fuzz.py $(args)
 
 attack-files: $(VENV)/test ## damage and forge files 20,000 times, kill and interrupt 2,000 saves
-	@$(BIN)/python -m pytest --hypothesis-profile=long --kills=2000 \
+	@$(BIN)/python -m pytest $(PARALLEL) --hypothesis-profile=long --kills=2000 \
 	    $(addprefix tests/test_,$(addsuffix .py,io_hostile io_attacks io_writers checkpointer)) $(args)
 
 FUZZED := what_is_refused_changes_nothing_and_what_is_taken_is_right flat_vectors_of_such_models changes_of_such_states
@@ -120,7 +123,7 @@ wheel: $(VENV)/test $(VENV)/wheel ## build a wheel for this Linux and others, an
 	@cd build/wheel; wheel=$$(ls -t ../../dist/*manylinux*.whl | head -1); \
 	venv/bin/python -m pip install -qq --disable-pip-version-check "$$wheel[test]"; \
 	venv/bin/python -P -m optimisers; \
-	venv/bin/pytest -q -c ../../pyproject.toml $(ELSEWHERE) $(args)
+	venv/bin/pytest -q $(PARALLEL) -c ../../pyproject.toml $(ELSEWHERE) $(args)
 
 portable: $(VENV)/portable ## compile the extensions for Windows, macOS and ARM, without running them
 	@$(BIN)/python tools/portable.py build/portable
@@ -140,7 +143,7 @@ oldest newest: $(VENV)/test
 	venv/bin/python -m pip install -qq --disable-pip-version-check --constraint floors.txt \
 	    "optimisers[test] @ file://$$archive#sha256=$$digest"; \
 	venv/bin/python -P -m optimisers; \
-	venv/bin/pytest -q -c ../../pyproject.toml $(ELSEWHERE) $(args)
+	venv/bin/pytest -q $(PARALLEL) -c ../../pyproject.toml $(ELSEWHERE) $(args)
 
 reproducible: $(VENV)/test ## build the archives in two places, under other circumstances; compare
 	@$(BIN)/python tools/reproducible.py build/reproducible

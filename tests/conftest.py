@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import re
 from collections import Counter
@@ -81,6 +82,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         of_a_peer = isinstance(item, pytest.DoctestItem) and name in ("optax", "scipy", "torch")
         if of_a_peer and importlib.util.find_spec(name) is None:
             item.add_marker(pytest.mark.skip(reason=f"could not import {name!r}"))
+
+
+def pytest_collection_finish() -> None:
+    """Spare `gc.collect` in the tests what is there by now: millions of objects that stay."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from util import EXACT_CHAINS, PUBLIC, example, normal, parametrize
+from util import EXACT_CHAINS, PUBLIC, example, name_of, normal, parametrize
 
 import optimisers
 from optimisers import (
@@ -799,7 +799,7 @@ def assert_twins(one: Any, other: Any) -> None:
         torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize(("rule", "judge"), TWINS, ids=lambda value: repr(value)[:30])
+@pytest.mark.parametrize(("rule", "judge"), TWINS, ids=name_of)
 def test_it_trains_as_torch_does(rule, judge):
     net, twin = network().double(), network().double()
     loss_of_double = [loss_in_double(n) for n in (net, twin)]

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import functools
 import inspect
+import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -107,8 +108,9 @@ EXACT_CHAINS: list[Any] = [
 
 
 def name_of(x: Any) -> str:
-    """Return a readable name for a parameter of a test."""
-    return repr(x) if isinstance(x, Rule) else getattr(x, "__name__", str(x))
+    """Return a readable name for a parameter of a test, the same in every process."""
+    text = repr(x) if isinstance(x, Rule) else getattr(x, "__name__", str(x))
+    return re.sub(r" at 0x[0-9a-f]+", "", text)
 
 
 def parametrize(name: str, values: Iterable[Any]) -> pytest.MarkDecorator:

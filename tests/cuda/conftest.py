@@ -9,10 +9,20 @@ from device import SIMULATED, reports
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if reports:
+    ended = terminalreporter.stats.get("", [])  # setups and teardowns
+    told = {line for report in ended for what, line in report.user_properties if what == "kernel"}
+    if told:
         terminalreporter.section("kernels")
-        for line in sorted(reports):
+        for line in sorted(told):
             terminalreporter.write_line(line)
+
+
+@pytest.fixture(autouse=True)
+def _hand_on_what_is_reported(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Send the lines along with the result, which may come from another process."""
+    yield
+    request.node.user_properties += [("kernel", line) for line in reports]
+    reports.clear()
 
 
 @pytest.fixture
