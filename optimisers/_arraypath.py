@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 
 from . import _device, _torch
-from ._arrays import isnumeric
+from ._arrays import is_narrow, isnumeric
 from ._jax import Number, is_jax, is_tracer, with_attributes
-from ._rule import ElementwiseRule, Rule, as_like, read_only
+from ._rule import ElementwiseRule, Rule, for_step, moved, read_only
 from ._ties import carry
 from .words import is_complex, namespace
 
@@ -31,6 +31,8 @@ Array = Any
 
 def checked_gradient(g: Any, x: Array, where: Callable[[], str]) -> Array | None:
     """Return `g` as an array like `x`, or None where it says that there is no gradient.
+
+    Its dtype is the one in which a step on `x` is computed.
 
     Raises
     ------
@@ -68,8 +70,8 @@ def checked_gradient(g: Any, x: Array, where: Callable[[], str]) -> Array | None
     if tuple(a.shape) != tuple(x.shape):
         raise ValueError(f"gradient at {where()}: {wanted}, got shape {tuple(a.shape)}")
     if isinstance(x, np.ndarray):
-        return _plain(a, x.dtype.newbyteorder("="))
-    return as_like(x, a)
+        return _plain(a, np.dtype(np.float32) if is_narrow(x) else x.dtype.newbyteorder("="))
+    return for_step(x, a)
 
 
 def is_finite(g: Array) -> bool:
@@ -93,7 +95,7 @@ def _jax_gradient(g: Any, x: Array, wanted: str, where: Callable[[], str]) -> Ar
         )
     if not kind.startswith(("bool", "int", "uint", "float", "bfloat", "complex")):
         raise TypeError(f"gradient at {where()}: {wanted}, got dtype {a.dtype}")
-    return as_like(x, a) if is_jax(a) else xp.asarray(_as_numpy(a).astype(x.dtype))
+    return for_step(x, a) if is_jax(a) else xp.asarray(for_step(x, _as_numpy(a)))
 
 
 def _is_symbolic_zero(g: Any) -> bool:
@@ -134,7 +136,7 @@ def evaluate(
         state, rule = fresh(state), opened(rule)
     dx, *higher = map(read_only, gs)
     with np.errstate(all="ignore"), _torch.unrecorded(x):
-        state, new = rule.move(state, read_only(x), dx, *higher)
+        state, new = moved(rule, state, read_only(x), dx, *higher)
     if new is not None:
         if tuple(new.shape) != tuple(x.shape):
             raise ValueError(

@@ -6,13 +6,14 @@ No array library but NumPy is imported: a foreign array can only be met once its
 from __future__ import annotations
 
 import functools
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import numpy as np
 
-__all__ = ["dtype_name", "is_immutable", "isnumeric", "library_of", "maywrite"]
+__all__ = ["dtype_name", "is_immutable", "is_narrow", "isnumeric", "library_of", "maywrite"]
 
 
 def isnumeric(x: object) -> bool:
@@ -46,6 +47,20 @@ def isnumeric(x: object) -> bool:
 def dtype_name(dtype: Any) -> str:
     """Return the name of a dtype of any library and byte order, like ``float32``."""
     return str(getattr(dtype, "name", dtype)).removeprefix("torch.")
+
+
+def is_narrow(x: Any) -> bool:
+    """Tell whether an array has floating numbers of fewer bits than float32.
+
+    A step on these is computed in float32, and its results are rounded once: see `_rule.moved`.
+    """
+    return _is_narrow(x.dtype)
+
+
+@functools.lru_cache(maxsize=256)
+def _is_narrow(dtype: Any) -> bool:
+    found = re.match(r"b?float(\d+)", dtype_name(dtype))
+    return found is not None and int(found[1]) < 32
 
 
 def maywrite(x: object) -> bool:

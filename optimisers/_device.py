@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from ._arrays import dtype_name, isnumeric, library_of
+from ._arrays import dtype_name, is_narrow, isnumeric, library_of
 
 Array = Any
 
@@ -375,8 +375,9 @@ def gradient(g: Any, x: Array, where: Callable[[], str]) -> Array:
     assert lib is not None
     if of_g is lib and lib.layout(g) == lib.layout(x) and lib.device(g) == lib.device(x):
         return g
+    wide = "float32" if is_narrow(x) else None
     if isinstance(g, numbers.Real) and x.shape == ():
-        new = lib.blank(x)
+        new = lib.blank(x, wide)
         lib.assign(new, float(g))
         return new
     wanted = (
@@ -403,7 +404,7 @@ def gradient(g: Any, x: Array, where: Callable[[], str]) -> Array:
         return g
     if kind == lib.dtype(x):
         return lib.adopt(g)
-    new = lib.blank(x)
+    new = lib.blank(x, wide)
     lib.assign(new, g)
     return new
 

@@ -32,7 +32,7 @@ from . import _kernels as baseline
 from ._arraypath import Call, at_once, blank, checked_gradient, evaluate, is_finite, writing
 from ._arrays import isnumeric, library_of, maywrite
 from ._jax import attributes, holds_traced, is_jax, is_tracer, settled, with_attributes
-from ._rule import ElementwiseRule, Rule
+from ._rule import ElementwiseRule, Rule, widened
 from ._ties import overlap
 from .compose import AccumGrad, ClipNorm, MixedPrecision, MixedPrecisionState, OptimiserChain
 
@@ -555,7 +555,8 @@ def _take_on_device(
 
 
 def summed(a: Array, b: Array) -> Array:
-    """Return the sum of two gradients of one parameter."""
+    """Return the sum of two gradients of one parameter, in a dtype in which steps are computed."""
+    a, b = widened(a), widened(b)
     if not _device.is_numba(a):
         with np.errstate(over="ignore", invalid="ignore"):
             return a + b

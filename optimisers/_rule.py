@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
 import inspect
@@ -17,7 +16,7 @@ from typing import Annotated, Any, ClassVar, NamedTuple, Self
 import numpy as np
 
 from . import _device
-from ._arrays import dtype_name
+from ._arrays import is_narrow, isnumeric
 from ._jax import (
     Maybe,
     Number,
@@ -31,7 +30,7 @@ from ._jax import (
     settled,
     with_attributes,
 )
-from .words import is_complex, maximum, namespace, where
+from .words import is_complex, maximum, minimum, namespace
 
 # --- limits of fields ------------------------------------------------------------------------
 
@@ -188,6 +187,9 @@ class Rule(ABC):
     """Fields of numbers on whose values the code of the rule depends, so that JAX compiles anew for
     others; these need to be named here, other numbers may be traced."""
 
+    _widens: ClassVar[bool] = True
+    """Whether it is handed float32 numbers in place of narrower ones: see `moved`."""
+
     _shown_as: ClassVar[str]
     """The name of the class in messages and in its state."""
 
@@ -215,7 +217,7 @@ class Rule(ABC):
         state
             What `init` or the last `apply` returned; it may be written into.
         x : array
-            The parameter, not to be written.
+            The parameter, not to be written; in float32 if its own numbers are narrower.
         dx : array
             The gradient, of the shape and dtype of `x`, not to be written.
         *higher : array
@@ -233,8 +235,8 @@ class Rule(ABC):
         if hasattr(dx, "dtype") and is_complex(dx) and not is_complex(x):
             raise TypeError(f"{type(self).__name__} made a complex step of a real parameter")
         if isinstance(dx, Maybe):
-            return state, chosen(dx.made, as_like(x, x - dx.step), x)
-        return state, None if dx is None else as_like(x, x - dx)
+            return state, chosen(dx.made, as_like(x, widened(x) - widened(dx.step)), x)
+        return state, None if dx is None else as_like(x, widened(x) - widened(dx))
 
     def fields(self) -> Iterator[tuple[str, Any]]:
         """Yield the name and value of each hyperparameter, those of inner rules included."""
@@ -266,8 +268,8 @@ class ElementwiseRule(Rule):
         the names of the arrays it keeps, each like the parameter; they start at `start`.
     ``coefs(self)`` or ``coefs(self, t)``
         the numbers that the step needs, computed in double and then cast once to the parameter's
-        real dtype. A rule whose `coefs` takes `t`, the 1-based count of steps, has a `t` in its
-        state.
+        real dtype, or to float32 if that is narrower. A rule whose `coefs` takes `t`, the 1-based
+        count of steps, has a `t` in its state.
     ``step(x, dx, state, coefs)``
         a static method in straight lines, free of numbers, that calls only `optimisers.words` and
         returns ``dx, (slots...)``.
@@ -354,17 +356,22 @@ class ElementwiseRule(Rule):
                 f"{self._shown_as} compares numbers, so it takes real parameters only; "
                 f"got {x.dtype}"
             )
-        made: list[Any] = [full_like(x, v) for v in self._at_precision_of(x).start()]
+        made: list[Any] = [full_like(x, v) for v in self.start()]
         if self.counts:
             made.append(count_like(x))
         return self.State(*made) if made else ()
 
     def apply(self, state: Any, x: Any, dx: Any, *higher: Any) -> tuple[Any, Any]:
-        """Evaluate the step with the array library of `x`; writes into nothing."""
+        """Evaluate the step with the array library of `x`; writes into nothing.
+
+        Narrow numbers are computed with in float32, and each result is rounded once.
+        """
         state = checked_state(self, state, self.State)
         if self.counts and isinstance(state.t, (int, float)):  # as a file of numbers has it
             state = state._replace(t=as_like(zero := count_like(x), zero + int(state.t)))
-        slots = tuple(map(read_only, state[: len(self.slots)]))
+        kept = state[: len(self.slots)]
+        given = x
+        x, dx, *slots = map(widened, (x, dx, *map(read_only, kept)))
         for name, slot in zip(self.slots, slots, strict=True):
             if slot.shape != x.shape:
                 raise ValueError(
@@ -373,42 +380,25 @@ class ElementwiseRule(Rule):
                 )
         t = state.t + 1 if self.counts else None
         held = {*map(id, (x, dx, *slots))}
-        dx, new = self.step(x, dx, slots, self._coefs_for(x, t))
+        dx, new = self.step(x, dx, tuple(slots), self._coefs_for(x, t))
         made = []
-        for old, value in zip(slots, new, strict=True):
-            made.append(as_like(old, _copy(value) if id(value) in held else value))
+        for old, value in zip(kept, new, strict=True):
+            made.append(kept_as(old, _copy(value) if id(value) in held else value))
             held.add(id(value))
         if self.counts:
             made.append(as_like(state.t, t))
-        return (self.State(*made) if made else ()), as_like(x, dx)
+        return (self.State(*made) if made else ()), as_like(given, dx)
 
     def _coefs_for(self, x: Any, t: Any) -> tuple[Any, ...]:
         """Return the numbers that the step needs at count `t`, computed in double, cast once."""
         if is_tracer(t) or any(map(holds_traced, attributes(self).values())):
             with double():
-                rule = with_attributes(self, lifted)._at_precision_of(x)
+                rule = with_attributes(self, lifted)
                 return cast_like(x, rule.coefs() if t is None else rule.coefs(t))
-        rule = with_attributes(self, settled)._at_precision_of(x)
+        rule = with_attributes(self, settled)
         if t is not None:
             t = t if is_traced(t) else int(t)
         return cast_like(x, rule.coefs() if t is None else rule.coefs(t))
-
-    def _at_precision_of(self, x: Any) -> Self:
-        """Return this rule with an `epsilon` that float16 does not round to zero."""
-        epsilon = getattr(self, "epsilon", None)
-        if epsilon is None:
-            return self
-        if dtype_name(x.dtype) != "float16":
-            return self
-        if is_traced(epsilon):
-            epsilon = where(epsilon > 0, maximum(epsilon, 1e-7), epsilon)
-        elif 0 < epsilon < 1e-7:
-            epsilon = 1e-7
-        else:
-            return self
-        rule = copy.copy(self)
-        object.__setattr__(rule, "epsilon", epsilon)
-        return rule
 
 
 def checked_state(rule: Rule, state: Any, kind: Any) -> Any:
@@ -420,6 +410,122 @@ def checked_state(rule: Rule, state: Any, kind: Any) -> Any:
             f"({type(state).__name__}); call setup anew with this model"
         )
     return state if type(state) is kind else kind(*state)
+
+
+# --- narrow numbers --------------------------------------------------------------------------
+
+
+def moved(rule: Rule, state: Any, x: Any, *gs: Any) -> tuple[Any, Any]:
+    """Return what ``rule.move(state, x, *gs)`` does, computed in float32 if `x` is narrower.
+
+    Then each result is rounded once: the parameter, and what the rule keeps in such arrays. On the
+    way nothing is, from the gradient through a whole chain to the subtraction.
+    """
+    if not (rule._widens and is_narrow(x)):
+        return rule.move(state, x, *gs)
+    wide = (read_only(widened(a)) for a in (x, *gs))
+    made, new = rule.move(_each(widened, state), *wide)
+    return _each(_narrowed, state, made), None if new is None else as_like(x, new)
+
+
+def applied(rule: Rule, state: Any, x: Any, *gs: Any) -> tuple[Any, Any]:
+    """Return what ``rule.apply(state, x, *gs)`` does, as `moved`; the step stays in float32."""
+    if not (rule._widens and is_narrow(x)):
+        return rule.apply(state, x, *gs)
+    wide = (read_only(widened(a)) for a in (x, *gs))
+    made, dx = rule.apply(_each(widened, state), *wide)
+    return _each(_narrowed, state, made), dx
+
+
+def widened(x: Any) -> Any:
+    """Return an array in the dtype in which steps on it are computed; anything else as it is."""
+    if not hasattr(x, "dtype") or not is_narrow(x):
+        return x
+    if _device.is_numba(x):
+        return _device.astype(x, np.float32)
+    cast = getattr(x, "astype", None)
+    return cast(np.float32) if cast else namespace(x).astype(x, namespace(x).float32)
+
+
+def for_step(x: Any, g: Any) -> Any:
+    """Return a gradient of `x` in the dtype in which a step on `x` is computed."""
+    if not is_narrow(x):
+        return as_like(x, g)
+    if is_narrow(g):
+        return widened(g)
+    cast = getattr(g, "astype", None)
+    return cast(np.float32) if cast else namespace(g).astype(g, namespace(g).float32)
+
+
+def _narrowed(old: Any, new: Any) -> Any:
+    is_array = hasattr(old, "dtype") and hasattr(new, "dtype")
+    return kept_as(old, new) if is_array and is_narrow(old) and isnumeric(new) else new
+
+
+def kept_as(old: Any, new: Any) -> Any:
+    """Return `new` in the dtype of `old`, the slot whose place it takes; narrow numbers move on.
+
+    They are rounded to nearest, with two exceptions. A change is not lost: where the nearest number
+    is the old one, a change of more than a sixteenth of a unit counts twice, four or eight times,
+    so that it comes to one unit. An average would else stand still far from what it averages: in
+    bfloat16 that of ones, with a decay rate of 0.99, at 0.8. And what is finite stays so: a square
+    beyond float16 would else make infinite for ever what divides.
+    """
+    if not is_narrow(old) or is_narrow(new) or tuple(old.shape) != tuple(new.shape):
+        return as_like(old, new)
+    most = largest(old.dtype)
+    before = widened(old)
+
+    def rounded(value: Any) -> Any:
+        bounded = minimum(maximum(value, -most), most)
+        return as_like(
+            old, namespace(value).where(namespace(value).isfinite(value), bounded, value)
+        )
+
+    found = rounded(new)
+    is_lost = (widened(found) == before) & (new != before)
+    for factor in LOST:
+        tried = rounded(before + factor * (new - before))
+        is_same = widened(tried) == before
+        found = as_like(old, namespace(tried).where(is_lost & ~is_same, tried, found))
+        is_lost = is_lost & is_same
+    return found
+
+
+@functools.lru_cache(maxsize=64)
+def largest(dtype: Any) -> float:
+    """Return the largest finite number of a narrow dtype of any library."""
+    if type(dtype).__module__ == "torch":
+        return float(sys.modules["torch"].finfo(dtype).max)
+    if dtype == np.float16:
+        return 65504.0
+    return float(sys.modules["ml_dtypes"].finfo(dtype).max)
+
+
+LOST = 2.0, 4.0, 8.0
+"""How often a change counts, one after the other, that rounding would lose."""
+
+
+def _each(change: Callable[..., Any], *states: Any) -> Any:
+    """Return the last of some states with each part changed; the others have parts to go by.
+
+    A kind of state that has `is_wide` keeps no numbers that are to be rounded.
+    """
+    first, last = states[0], states[-1]
+    if isinstance(first, dict) and isinstance(last, dict):
+        same = first.keys() == last.keys() and type(last) is dict
+        return {k: _each(change, *(s[k] for s in states)) for k in last} if same else last
+    if not (isinstance(first, (tuple, list)) and isinstance(last, (tuple, list))):
+        return change(*states)
+    if len(first) != len(last) or hasattr(type(last), "is_wide"):
+        return last
+    parts = [_each(change, *parts) for parts in zip(*states, strict=True)]
+    if hasattr(last, "_make"):
+        return last._make(parts)
+    return type(last)(parts) if type(last) in (tuple, list) else last
+
+
+# --- arrays ----------------------------------------------------------------------------------
 
 
 def _copy(x: Any) -> Any:
@@ -460,7 +566,7 @@ def count_like(x: Any) -> Any:
 
 
 def cast_like(x: Any, numbers: Iterable[Any]) -> tuple[Any, ...]:
-    """Cast numbers once to the real dtype of `x`."""
+    """Cast numbers once to the real dtype of `x`, which computes with them."""
     if isinstance(x, np.ndarray):
         real = x.real.dtype if x.dtype.kind == "c" else x.dtype
         return tuple(_cast(n, real) if is_traced(n) else real.type(n) for n in numbers)

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from ._arrays import is_narrow
 from ._dlpack import Viewer
 
 Tensor = Any
@@ -236,7 +237,7 @@ def unrecorded(x: object) -> contextlib.AbstractContextManager[Any]:
 
 
 def gradient(g: Any, x: Tensor, where: Callable[[], str]) -> Tensor:
-    """Return `g` as a dense tensor of the dtype of `x`, outside of any graph.
+    """Return `g` as a dense tensor of the dtype of a step on `x`, outside of any graph.
 
     Raises
     ------
@@ -274,7 +275,8 @@ def gradient(g: Any, x: Tensor, where: Callable[[], str]) -> Tensor:
         raise ValueError(
             f"{wanted()} on {x.device}, got one on {g.device}; move it with .to({str(x.device)!r})"
         )
-    return g.detach().to(x.dtype).resolve_conj().resolve_neg()
+    dtype = torch.float32 if is_narrow(x) else x.dtype
+    return g.detach().to(dtype).resolve_conj().resolve_neg()
 
 
 def as_numpy(g: Tensor, where: Callable[[], str]) -> np.ndarray:

@@ -10,17 +10,22 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 
 from . import _device
+from ._arrays import is_narrow
 from ._jax import Maybe, chosen, is_tracer
 from ._rule import (
     Count,
     Order,
     Rule,
     Upper,
+    applied,
     as_like,
     checked_state,
     count_like,
+    for_step,
     full_like,
     is_traced,
+    moved,
+    widened,
 )
 from .rules import _Hold, _Release, _Scale
 from .words import absolute, is_complex, namespace, where
@@ -86,6 +91,8 @@ class OptimiserChain(Rule):
                 f"{type(self).__name__} keeps the states of its {len(self.rules)} rules, got "
                 f"{state!r:.60} ({type(state).__name__}); call setup anew with this model"
             )
+        if is_narrow(x):  # asked by hand: updates hand over float32, and round no step
+            return _rounded(x, *applied(self, state, x, dx, *higher))
         new = list(state)
         made: Any = None
         for k, rule in enumerate(self.rules):
@@ -105,6 +112,13 @@ class OptimiserChain(Rule):
 
     def adjust(self, **changes: Any) -> Self:
         return type(self)(*(rule.adjust(**changes) for rule in self.rules))
+
+
+def _rounded(x: Array, state: Any, dx: Any) -> tuple[Any, Any]:
+    """Return a state beside a step in the dtype of `x`."""
+    if isinstance(dx, Maybe):
+        return state, Maybe(step=as_like(x, dx.step), made=dx.made)
+    return state, None if dx is None else as_like(x, dx)
 
 
 @dataclass(frozen=True)
@@ -213,6 +227,11 @@ class AccumGradState(NamedTuple):
     sum: Array
     count: Array
 
+    @staticmethod
+    def is_wide() -> bool:
+        """Tell that its arrays are not rounded to a parameter of narrow numbers."""
+        return True
+
 
 @dataclass(frozen=True)
 class AccumGrad(Rule):
@@ -230,9 +249,10 @@ class AccumGrad(Rule):
 
     Notes
     -----
-    Keeps ``sum`` and ``count``, the number of gradients in it, from 0 to n - 1. Rules after it
-    count only the steps that are made. While JAX traces, the rules after it are evaluated every
-    time, and what they give is used once in n.
+    Keeps ``sum`` and ``count``, the number of gradients in it, from 0 to n - 1. The sum is in
+    float32 where the parameter's numbers are narrower, else in its dtype; to keep it in that range
+    is up to the user. Rules after it count only the steps that are made. While JAX traces, the
+    rules after it are evaluated every time, and what they give is used once in n.
 
     Examples
     --------
@@ -255,12 +275,13 @@ class AccumGrad(Rule):
         object.__setattr__(self, "n", int(self.n))
 
     def init(self, x: Array) -> AccumGradState:
-        return AccumGradState(full_like(x, 0.0), count_like(x))
+        return AccumGradState(full_like(widened(x), 0.0), count_like(x))
 
     def apply(
         self, state: AccumGradState, x: Array, dx: Array, *higher: Array
     ) -> tuple[AccumGradState, Array | None]:
         state = checked_state(self, state, AccumGradState)
+        state = state._replace(sum=widened(state.sum))  # as earlier versions kept it
         if is_tracer(state.count):
             return self._traced(state, x, dx)
         if int(state.count) + 1 < self.n:
@@ -332,6 +353,7 @@ class MixedPrecision(Rule):
     rule: Rule
 
     fixed = ("dtype",)
+    _widens = False
 
     def __init__(self, dtype: Any, rule: Rule | None = None) -> None:
         if rule is None:
@@ -352,15 +374,16 @@ class MixedPrecision(Rule):
         self, state: MixedPrecisionState, x: Array, dx: Array, *higher: Array
     ) -> tuple[MixedPrecisionState, Array]:
         state, new = self.move(state, x, dx, *higher)
-        return state, None if new is None else x - new
+        return state, None if new is None else as_like(x, widened(x) - widened(new))
 
     def move(
         self, state: MixedPrecisionState, x: Array, dx: Array, *higher: Array
     ) -> tuple[MixedPrecisionState, Array]:
         state = checked_state(self, state, MixedPrecisionState)
-        inner, master = self.rule.move(
-            state.state, state.master, *(g if g is None else self._lift(g) for g in (dx, *higher))
-        )
+        inner, master = moved(
+            self.rule, state.state, state.master,
+            *(g if g is None else for_step(state.master, g) for g in (dx, *higher)),
+        )  # fmt: skip
         if master is None:
             return MixedPrecisionState(state.master, inner), None
         new = as_like(x, master)

@@ -22,7 +22,7 @@ import numpy as np
 
 from ._arraypath import checked_gradient
 from ._jax import Maybe, double, is_tracer
-from ._rule import Rule, as_like
+from ._rule import Rule, applied, as_like, for_step, moved
 
 __all__ = ["RuleState", "from_optax", "to_optax"]
 
@@ -155,11 +155,12 @@ def _moved(rule: Rule, x: Array, g: Array, state: Any) -> tuple[Array, Any]:
     from jax import numpy as jnp
 
     if type(rule).move is Rule.move:
-        state, dx = rule.apply(state, x, g)
+        state, dx = applied(rule, state, x, g)
         if isinstance(dx, Maybe):
-            return jnp.where(dx.made, as_like(x, -dx.step), jnp.zeros_like(x)), state
-        return (jnp.zeros_like(x) if dx is None else as_like(x, -dx)), state
-    state, new = rule.move(state, x, g)
+            step = for_step(x, -dx.step)
+            return jnp.where(dx.made, step, jnp.zeros_like(step)), state
+        return (jnp.zeros_like(x) if dx is None else for_step(x, -dx)), state
+    state, new = moved(rule, state, x, g)
     if new is None:
         return jnp.zeros_like(x), state
     wide = jnp.promote_types(x.dtype, jnp.float32)  # in which a difference loses next to nothing

@@ -201,7 +201,7 @@ class RMSProp(ElementwiseRule):
     rho : float
         Decay rate of the averages, in [0, 1).
     epsilon : float
-        Added to what divides, in units of g. In float16 at least 1e-7 if positive.
+        Added to what divides, in units of g.
     centred : bool
         Whether to subtract the mean; it cannot be adjusted later. `centered` is accepted too.
 
@@ -377,7 +377,7 @@ class AdaGrad(ElementwiseRule):
     eta : float
         Learning rate, in units of x.
     epsilon : float
-        Where ``acc`` starts, and added to what divides. In float16 at least 1e-7 if positive.
+        Where ``acc`` starts, and added to what divides.
 
     Notes
     -----
@@ -433,7 +433,7 @@ class AdaDelta(ElementwiseRule):
     rho : float
         Decay rate of the averages, in [0, 1).
     epsilon : float
-        Sets the size of the first steps, about its root. In float16 at least 1e-7 if positive.
+        Sets the size of the first steps, about its root.
 
     Notes
     -----
@@ -492,7 +492,7 @@ class Adam(ElementwiseRule):
     beta : tuple of two floats
         Decay rates ``b1`` and ``b2`` of the averages of g and ``|g|²``, in [0, 1).
     epsilon : float
-        Added to what divides, in units of g. In float16 at least 1e-7 if positive.
+        Added to what divides, in units of g.
 
     Notes
     -----
@@ -551,7 +551,7 @@ class AdamW(ElementwiseRule):
     lambda_ : float
         Weight decay: per step, x shrinks by the share ``eta lambda_`` if coupled, else `lambda_`.
     epsilon : float
-        Added to what divides, in units of g. In float16 at least 1e-7 if positive.
+        Added to what divides, in units of g.
     couple : bool
         Whether a change of eta changes the decay with it.
 
@@ -615,7 +615,7 @@ class RAdam(ElementwiseRule):
     beta : tuple of two floats
         Decay rates ``b1`` and ``b2`` of the averages of g and ``|g|²``, in [0, 1).
     epsilon : float
-        Added to what divides, in units of g. In float16 at least 1e-7 if positive.
+        Added to what divides, in units of g.
 
     Notes
     -----
@@ -682,7 +682,7 @@ class AdaMax(ElementwiseRule):
     beta : tuple of two floats
         Decay rates ``b1`` of the mean and ``b2`` of the largest, in [0, 1).
     epsilon : float
-        Added to what divides, in units of g. In float16 at least 1e-7 if positive.
+        Added to what divides, in units of g.
 
     Notes
     -----
@@ -740,7 +740,7 @@ class NAdam(ElementwiseRule):
     beta : tuple of two floats
         Decay rates ``b1`` and ``b2`` of the averages of g and ``|g|²``, in [0, 1).
     epsilon : float
-        Added to what divides, in units of g. In float16 at least 1e-7 if positive.
+        Added to what divides, in units of g.
 
     Notes
     -----
@@ -800,7 +800,7 @@ class OAdam(ElementwiseRule):
     beta : tuple of two floats
         Decay rates ``b1`` and ``b2`` of the averages of g and ``|g|²``, in [0, 1).
     epsilon : float
-        Added to what divides, in units of g. In float16 at least 1e-7 if positive.
+        Added to what divides, in units of g.
 
     Notes
     -----
@@ -860,7 +860,7 @@ class AMSGrad(ElementwiseRule):
     beta : tuple of two floats
         Decay rates ``b1`` and ``b2`` of the averages of g and ``|g|²``, in [0, 1).
     epsilon : float
-        Where all state starts, and added to what divides. In float16 at least 1e-7 if positive.
+        Where all state starts, and added to what divides.
 
     Notes
     -----
@@ -922,7 +922,7 @@ class AdaBelief(ElementwiseRule):
     beta : tuple of two floats
         Decay rates ``b1`` and ``b2`` of the averages of g and ``|g - m|²``, in [0, 1).
     epsilon : float
-        Added to ``s`` and to what divides. In float16 at least 1e-7 if positive.
+        Added to ``s`` and to what divides.
 
     Notes
     -----

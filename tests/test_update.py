@@ -909,7 +909,7 @@ def test_higher_derivatives_are_handed_to_rules(call, dtype):
     state, new = call(setup(rule, model), model, first, second, third)
     (seen,) = state["a"].state[1]
     assert [g if g is None else g.tolist() for g in seen] == [[0.5, 0.5], [2, 3], None]
-    assert all(g.dtype == dtype for g in seen[:2])
+    assert all(g.dtype == ("float32" if dtype == "float16" else dtype) for g in seen[:2])
     (seen,) = state["b"][0].state[1]
     assert [g if g is None else g.tolist() for g in seen] == [[0.5], None, [5]]
     np.testing.assert_array_equal(new["a"], 0.5)

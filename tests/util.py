@@ -32,6 +32,7 @@ from optimisers import (
     update,
     update_,
 )
+from optimisers._arrays import is_narrow
 from optimisers._tree import walk
 
 Tree = Any
@@ -322,13 +323,9 @@ def by_arrays(rule: Any, state: Any, x: Array, g: Array) -> tuple[Any, Array]:
     """Return state and parameter after one array evaluation, which every backend must equal."""
     x = np.array(x, x.dtype.newbyteorder("="))
     with np.errstate(all="ignore"):
-        g = np.array(g).astype(x.dtype)
-        if type(rule).move is Rule.move:
-            state, dx = rule.apply(copy.deepcopy(state), x, g)
-            new = x if dx is None else np.asarray(x - dx)
-        else:
-            state, new = rule.move(copy.deepcopy(state), x, g)
-            new = x if new is None else np.asarray(new)
+        g = np.array(g).astype(np.float32 if is_narrow(x) else x.dtype)
+        state, new = _rule.moved(rule, copy.deepcopy(state), x, g)
+        new = x if new is None else np.asarray(new)
     return state, new
 
 

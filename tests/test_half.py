@@ -1,0 +1,335 @@
+"""Steps on numbers of 16 and 8 bits: computed in float32, each result rounded once."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import numpy as np
+import pytest
+from util import BOTH, PUBLIC, assert_same_bits, example, name_of, normal, parametrize
+
+from optimisers import (
+    AccumGrad,
+    Adam,
+    AdamW,
+    ClipGrad,
+    ClipNorm,
+    Descent,
+    ElementwiseRule,
+    MixedPrecision,
+    Momentum,
+    OptimiserChain,
+    RMSProp,
+    Rule,
+    WeightDecay,
+    _rule,
+    setup,
+    update,
+    update_,
+)
+
+ml_dtypes = pytest.importorskip("ml_dtypes")
+
+HALVES = [np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)]
+EIGHTHS = [np.dtype(getattr(ml_dtypes, f"float8_{kind}")) for kind in ("e4m3fn", "e5m2", "e3m4")]
+NARROW = [*HALVES, *EIGHTHS]
+RULES = [example(cls) for cls in PUBLIC]
+ADAPTIVE = [rule for rule in RULES if hasattr(rule, "epsilon")]
+dtypes = parametrize("dtype", NARROW)
+halves = parametrize("dtype", HALVES)
+
+
+def run(rule, x, gradients, call=update):
+    state = setup(rule, x)
+    for g in gradients:
+        state, x = call(state, x, g)
+    return state.state, x
+
+
+def wide(state):
+    """Return a state whose narrow arrays are float32."""
+    if isinstance(state, tuple):
+        parts = [*map(wide, state)]
+        return type(state)(*parts) if hasattr(state, "_fields") else tuple(parts)
+    return state.astype(np.float32) if state.dtype in NARROW else state
+
+
+def near(got, exact, dtype):
+    """Tell how far, in units of the dtype, an array is from what it should be rounded to."""
+    unit = float(ml_dtypes.finfo(dtype).eps)
+    tiny = float(ml_dtypes.finfo(dtype).smallest_subnormal)
+    got, exact = got.astype(np.float64), exact.astype(np.float64)
+    return np.max(np.abs(got - exact) / np.maximum(unit * np.abs(exact), tiny), initial=0)
+
+
+# --- one rounding ------------------------------------------------------------------------------
+
+
+@BOTH
+@dtypes
+@parametrize("rule", [r for r in RULES if not isinstance(r, MixedPrecision)])
+def test_a_step_is_that_of_float32_rounded_once(rule, dtype, call):
+    x = normal(40, np.float32, 1).clip(-8, 8).astype(dtype)
+    gradients = [normal(40, np.float32, k).clip(-8, 8) for k in range(2, 6)]
+    state = setup(rule, x)
+    for g in gradients:
+        master = setup(rule, x.astype(np.float32))
+        master.state = wide(copy.deepcopy(state.state))
+        master, expected = update(master, x.astype(np.float32), g)
+        state, x = call(state, x, g)
+        assert x.dtype == dtype
+        assert_same_bits(x, expected.astype(dtype))
+        for got, right in zip(flat(state.state), flat(master.state), strict=True):
+            if got.dtype != dtype:
+                assert_same_bits(got, right)
+            elif dtype in HALVES:
+                assert near(got, right, dtype) <= 1
+
+
+def flat(state):
+    return [a for part in state for a in flat(part)] if isinstance(state, tuple) else [state]
+
+
+@BOTH
+@dtypes
+def test_nothing_is_rounded_between_the_rules_of_a_chain(dtype, call):
+    seen = []
+
+    class Spy(Rule):
+        def apply(self, state, x, dx):
+            seen.append(dx.dtype)
+            return state, dx
+
+    rule = OptimiserChain(Spy(), WeightDecay(0.1), Spy(), ClipGrad(1.0), ClipNorm(9.0), Spy())
+    x = np.ones(3, dtype)
+    call(setup(rule, x), x, np.full(3, 1 / 3, np.float32))
+    assert seen == [np.float32] * 3
+
+
+@dtypes
+def test_a_gradient_is_not_rounded_to_the_dtype_of_the_parameter(dtype):
+    x, g = np.zeros(2, dtype), np.array([1e6, 2.0**-40])
+    _, new = run(Descent(2.0**-20), x, [g])
+    assert_same_bits(new, (-np.float32(g) * np.float32(2.0**-20)).astype(dtype))
+
+
+@BOTH
+@dtypes
+def test_what_a_users_rule_keeps_has_the_dtype_that_it_had(dtype, call):
+    class Plain(Rule):
+        def init(self, x):
+            return {"m": np.zeros_like(x)}, [np.zeros_like(x)]
+
+        def apply(self, state, x, dx):
+            assert x.dtype == dx.dtype == np.float32
+            (kept, (last,)) = state
+            m = 0.9 * kept["m"] + dx
+            return ({"m": m}, [last + m]), m
+
+    x = np.zeros(2, dtype)
+    (kept, (last,)), x = run(Plain(), x, [np.ones(2)] * 3, call)
+    assert kept["m"].dtype == last.dtype == x.dtype == dtype
+
+
+@BOTH
+@halves
+def test_a_users_elementwise_rule(dtype, call):
+    class Average(ElementwiseRule):
+        slots = ("m",)
+
+        def coefs(self):
+            return 0.75, 0.25
+
+        @staticmethod
+        def step(x, dx, state, coefs):
+            (m,) = state
+            keep, rest = coefs
+            m = keep * m + rest * dx
+            return m, (m,)
+
+    x = normal(50, np.float32, 1).astype(dtype)
+    state, new = run(Average(), x.copy(), [normal(50, np.float32, 2)], call)
+    m = np.float32(0) + np.float32(0.25) * normal(50, np.float32, 2)
+    assert_same_bits(state.m, m.astype(dtype))
+    assert_same_bits(new, (x.astype(np.float32) - m).astype(dtype))
+
+
+@dtypes
+def test_a_rule_asked_by_hand_answers_in_the_dtype_of_the_parameter(dtype):
+    x = np.ones(3, dtype)
+    for rule in RULES:
+        _, dx = rule.apply(rule.init(x), x, x)
+        assert dx is None or (dx.dtype, dx.shape) == (dtype, (3,))
+
+
+@parametrize("rule", RULES)
+@halves
+def test_update_and_update_in_place_give_the_same_bits(rule, dtype):
+    x = normal((7, 9), np.float32, 1).astype(dtype)
+    gradients = [normal((7, 9), np.float32, k).astype(dtype) for k in range(2, 6)]
+    pure = run(rule, x, gradients)
+    assert_same_bits(run(rule, x.copy(), gradients, update_), pure)
+    # The same by array code, which strided parameters take.
+    room = np.zeros((14, 9), dtype)
+    room[::2] = x
+    assert_same_bits([*run(rule, room[::2], gradients)], [*pure])
+
+
+# --- what narrow arithmetic would lose -----------------------------------------------------------
+
+
+@BOTH
+@halves
+@pytest.mark.parametrize("rho", [0.5, 0.9, 0.99])
+def test_an_average_of_one_number_is_that_number(dtype, rho, call):
+    x, one = np.ones(3, dtype), np.ones(3, dtype)
+    for rule, slot in (RMSProp(0.01, rho), "q"), (Adam(0.01, (0.9, rho)), "v"):
+        state, _ = run(rule, x.copy(), [one] * 1000, call)
+        np.testing.assert_allclose(getattr(state, slot).astype(float), 1, atol=0.04)
+
+
+@BOTH
+@parametrize("rule", ADAPTIVE)
+def test_a_square_beyond_float16_stops_nothing(rule, call):
+    gradients = [300.0] + [1.0] * 50
+
+    def end(dtype):
+        return run(rule, np.ones(2, dtype), [np.full(2, g, dtype) for g in gradients], call)
+
+    state, x = end(np.float16)
+    _, exact = end(np.float64)
+    assert all(np.all(np.isfinite(a)) for a in flat(state) if a.dtype == np.float16)
+    assert np.max(np.abs(x - exact)) < 0.02
+
+
+@BOTH
+@dtypes
+@parametrize("rule", RULES)
+def test_a_gradient_of_zero_moves_nothing(rule, dtype, call):
+    if isinstance(rule, (WeightDecay, AdamW)) or "Decay" in name_of(rule):
+        rule = AdamW(lambda_=0.0)
+    _, x = run(rule, np.ones(2, dtype), [np.zeros(2, dtype)] * 3, call)
+    assert x.astype(float).tolist() == [1, 1]
+
+
+@BOTH
+@halves
+@pytest.mark.parametrize("p", [1, 2, 3, math.inf])
+def test_a_norm_that_is_far_from_the_limit(dtype, p, call):
+    g = np.full(100_000, 60000, dtype)
+    _, x = run(OptimiserChain(ClipNorm(1.0, p), Descent(1.0)), np.zeros_like(g), [g], call)
+    expected = 1 / g.size ** (0 if math.isinf(p) else 1 / p)
+    np.testing.assert_allclose(-x.astype(float), expected, rtol=0.01)
+
+
+# --- AccumGrad ---------------------------------------------------------------------------------
+
+
+@BOTH
+@dtypes
+@pytest.mark.parametrize(("n", "size"), [(4, 200.0), (600, 1.0)])
+def test_a_mean_of_many_gradients(dtype, n, size, call):
+    g = np.full(2, size).astype(dtype)
+    rule = OptimiserChain(AccumGrad(n), Descent(1.0))
+    if dtype == "float8_e3m4":
+        g = np.full(2, 8.0).astype(dtype)
+    state, x = run(rule, np.zeros(2, dtype), [g] * n, call)
+    assert x.astype(float).tolist() == (-g.astype(float)).tolist()
+    assert state[0].sum.dtype == np.float32
+
+
+@BOTH
+def test_a_mean_is_handed_on_as_it_is(call):
+    state, x = np.array([2049, 0.0]), np.zeros(2, np.float16)
+    rule = OptimiserChain(AccumGrad(2), Descent(3.0))
+    _, x = run(rule, x, [state, np.zeros(2)], call)
+    assert x[0] == np.float16(-1024.5 * 3)
+
+
+@BOTH
+def test_a_sum_that_was_kept_in_float16_goes_on_in_float32(call):
+    x, g = np.zeros(1, np.float16), np.full(1, 20000, np.float16)
+    state = setup(OptimiserChain(AccumGrad(4), Descent(1.0)), x)
+    held = state.state[0]
+    state.state = (held._replace(sum=held.sum.astype(np.float16)), ())
+    for _ in range(4):
+        state, x = call(state, x, g)
+    assert x == -20000
+    assert state.state[0].sum.dtype == np.float32
+
+
+# --- other libraries -----------------------------------------------------------------------------
+
+
+def test_tied_gradients_are_summed_in_float32():
+    w = np.zeros(2, np.float16)
+    g = np.full(2, 40000, np.float16)
+    update_(setup(Descent(2.0**-4), [w, w]), [w, w], [g, g])
+    assert w.tolist() == [-5000, -5000]
+
+
+@parametrize("rule", [r for r in RULES if not isinstance(r, MixedPrecision)])
+@pytest.mark.parametrize("name", ["float16", "bfloat16", "float8_e4m3fn"])
+def test_jax(rule, name):
+    jax = pytest.importorskip("jax")
+    dtype = jax.numpy.dtype(name)
+    x = normal(8, np.float32, 1).clip(-4, 4).astype(dtype)
+    gradients = [normal(8, np.float32, k).clip(-4, 4).astype(dtype) for k in range(2, 6)]
+    expected, right = run(rule, x, gradients)
+    arrays = jax.numpy.asarray(x), [*map(jax.numpy.asarray, gradients)]
+    for call in update, jax.jit(update):
+        state, got = run(rule, *arrays, call)
+        assert got.dtype == dtype
+        assert dtype not in HALVES or near(np.asarray(got), right, dtype) <= 1
+        kinds = [a.dtype for a in flat(expected) if a.dtype.kind != "i"]
+        assert [a.dtype for a in flat(state) if a.dtype.kind != "i"] == kinds
+
+
+PEERS = {
+    "Adam": (Adam(0.01), {"lr": 0.01}),
+    "RMSprop": (RMSProp(0.01, 0.99), {"lr": 0.01}),
+    "SGD": (Momentum(0.01), {"lr": 0.01, "momentum": 0.9}),
+}
+
+
+@pytest.mark.parametrize("name", PEERS)
+@pytest.mark.parametrize("of_x", ["float16", "bfloat16"])
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+def test_not_farther_from_the_float64_run_than_pytorch(name, of_x, library):
+    torch = pytest.importorskip("torch")
+    dtype = getattr(torch, of_x)
+    rule, options = PEERS[name]
+    draw = torch.Generator().manual_seed(0)
+    start = torch.randn(200, generator=draw).to(dtype)
+    gradients = [torch.randn(200, generator=draw).to(dtype) for _ in range(40)]
+    p = torch.nn.Parameter(start.clone())
+    peer = getattr(torch.optim, name)([p], **options)
+    for g in gradients:
+        p.grad = g.clone()
+        peer.step()
+    _, exact = run(rule, start.double().numpy(), [g.double().numpy() for g in gradients])
+    if library == "torch":
+        _, got = run(rule, start.clone(), gradients)
+        got = got.double().numpy()
+    else:
+        kind = np.dtype(of_x) if of_x == "float16" else HALVES[1]
+        as_numpy = [g.float().numpy().astype(kind) for g in [start, *gradients]]
+        got = run(rule, as_numpy[0], as_numpy[1:])[1].astype(float)
+    ours, theirs = (np.mean(np.abs(a - exact)) for a in (got, p.detach().double().numpy()))
+    assert ours <= 1.1 * theirs  # where the parameter's own rounding is most of it
+
+
+@pytest.mark.parametrize("of_x", ["float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"])
+@parametrize("rule", ADAPTIVE)
+def test_tensors_of_narrow_numbers(rule, of_x):
+    torch = pytest.importorskip("torch")
+    x = torch.ones(3).to(getattr(torch, of_x))
+    _, new = run(rule, x, [torch.zeros(3)] * 2 + [torch.ones(3)])
+    assert new.dtype is x.dtype
+    assert bool(torch.isfinite(new.float()).all())
+
+
+def test_registered_rules_are_all_widened():
+    assert [cls.__name__ for cls in PUBLIC if not cls._widens] == ["MixedPrecision"]
+    assert issubclass(PUBLIC[0], _rule.Rule)
