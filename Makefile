@@ -59,8 +59,10 @@ bench: $(VENV)/bench $(VENV)/oracles ## time everything beside NumPy, PyTorch, o
 	@$(BIN)/python asv_bench/side_by_side.py $(args)
 
 asv: $(VENV)/bench $(VENV)/oracles ## time every row of the goals with asv, for a history; published in build/published/asv
-	@cd asv_bench; PATH="$(CURDIR)/$(BIN):$$PATH"; asv machine --yes > ../build/asv.log; \
+	@mkdir -p build
+	@set -e; cd asv_bench; PATH="$(CURDIR)/$(BIN):$$PATH"; asv machine --yes > ../build/asv.log; \
 	    asv run --python=same --set-commit-hash=$$(git rev-parse HEAD) $(args); asv publish
+	@$(BIN)/python tools/asv_pages.py build/published/asv
 
 asv-check: $(VENV)/bench ## see whether asv takes the benchmarks
 	@mkdir -p build/home; cd asv_bench; HOME=$(CURDIR)/build/home $(CURDIR)/$(BIN)/asv check -E existing

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 
+from . import _numba_private
 from ._device_text import (
     SUMS,
     Program,
@@ -90,8 +91,7 @@ class Kernel:
             config = self._config(blocks)
         kernel = self._loaded.get(stream.device)
         if kernel is None:
-            self.made.bind()
-            kernel = self._loaded[stream.device] = self.made.library.get_cufunc().kernel
+            kernel = self._loaded[stream.device] = _numba_private.loaded(self.made)
         return _core().launch, stream.core, config, kernel, *args
 
     def _simulate(self, blocks: int, *args: Any) -> None:
@@ -252,15 +252,13 @@ class _Staging:
 
     def send(self, values: np.ndarray, target: Any, stream: Stream) -> None:
         """Enqueue a copy of `values` into the head of `target`."""
-        from numba.cuda.cudadrv import driver
-
         raw = values.view(np.uint8)
         if is_simulated():
-            driver.host_to_device(target, raw, raw.size)
+            _numba_private.send(raw, target, 0)
             return
         piece, done = self._free(raw.size)
         piece[: raw.size] = raw
-        driver.host_to_device(target, piece, raw.size, stream.numba)
+        _numba_private.send(piece[: raw.size], target, stream.numba)
         done.record(stream.numba)
 
     def _free(self, size: int) -> tuple[np.ndarray, Any]:
@@ -304,7 +302,7 @@ class Table:
         """What a kernel is given for its pointer."""
         if self.memory is None or is_simulated():
             return 0 if self.memory is None else self.memory
-        return self.memory.device_ctypes_pointer.value
+        return _numba_private.address(self.memory)
 
 
 # --- launches --------------------------------------------------------------------------------
@@ -457,10 +455,8 @@ class Launch:
 
     def norms(self) -> list[float]:
         """Wait for the norms, and return them row by row."""
-        from numba.cuda.cudadrv import driver
-
         host = np.empty(len(self.program.barriers) * len(self.firsts))
-        driver.device_to_host(host, self.found.memory, host.nbytes, self.stream.numba)
+        _numba_private.fetch(self.found.memory, host, self.stream.numba)
         if not is_simulated():
             self.stream.numba.synchronize()
         return host.tolist()

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from . import _numba_private
 from ._arrays import dtype_name, is_narrow, isnumeric, library_of
 
 Array = Any
@@ -86,15 +87,13 @@ class _Numba(Library):
     to_device = "numba.cuda.to_device(...)"
 
     def address(self, x: Array) -> int:
-        if _is_simulated(x):
-            return int(x._ary.ctypes.data)
-        return x.device_ctypes_pointer.value or 0
+        return _numba_private.address(x)
 
     def device(self, x: Array) -> int:
-        return 0 if _is_simulated(x) or not x.size else int(x.gpu_data.context.device.id)
+        return _numba_private.device(x)
 
     def stream(self, x: Array) -> int:
-        return 0 if not x.stream or _is_simulated(x) else int(x.stream.handle)
+        return 0 if not x.stream or _numba_private.is_simulated(x) else int(x.stream.handle)
 
     def blank(self, x: Array, dtype: str | None = None) -> Array:
         kind = x.dtype if dtype is None else numpy_dtype(dtype)
@@ -105,8 +104,8 @@ class _Numba(Library):
     def assign(self, x: Array, values: Any) -> None:
         if 0 in x.shape:
             return
-        if _is_simulated(x):
-            x._ary[...] = getattr(values, "_ary", values)
+        if _numba_private.is_simulated(x):
+            _numba_private.assign_simulated(x, values)
             return
         if isinstance(values, float):
             values = _cuda().to_device(np.full((1,) * len(x.shape), values, x.dtype))
@@ -218,10 +217,6 @@ def _is_plain_cuda(x: Any) -> bool:
     )
 
 
-def _is_simulated(x: Any) -> bool:
-    return type(x).__name__ == "FakeCUDAArray"
-
-
 def _cuda() -> Any:
     return sys.modules["numba.cuda"]
 
@@ -328,10 +323,10 @@ def assign(x: Array, values: Any) -> None:
 
 def transposed(x: Array, order: Sequence[int]) -> Array:
     """Return a view of an array of Numba with its axes in another order."""
-    if _is_simulated(x):
+    if _numba_private.is_simulated(x):
         return x.transpose(tuple(order))
     shape, strides = tuple(x.shape), tuple(x.strides)
-    return _view(x, tuple(shape[k] for k in order), tuple(strides[k] for k in order))
+    return _numba_private.view(x, tuple(shape[k] for k in order), tuple(strides[k] for k in order))
 
 
 def piece(v: Array, start: int, shape: Sequence[int]) -> Array:
@@ -340,17 +335,13 @@ def piece(v: Array, start: int, shape: Sequence[int]) -> Array:
     if not size:
         return _cuda().device_array(tuple(shape), v.dtype, stream=v.stream)
     part = v[start : start + size]
-    if _is_simulated(v):
+    if _numba_private.is_simulated(v):
         return part.reshape(tuple(shape))
     reach, strides = v.strides[0], []
     for n in reversed(shape):
         strides.append(reach)
         reach *= n
-    return _view(part, tuple(shape), tuple(reversed(strides)))
-
-
-def _view(x: Array, shape: tuple[int, ...], strides: tuple[int, ...]) -> Array:
-    return type(x)(shape, strides, x.dtype, stream=x.stream, gpu_data=x.gpu_data)
+    return _numba_private.view(part, tuple(shape), tuple(reversed(strides)))
 
 
 def vector(size: int, dtype: Any, like: Array) -> Array:

@@ -105,7 +105,7 @@ def _pointer_to(dtype: str) -> Any:
 def _vector_access(lanes: int) -> tuple[Any, Any]:
     """Return intrinsics that load and store so many numbers at once, aligned to their size."""
     from llvmlite import ir
-    from numba.cuda import cgutils, types
+    from numba.cuda import types
     from numba.cuda.extending import intrinsic
 
     def place(context: Any, builder: Any, kind: Any, pointer: Any, at: Any) -> tuple[Any, Any, int]:
@@ -136,7 +136,8 @@ def _vector_access(lanes: int) -> tuple[Any, Any]:
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             where, kind, align = place(context, builder, signature.args[0], *args[:2])
             vector = ir.Constant(kind, ir.Undefined)
-            for k, item in enumerate(cgutils.unpack_tuple(builder, args[2], lanes)):
+            for k in range(lanes):
+                item = builder.extract_value(args[2], k)
                 vector = builder.insert_element(vector, item, ir.Constant(ir.IntType(32), k))
             builder.store(vector, where).align = align
             return context.get_dummy_value()

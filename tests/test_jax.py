@@ -369,7 +369,9 @@ def test_structure():
     assert structure_of(frozen) != structure_of(setup(Adam(), x))
 
 
-@pytest.mark.parametrize("thing", [None, "text", True, object(), 1j, (1, 2)], ids=lambda x: type(x).__name__)
+@pytest.mark.parametrize(
+    "thing", [None, "text", True, object(), 1j, (1, 2)], ids=lambda x: type(x).__name__
+)
 def test_leaves_are_made_of_anything(thing):
     """JAX puts what it likes into trees: nothing is checked then, and no `__init__` runs."""
     for rule in RULES:

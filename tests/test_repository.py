@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -72,7 +74,36 @@ def test_wheels_are_tested_with_tests_that_are_there() -> None:
     assert {"cp311-*", "cp314-*", "cp314t-*"} <= set(settings["build"])
 
 
+PROMISED = {"numba", "numba.cuda", "numba.cuda.types", "numba.cuda.extending"}
+"""What numba-cuda documents for those who build on it."""
+PRIVATE = re.compile(r"\b(?:cudadrv|cgutils|_ary|gpu_data|device_ctypes_pointer|get_cufunc)\b")
+
+
+def imported(tree: ast.AST) -> Iterator[str]:
+    """Yield the modules that a program imports, and what it imports from them."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            submodules = {"numba": {"cuda"}, "numba.cuda": {"types", "extending", "cgutils"}}
+            yield node.module
+            for name in node.names:
+                if name.name in submodules.get(node.module, ()):
+                    yield f"{node.module}.{name.name}"
+
+
 def test_private_parts_of_the_compiler_for_gpus_are_used_in_one_file() -> None:
-    sources = (ROOT / "optimisers").rglob("*.py")
-    users = [path.name for path in sources if "cudadrv" in path.read_text(encoding="utf-8")]
-    assert users == ["_cuda.py"]
+    users = set()
+    for path in (ROOT / "optimisers").rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        modules = {name for name in imported(ast.parse(text)) if name.startswith("numba.cuda")}
+        if modules - PROMISED or PRIVATE.search(text):
+            users.add(path.name)
+    assert users == {"_numba_private.py"}
+
+
+def test_the_next_minor_version_of_the_compiler_for_gpus_is_allowed() -> None:
+    for extra in ("cuda", "cuda12", "cuda13"):
+        (need,) = [n for n in PROJECT["project"]["optional-dependencies"][extra] if "numba-" in n]
+        (least,), (limit,) = re.findall(r">=0\.(\d+)", need), re.findall(r"<0\.(\d+)", need)
+        assert int(limit) >= int(least) + 2, f"{need} has no room for the next minor version"

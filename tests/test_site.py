@@ -89,3 +89,40 @@ def test_a_name_without_a_description_is_missed(tmp_path: Path) -> None:
     assert not list(check_site.missing(site(tmp_path, "", tuple(names))))
     (fault,) = check_site.missing(site(tmp_path, "", tuple(names[1:])))
     assert fault == f"{names[0]} is not described"
+
+
+ASV_PAGE = """<script src="https://cdn.example.org/jquery-3.3.1.min.js" integrity="sha256-x"
+    crossorigin="anonymous" onerror="js_load_failure()"></script>
+<link rel="stylesheet" href="https://cdn.example.org/bootstrap@3.1.1/dist/css/bootstrap.min.css"
+    integrity="sha256-y" crossorigin="anonymous"><a href="https://example.org/">x</a>"""
+
+
+def test_pages_of_asv_load_their_own_copies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asv_pages = pytest.importorskip("asv_pages")
+    package = tmp_path / "package"
+    for name in ("dist/jquery.min.js", "dist/css/bootstrap.min.css", "dist/fonts/x.woff"):
+        (package / name).parent.mkdir(parents=True, exist_ok=True)
+        (package / name).write_text(name)
+    monkeypatch.setattr(asv_pages, "fetch", lambda *_: package)
+    out = tmp_path / "asv"
+    out.mkdir()
+    page = asv_pages.made_whole(ASV_PAGE, out / "vendor", tmp_path)
+    (out / "index.html").write_text(page)
+    assert not list(check_site.foreign(out))
+    assert 'src="vendor/jquery.min.js"' in page
+    assert (out / "vendor/jquery.min.js").read_text() == "dist/jquery.min.js"
+    assert (out / "fonts/x.woff").exists()
+
+
+def test_a_library_of_asv_that_is_not_known_is_refused() -> None:
+    asv_pages = pytest.importorskip("asv_pages")
+    assert {package for package, _ in asv_pages.FILES.values()} == asv_pages.PACKAGES.keys()
+    with pytest.raises(SystemExit, match="does not have"):
+        asv_pages.file_of("https://cdn.example.org/other.js")
+
+
+def test_routes_of_a_script_are_no_dead_links(tmp_path: Path) -> None:
+    check_site.page.cache_clear()
+    assert not list(check_site.dead(site(tmp_path, "<a href='#/summarylist'>x</a>")))
