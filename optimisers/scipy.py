@@ -71,9 +71,10 @@ class Method:
     It takes what ``method="L-BFGS-B"`` takes. `jac` is a function, or True where `fun` returns
     ``(value, gradient)``; without it the gradient is a finite difference, which does not leave the
     bounds. SciPy keeps the text of ``jac="2-point"``, ``"3-point"`` and ``"cs"`` from methods of
-    others, so that the option ``finite_diff`` says which. `bounds` hold by projection after each step, for `x0` too. `callback` is
-    ``callback(intermediate_result)`` or ``callback(xk)``, after each step, and may raise
-    StopIteration. `constraints` are refused; `hess` and `hessp` are not used.
+    others, so that the option ``finite_diff`` says which. `bounds` hold by projection after each
+    step, for `x0` too. `callback` is ``callback(intermediate_result)`` or ``callback(xk)``, after
+    each step, and may raise StopIteration. `constraints` are refused; `hess` and `hessp` are not
+    used.
 
     There is no line search: an iteration is one step of the rule and one call each of `fun` and
     `jac`, so `fun` need not fall from step to step. The result is, as with SciPy's own methods,
