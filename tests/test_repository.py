@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import ast
+import hashlib
+import os
 import re
+import shutil
+import subprocess
+import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -66,12 +71,43 @@ def test_the_recipe_has_the_version_and_the_needs_of_the_project() -> None:
     assert set(PROJECT["build-system"]["requires"]) <= host
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="runs what the release runs on Linux")
+def test_a_release_fills_in_the_sum_of_the_archive(tmp_path: Path) -> None:
+    yaml = pytest.importorskip("yaml")
+    workflow = yaml.safe_load((ROOT / ".github/workflows/release.yml").read_text(encoding="utf-8"))
+    (script,) = [step["run"] for step in workflow["jobs"]["recipe"]["steps"] if "run" in step]
+    shutil.copytree(ROOT / "conda-recipe", tmp_path / "conda-recipe")
+    (tmp_path / "dist").mkdir()
+    (tmp_path / "dist/optimisers-1.tar.gz").write_bytes(b"archive")
+    said = subprocess.run(
+        ["bash", "-ec", f'gh() {{ echo "$@"; }}\n{script}'],
+        cwd=tmp_path,
+        env={**os.environ, "TAG": "v1"},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert said.stdout.split() == [
+        "release",
+        "upload",
+        "v1",
+        "dist/optimisers-1.tar.gz",
+        "recipe.yaml",
+    ]
+    recipe = yaml.safe_load((tmp_path / "recipe.yaml").read_text(encoding="utf-8"))
+    assert recipe["source"]["sha256"] == hashlib.sha256(b"archive").hexdigest()
+
+
 def test_wheels_are_tested_with_tests_that_are_there() -> None:
     settings = PROJECT["tool"]["cibuildwheel"]
     tests = re.findall(r"\{project\}/(tests/\S+)", " ".join(settings["test-command"]))
     assert tests
     assert all((ROOT / test).exists() for test in tests)
-    assert {"cp311-*", "cp314-*", "cp314t-*"} <= set(settings["build"])
+    wanted = {f"cp3{minor}-*" for minor in range(11, 15)} | {"cp314t-*"}
+    assert wanted <= set(settings["build"])
+    assert {*settings["linux"]["archs"]} == {"x86_64", "aarch64"}
+    assert settings["macos"]["archs"]
+    assert settings["windows"]["archs"]
 
 
 PROMISED = {"numba", "numba.cuda", "numba.cuda.types", "numba.cuda.extending"}

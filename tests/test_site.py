@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pkgutil
+import re
 import zlib
 from pathlib import Path
 
@@ -126,3 +128,29 @@ def test_a_library_of_asv_that_is_not_known_is_refused() -> None:
 def test_routes_of_a_script_are_no_dead_links(tmp_path: Path) -> None:
     check_site.page.cache_clear()
     assert not list(check_site.dead(site(tmp_path, "<a href='#/summarylist'>x</a>")))
+
+
+LIBRARIES = {"numpy", "scipy", "torch", "jax"}
+REFERRED = re.compile(r"(?<!`)`~?((?:numpy|scipy|torch|jax)\.[\w.]+)`(?!`)")
+
+
+def inventory(library: str) -> set[str]:
+    """Return the names that a file in docs/inventories has."""
+    text = (ROOT / f"docs/inventories/{library}.txt").read_text(encoding="utf-8")
+    lines = [line.split() for line in text.splitlines()[1:] if line]
+    return {name for role, _, *names in lines if role.startswith("py:") for name in names}
+
+
+def test_what_docstrings_refer_to_is_in_the_inventories() -> None:
+    known = set[str]().union(*map(inventory, LIBRARIES))
+    for path in (ROOT / "optimisers").rglob("[!_]*.py"):
+        referred = set(REFERRED.findall(path.read_text(encoding="utf-8")))
+        assert referred <= known | LIBRARIES, path.name
+
+
+@pytest.mark.parametrize("library", sorted(LIBRARIES))
+def test_what_the_inventories_name_is_there(library: str) -> None:
+    pytest.importorskip(library)
+    for name in inventory(library):
+        assert name.startswith(f"{library}.")
+        pkgutil.resolve_name(name)
