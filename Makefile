@@ -180,7 +180,7 @@ optimisers/_steps.pxi: optimisers/rules.py optimisers/_language.py tools/emit_st
 	@cmp -s $@ $@.new && rm $@.new || mv $@.new $@
 
 $(VENV)/built: $(VENV)/made pyproject.toml setup.py optimisers/_steps.pxi $(wildcard optimisers/*.pyx optimisers/*.h)
-	@echo "building optimisers"
+	@echo "building optimisers, which takes about a minute"
 	@$(PIP) --no-build-isolation --check-build-dependencies --editable .
 	@touch $@
 

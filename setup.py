@@ -81,6 +81,21 @@ SOURCES = {name: [str(path) for path in (KERNELS, STEPS, *HEADERS)] for name in 
 SOURCES["optimisers._dlpack"] = [str(DLPACK)]
 
 
+NO_COMPILER = """no C compiler works here, and the kernels are compiled while optimisers is installed.
+  Debian, Ubuntu   apt install gcc python3-dev
+  Fedora           dnf install gcc python3-devel
+  macOS            xcode-select --install
+  Windows          Build Tools for Visual Studio, with "Desktop development with C++"
+"""
+
+
+def probe(folder: str) -> str:
+    """Return the path of a program in `folder` that any compiler takes."""
+    source = Path(folder, "probe.c")
+    source.write_text("int main(void) { return 0; }\n")
+    return str(source)
+
+
 class BuildKernels(build_ext):
     """Write the steps, then make each variant a module: Cython and C compiler side by side."""
 
@@ -90,6 +105,8 @@ class BuildKernels(build_ext):
             self.parallel = os.cpu_count()
 
     def build_extensions(self) -> None:
+        if not self.compiles():
+            raise SystemExit(NO_COMPILER)
         steps = generate(RULES.read_text(encoding="utf-8"))
         if not STEPS.exists() or STEPS.read_text(encoding="utf-8") != steps:
             STEPS.write_text(steps, encoding="utf-8")
@@ -117,16 +134,23 @@ class BuildKernels(build_ext):
         ext.sources = [str(written)]
         super().build_extension(ext)
 
+    def compiles(self) -> bool:
+        """Tell whether there is a compiler that works."""
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                self.compiler.compile([probe(folder)], output_dir=folder)
+            except (CompileError, OSError):
+                return False
+        return True
+
     def takes(self, *flags: str) -> bool:
         """Tell whether the compiler and linker take `flags`."""
         if not flags:
             return True
         with tempfile.TemporaryDirectory() as folder:
-            source = Path(folder, "probe.c")
-            source.write_text("int main(void) { return 0; }\n")
             try:
                 objects = self.compiler.compile(
-                    [str(source)], output_dir=folder, extra_postargs=list(flags)
+                    [probe(folder)], output_dir=folder, extra_postargs=list(flags)
                 )
                 self.compiler.link_executable(
                     objects, "probe", output_dir=folder, extra_postargs=list(flags)

@@ -12,6 +12,16 @@ array([0.9, 2.1])
 
 import typing as _typing
 
+try:
+    from ._dlpack import Viewer as _Viewer  # noqa: F401 (compiled)
+except ModuleNotFoundError as _error:
+    if _error.name != "optimisers._dlpack":
+        raise
+    raise ImportError(
+        f"these are the sources of optimisers, not built: {__path__[0]}. Leave the folder around "
+        "them to import what you installed, or build them there by `pip install -e .`"
+    ) from None
+
 from . import words as words
 from ._arrays import isnumeric as isnumeric
 from ._arrays import maywrite as maywrite

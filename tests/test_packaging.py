@@ -5,8 +5,10 @@ from __future__ import annotations
 import ast
 import contextlib
 import io
+import os
 import platform
 import runpy
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -204,6 +206,45 @@ def test_gpus_are_named(cuda: object, said: str, monkeypatch: pytest.MonkeyPatch
 
 
 # --- the archives -------------------------------------------------------------------------------
+
+
+UNBUILT = """
+import sys
+sys.meta_path[:] = [finder for finder in sys.meta_path if "Editable" not in str(finder)]
+sys.path.insert(0, sys.argv[1])
+import optimisers
+"""
+
+
+def test_sources_that_are_not_built_say_so(tmp_path: Path) -> None:
+    """A clone shadows what is installed as long as one stays in its folder."""
+    shutil.copytree(
+        PACKAGE, tmp_path / "optimisers", ignore=shutil.ignore_patterns("*.so", "*.pyd")
+    )
+    command = [sys.executable, "-c", UNBUILT, str(tmp_path)]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert run.returncode
+    *_, last = run.stderr.strip().splitlines()
+    assert last.startswith("ImportError: these are the sources of optimisers, not built")
+    assert "pip install -e ." in last
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the compiler is named by a variable")
+def test_a_missing_compiler_is_told_with_what_to_install(tmp_path: Path) -> None:
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "tools", tmp_path / "tools")
+    shutil.copytree(PACKAGE, tmp_path / "optimisers", ignore=shutil.ignore_patterns("*.so"))
+    run = subprocess.run(
+        [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(tmp_path / "lib")],
+        env={**os.environ, "CC": "/nonexistent/cc"},
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert run.returncode
+    assert "apt install gcc python3-dev" in run.stderr
+    assert run.stderr.count("/nonexistent/cc") <= 1
 
 
 @pytest.fixture(scope="module")
