@@ -81,7 +81,7 @@ SOURCES = {name: [str(path) for path in (KERNELS, STEPS, *HEADERS)] for name in 
 SOURCES["optimisers._dlpack"] = [str(DLPACK)]
 
 
-NO_COMPILER = """no C compiler works here, and the kernels are compiled while optimisers is installed.
+NO_COMPILER = """no C compiler works here; the kernels are compiled while optimisers is installed.
   Debian, Ubuntu   apt install gcc python3-dev
   Fedora           dnf install gcc python3-devel
   macOS            xcode-select --install
