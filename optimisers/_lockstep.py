@@ -6,6 +6,7 @@ quick walk, which keeps no paths; only if something does not fit are the trees w
 an error that says where.
 
 A gradient may be less than the model: ``None``, ``()`` or a missing key says that there is none.
+One for what holds no parameter is refused if it says something, unless `trainable` left that out.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from types import SimpleNamespace
 from typing import Any, Protocol, TypeVar
 
 from ._kernels import all_are, same_keys
-from ._nodes import children, is_node, rebuild
+from ._nodes import children, is_node, rebuild, trainable_keys
 from ._path import KeyPath
 from ._tree import child_path, walk
+from ._untrained import holds_lost, is_configuration, is_lost, lost
 
 Array = Any
 Tree = Any
@@ -64,6 +66,7 @@ def gather(
     items: Iterator[tuple[Any, Any]] = iter(enumerate((template,)))
     ms, grads = [model], [grad]  # what stands beside them, under the same keys
     above = []
+    has_looked = False
     try:
         while True:
             for key, s in items:
@@ -83,6 +86,9 @@ def gather(
                         s = ()
                     items = iter(s.items() if s.__class__ is dict else enumerate(s))
                     break
+                elif (g := grads[key]) is not None and not has_looked and is_lost(ms[key], g):
+                    has_looked = True
+                    _refuse_lost(mark, template, model, grad, misfit)
             else:
                 if not above:
                     return marks, xs, gs
@@ -124,9 +130,9 @@ def _rows(
     mark: type[M], template: Tree, model: Tree, grad: Tree, misfit: str
 ) -> Iterator[tuple[KeyPath, M, Array, Any]]:
     """Yield what `gather` finds, with paths, or raise its error with the path."""
-    stack = [(KeyPath(), template, model, grad)]
+    stack = [(KeyPath(), template, model, grad, (None, None))]
     while stack:
-        path, s, m, g = stack.pop()
+        path, s, m, g, above = stack.pop()
         if isinstance(s, mark):
             yield path, s, m, g
         elif s.__class__ is not tuple or s:
@@ -136,7 +142,21 @@ def _rows(
                 raise error.kind(f"at {path}: {error}") from None
             keys = _keys(children(s), children(m), s) or ()
             paths = [child_path(path, m, key) for key in keys]
-            stack += reversed([(p, *b) for p, b in zip(paths, below, strict=True)])
+            stack += reversed([(p, *b, (m, g)) for p, b in zip(paths, below, strict=True)])
+        elif g is not None and is_lost(m, g) and (not path or _is_meant(*above, path[-1], m, g)):
+            raise TypeError(f"at {path}: {lost(m)}")
+
+
+def _is_meant(node: Tree, beside: Tree, key: Any, x: Any, g: Any) -> bool:
+    """Tell whether a gradient of a child that is no parameter was meant to train it."""
+    keys = trainable_keys(node)
+    return (keys is None or key in keys) and not is_configuration(node, beside, x, g)
+
+
+def _refuse_lost(mark: type[M], template: Tree, model: Tree, grad: Tree, misfit: str) -> None:
+    """Raise if a gradient would be lost; the quick walk does not know what `trainable` left out."""
+    for _ in _rows(mark, template, model, grad, misfit):
+        pass
 
 
 def place(mark: type[M], template: Tree, model: Tree, k: int) -> str:
@@ -172,8 +192,11 @@ def _beside(
     try:
         below_g = _below_gradient(m, below_m, g)
     except _MisfitError:
-        if any(isinstance(x, mark) and not x.frozen for _, x in walk(s)):
+        marks = [x for _, x in walk(s) if isinstance(x, mark)]
+        if any(not x.frozen for x in marks):
             raise
+        if not marks and holds_lost(m, g):
+            raise _MisfitError(TypeError, lost(m)) from None
         below_g = {}  # nobody looks at gradients below frozen marks
     return [*below_s.values()], [below_m[k] for k in keys], [below_g.get(k) for k in keys]
 

@@ -28,6 +28,7 @@ from ._arrays import is_immutable, isnumeric
 from ._nodes import trainable_keys
 from ._path import KeyPath
 from ._tree import fold
+from ._untrained import is_unknown_array
 
 Array = Any
 Tree = Any
@@ -90,13 +91,18 @@ def trainables(model: Tree, path: bool = False) -> list[Any]:
     return found if path else [x for _, x in found]
 
 
-def parameters(model: Tree) -> tuple[list[Place], list[int]]:
-    """Return every place of a trainable array, and for each the first that it is tied to."""
+def parameters(model: Tree, unknown: list[Place] | None = None) -> tuple[list[Place], list[int]]:
+    """Return every place of a trainable array, and for each the first that it is tied to.
+
+    To `unknown` are added the places of arrays that would train if their library were known.
+    """
     places: list[Place] = []
 
     def leaf(path: KeyPath, x: Any) -> None:
         if isnumeric(x):
             places.append((path, x))
+        elif unknown is not None and is_unknown_array(x):
+            unknown.append((path, x))
 
     fold(model, leaf, lambda path, x, results: None, keys=trainable_keys)
     return places, owners(places)

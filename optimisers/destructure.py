@@ -34,6 +34,7 @@ from ._nodes import mirror, rebuild, register_leaf, trainable_keys
 from ._path import KeyPath
 from ._ties import View, carry, owners, parameters
 from ._tree import fold, walk
+from ._untrained import refuse_no_tree, tell
 from .words import namespace
 
 Array = Any
@@ -63,8 +64,15 @@ def destructure(model: Model) -> tuple[Any, Restructure[Model]]:
 
     Raises
     ------
+    TypeError
+        If `model` is no tree: a module of PyTorch, an iterator, a class.
     ValueError
         If arrays overlap in memory only in part, or if the model contains itself.
+
+    Warns
+    -----
+    UserWarning
+        If nothing in the model trains, or an array does not, as in `setup`.
 
     Notes
     -----
@@ -229,7 +237,10 @@ class Restructure(Generic[Model]):
     @classmethod
     def _of(cls, model: Model) -> Restructure[Model]:
         re = cls.__new__(cls)
-        places, owner = parameters(model)
+        refuse_no_tree(model, "destructure")
+        unknown: list[tuple[KeyPath, Any]] = []
+        places, owner = parameters(model, unknown)
+        tell(model, bool(places), unknown)
         groups: dict[int, list[int]] = {}
         for j, k in enumerate(owner):
             groups.setdefault(k, []).append(j)

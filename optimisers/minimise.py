@@ -16,7 +16,8 @@ import numpy as np
 from ._arrays import dtype_name, isnumeric, library_of
 from ._rule import Rule
 from ._tree import fmap, walk
-from .state import setup, update, update_
+from ._untrained import refuse_no_tree, tell
+from .state import Leaf, setup, update, update_
 
 Tree = Any
 Model = TypeVar("Model")
@@ -130,10 +131,12 @@ def minimize(
     Raises
     ------
     TypeError, ValueError
-        If a value or a gradient is not what it should be.
+        If a value or a gradient is not what it should be, or the model no tree.
 
     Warns
     -----
+    UserWarning
+        If nothing in the model trains, or an array does not, as in `setup`.
     RuntimeWarning
         If the loss is infinite or NaN. The run then ends; the model returned is the one with that
         loss, after the step that spoilt it.
@@ -168,8 +171,11 @@ def minimize(
             "minimize takes a rule, or None in its place and the state to go on with, which holds "
             f"rules; got rule={rule!r:.60}, state={type(state).__name__}"
         )
+    refuse_no_tree(model, "minimize")
     if rule is not None:
         state = setup(rule, model)
+    elif not any(isinstance(leaf, Leaf) for _, leaf in walk(state)):
+        tell(model, False, ())
     state, model = update(state, model, None)  # copies of both, ties kept
 
     losses: list[float] = []

@@ -26,6 +26,7 @@ from ._rule import Rule, read_only
 from ._ties import carry, laid_out, overlap, parameters, same_elements
 from ._torch import is_tensor
 from ._tree import fmap, fold, walk
+from ._untrained import refuse_no_tree, tell
 
 Array = Any
 Tree = Any
@@ -141,9 +142,16 @@ def setup(rule: Rule, model: Tree) -> Tree:
     Raises
     ------
     TypeError
-        If `rule` is no rule, or one that cannot take a parameter of this dtype.
+        If `rule` is no rule, or one that cannot take a parameter of this dtype; if `model` is no
+        tree: a module of PyTorch, an iterator, a class.
     ValueError
         If parameters overlap in memory only in part, or if the model contains itself.
+
+    Warns
+    -----
+    UserWarning
+        If there is no parameter in the model, or an array of floating numbers that is none, since
+        its library is not known. The message says what is there and what to write.
 
     Notes
     -----
@@ -162,7 +170,10 @@ def setup(rule: Rule, model: Tree) -> Tree:
     if not isinstance(rule, Rule):
         hint = f"; write {rule.__name__}()" if isinstance(rule, type) else ""
         raise TypeError(f"setup takes a rule first, then the model; got {rule!r:.60}{hint}")
-    arrays, owners = parameters(model)
+    refuse_no_tree(model, "setup")
+    unknown: list[tuple[KeyPath, Any]] = []
+    arrays, owners = parameters(model, unknown)
+    tell(model, bool(arrays), unknown)
     made: list[Leaf] = []
     for k, owner in enumerate(owners):
         made.append(_new_leaf(rule, *arrays[k]) if owner == k else made[owner])
@@ -221,7 +232,9 @@ def update(
     Raises
     ------
     TypeError, ValueError
-        If `grad` does not fit `model`; the message names the path.
+        If `grad` does not fit `model`; the message names the path. Also if it has a number or an
+        array other than zero for what is not trained: a number, a list of numbers, an array of
+        whole numbers. What `trainable` leaves out may have a gradient, which is not looked at.
     FloatingPointError
         If a norm is not finite (see `ClipNorm`), or a gradient, if asked for; the message names the
         path, and nothing was updated.

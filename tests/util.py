@@ -32,8 +32,8 @@ from optimisers import (
     update,
     update_,
 )
-from optimisers._arrays import is_narrow
-from optimisers._tree import walk
+from optimisers._arrays import is_narrow, isnumeric
+from optimisers._tree import fmap, walk
 
 Tree = Any
 Array = Any
@@ -237,6 +237,11 @@ def bits(a: Any) -> tuple[Any, ...]:
         digits = [*map(str, flat)] if flat.dtype == np.longdouble else flat.tobytes()
         content += [digits, (part != part).tobytes()]
     return tuple(content)
+
+
+def arrays_alone(tree: Tree) -> Tree:
+    """Return a tree with None for all but arrays of floating numbers, as a gradient has it."""
+    return fmap(lambda x: x if isnumeric(x) else None, tree)
 
 
 def assert_same_bits(got: Tree, expected: Tree) -> None:
