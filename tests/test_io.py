@@ -198,6 +198,7 @@ trees = st.recursive(
 )
 
 
+@pytest.mark.filterwarnings("ignore:nothing to train")
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(tree=trees)
 def test_any_tree_comes_back(tree: Any, path: str) -> None:

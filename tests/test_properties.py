@@ -38,6 +38,8 @@ from optimisers import (
 from optimisers._nodes import is_node, rebuild
 from optimisers._tree import walk
 
+pytestmark = pytest.mark.filterwarnings("ignore:nothing to train")
+
 quick = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
