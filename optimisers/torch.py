@@ -90,6 +90,7 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
 
     ``state[p]`` maps names to tensors; in a chain, the name begins with the position of the rule.
     `load_state_dict` copies them exactly: it does not cast them to the parameter's dtype.
+    What others keep there under names of their own is left alone by `step`.
 
     Unlike optimisers of PyTorch, `step` updates all parameters or, if it raises, none. Gradients
     must be dense, and `step` is not differentiable.
@@ -250,14 +251,18 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
             for p in group["params"]:
                 if (g := p.grad) is not None:
                     kept = self.state.get(p)
-                    if kept is None:
+                    state = self._state(p, rule, kept)
+                    if kept is None or (not kept and not _is_empty(state)):
                         begun.append(len(xs))
-                    leaves.append(_Leaf(rule, self._state(p, rule, kept)))
+                    leaves.append(_Leaf(rule, state))
                     xs.append(p)
                     gs.append(g)
 
         def keep(_: object, new: dict[int, Any], __: object) -> list[Call]:
-            made = {k: dict(_named(new.get(k, leaves[k].state))) for k in {*begun, *new}}
+            made = {
+                k: {**(self.state.get(xs[k]) or {}), **dict(_named(new.get(k, leaves[k].state)))}
+                for k in {*begun, *new}
+            }
             # One call of C; to enter them one by one would ask each tensor for its hash.
             return [(self.state.update, {xs[k]: state for k, state in made.items()})]
 
@@ -272,7 +277,11 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
         fill = self._fillers.get(names)
         if fill is None:
             start = rule.init(p.detach())
-            _check_names(dict(_named(start)), kept, rule, self._path(p))
+            if not kept and not _is_empty(start):
+                return start  # somebody has read it, which leaves an empty dictionary behind
+            expected = dict(_named(start))
+            if not expected.keys() <= kept.keys():  # others may keep entries of their own
+                _check_names(expected, kept, rule, self._path(p))
             fill = self._fillers[names] = _filler(_form_of(start), names)
         return fill(kept)
 
@@ -425,6 +434,10 @@ def _named(state: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     names = getattr(state, "_fields", range(len(state)))
     for name, below in zip(names, state, strict=True):
         yield from _named(below, f"{path}.{name}" if path else str(name))
+
+
+def _is_empty(state: Any) -> bool:
+    return isinstance(state, tuple) and all(map(_is_empty, state))
 
 
 def _form_of(state: Any, path: str = "") -> Any:

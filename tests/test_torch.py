@@ -1214,3 +1214,25 @@ def test_differentiable_is_said_to_be_false():
     assert optimizer.defaults["differentiable"] is False
     assert "lr: 0.001" in repr(optimizer)
     assert optimisers.Adam() == optimizer.rule
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [Adam(0.1), Momentum(0.1), Descent(0.1), OptimiserChain(ClipNorm(1.0), Adam(0.1))],
+    ids=lambda rule: type(rule).__name__,
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_others_may_read_and_keep_what_they_like_in_the_state(rule, dtype):
+    p, q = (torch.nn.Parameter(torch.ones(3, dtype=dtype)) for _ in range(2))
+    guest, plain = Optimizer([p], rule), Optimizer([q], rule)
+    assert len(guest.state[p]) == 0  # which leaves an empty dictionary behind
+    for _ in range(3):
+        p.grad, q.grad = torch.ones_like(p), torch.ones_like(q)
+        guest.step()
+        plain.step()
+        guest.state[p].setdefault("slow", p.detach().clone())
+        assert torch.equal(p, q)
+    kept = dict(guest.state[p])
+    assert torch.equal(kept.pop("slow"), guest.state[p]["slow"])
+    assert kept.keys() == plain.state[q].keys()
+    assert all(torch.equal(kept[name], value) for name, value in plain.state[q].items())
