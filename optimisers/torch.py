@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -308,6 +309,11 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
         ValueError
             If it does not fit the parameters or the rule; the optimiser is then as it was.
 
+        Warns
+        -----
+        UserWarning
+            If a group has a number of another optimiser, such as PyTorch's ``weight_decay``.
+
         Examples
         --------
         >>> import torch
@@ -344,6 +350,26 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
         finally:
             for hook in hooks:
                 hook.remove()
+        self._warn_of_unused()
+
+    def _warn_of_unused(self) -> None:
+        """Warn of numbers of PyTorch's own optimisers in a group, which do nothing here."""
+        unused = {
+            name: group[name]
+            for group in self.param_groups
+            for name in _FOREIGN.keys() & group.keys() - self._names
+            if group[name]  # no decay and no momentum are what there is here
+        }
+        if unused:
+            texts = (
+                f"{name}={value!r:.40}, in place of which write {_FOREIGN[name]}"
+                for name, value in sorted(unused.items())
+            )
+            warnings.warn(
+                f"the saved groups have what does nothing here: {'; '.join(texts)}",
+                UserWarning,
+                stacklevel=3,
+            )
 
     def _indexed(self, saved: dict[str, Any]) -> Iterator[tuple[Any, Tensor]]:
         """Yield the indices of a saved state beside the parameters."""

@@ -6,6 +6,7 @@ import copy
 import importlib
 import io
 import pickle
+import warnings
 from typing import Any
 
 import numpy as np
@@ -1236,3 +1237,24 @@ def test_others_may_read_and_keep_what_they_like_in_the_state(rule, dtype):
     assert torch.equal(kept.pop("slow"), guest.state[p]["slow"])
     assert kept.keys() == plain.state[q].keys()
     assert all(torch.equal(kept[name], value) for name, value in plain.state[q].items())
+
+
+@pytest.mark.parametrize(
+    ("make", "names"),
+    [
+        (lambda ps: torch.optim.SGD(ps, lr=0.3, weight_decay=0.1), ["weight_decay=0.1"]),
+        (lambda ps: torch.optim.Adam(ps, lr=0.3, betas=(0.5, 0.6)), ["betas=(0.5, 0.6)", "eps="]),
+        (lambda ps: torch.optim.SGD(ps, lr=0.3), []),
+    ],
+)
+def test_numbers_of_another_optimiser_in_a_checkpoint_are_warned_of(make, names):
+    p = torch.nn.Parameter(torch.ones(2))
+    optimizer = Optimizer([p], Descent(0.1))
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        optimizer.load_state_dict(make([p]).state_dict())
+    assert optimizer.param_groups[0]["lr"] == 0.3
+    assert len(seen) == bool(names)
+    for name in names:
+        assert name in str(seen[0].message)
+        assert seen[0].filename == __file__
