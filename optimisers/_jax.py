@@ -5,12 +5,14 @@ a) A hyperparameter that crosses into a traced function becomes an array, in flo
    ``1 - 0.999``, of which it is 1e-5. So a number crosses as two: what float32 holds of it
    (``high``), and what that leaves (``low``). Inside, the two are a `Number`.
 b) What a step needs of the numbers is computed from both, in double (`double`, `lifted`), and then
-   cast once, as on the host: these are a few scalars for each array.
+   cast once, as on the host: these are a few scalars for each array. They meet arrays of other
+   dtypes in a step, which JAX may be set to refuse; not there (`promoting`).
 c) Whether there is a step can be a traced question (`AccumGrad`). The answer is a `Maybe`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import ctypes
 import importlib
@@ -195,6 +197,14 @@ def double() -> AbstractContextManager[None]:
     if context is None:  # as in older versions
         context = importlib.import_module("jax.experimental").enable_x64
     return cast("AbstractContextManager[None]", context(True))
+
+
+def promoting() -> AbstractContextManager[Any]:
+    """Let dtypes meet meanwhile, also where JAX is set to refuse that (strict promotion)."""
+    jax = cast(Any, sys.modules.get("jax"))
+    if jax is None or jax.config.jax_numpy_dtype_promotion == "standard":
+        return contextlib.nullcontext()
+    return cast("AbstractContextManager[None]", jax.numpy_dtype_promotion("standard"))
 
 
 def attributes(rule: Any) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from ._jax import (
     is_jax,
     is_tracer,
     lifted,
+    promoting,
     settled,
     with_attributes,
 )
@@ -368,7 +369,9 @@ class ElementwiseRule(Rule):
         """
         state = checked_state(self, state, self.State)
         if self.counts and isinstance(state.t, (int, float)):  # as a file of numbers has it
-            state = state._replace(t=as_like(zero := count_like(x), zero + int(state.t)))
+            zero = count_like(x)
+            known = min(int(state.t), largest_count(zero))
+            state = state._replace(t=as_like(zero, zero + known))
         kept = state[: len(self.slots)]
         given = x
         x, dx, *slots = map(widened, (x, dx, *map(read_only, kept)))
@@ -378,9 +381,10 @@ class ElementwiseRule(Rule):
                     f"{type(self).__name__} keeps {name} of shape {tuple(slot.shape)} for a "
                     f"parameter of shape {tuple(x.shape)}; call setup anew with this model"
                 )
-        t = state.t + 1 if self.counts else None
+        t = counted(state.t) if self.counts else None
         held = {*map(id, (x, dx, *slots))}
-        dx, new = self.step(x, dx, tuple(slots), self._coefs_for(x, t))
+        with promoting():
+            dx, new = self.step(x, dx, tuple(slots), self._coefs_for(x, t))
         made = []
         for old, value in zip(kept, new, strict=True):
             made.append(kept_as(old, _copy(value) if id(value) in held else value))
@@ -394,6 +398,7 @@ class ElementwiseRule(Rule):
         if is_tracer(t) or any(map(holds_traced, attributes(self).values())):
             with double():
                 rule = with_attributes(self, lifted)
+                t = t.astype(np.int64) if is_jax(t) else t  # so that t + 1 is more, and 2 t too
                 return cast_like(x, rule.coefs() if t is None else rule.coefs(t))
         rule = with_attributes(self, settled)
         if t is not None:
@@ -563,6 +568,25 @@ def count_like(x: Any) -> Any:
     if "torch" in xp.__name__:  # on the host, wherever new tensors would go by default
         return xp.asarray(0, dtype=xp.int64, device="cpu")
     return xp.asarray(0, dtype=xp.int64)
+
+
+def largest_count(t: Any) -> int:
+    """Return the largest number that a count like `t` can be."""
+    return int(namespace(t).iinfo(t.dtype).max)
+
+
+def counted(t: Any) -> Any:
+    """Return a count that is one higher, or the same if it is the largest that its dtype holds.
+
+    Counts of JAX arrays are of 32 bits unless it is set to 64. The formulas do not change any more
+    where a count stops; one that went over to negative numbers would stop the parameter.
+    """
+    largest = largest_count(t)
+    if is_tracer(t):
+        return namespace(t).minimum(t, largest - 1) + 1
+    if hasattr(t, "clamp"):  # of PyTorch, which may be mapped, so that nobody knows it
+        return t.clamp(max=largest - 1) + 1
+    return t + 1 if int(t) < largest else t
 
 
 def cast_like(x: Any, numbers: Iterable[Any]) -> tuple[Any, ...]:

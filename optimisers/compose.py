@@ -11,7 +11,7 @@ import numpy as np
 
 from . import _device
 from ._arrays import is_narrow
-from ._jax import Maybe, chosen, is_tracer
+from ._jax import Maybe, chosen, is_tracer, promoting
 from ._rule import (
     Count,
     Order,
@@ -172,7 +172,8 @@ class ClipNorm(Rule):
     static = ("p",)
 
     def apply(self, state: tuple[()], x: Array, dx: Array, *higher: Array) -> tuple[Any, Array]:
-        factor = self.factor(norm(dx, self.p))
+        with promoting():
+            factor = self.factor(norm(dx, self.p))
         _, dx = _Scale(factor).apply((), x, dx)
         return state, dx
 
@@ -180,7 +181,7 @@ class ClipNorm(Rule):
         """Return what a gradient of this norm is multiplied with."""
         if is_traced(norm) or is_traced(self.omega):
             passes = (norm <= self.omega) | (self.omega == math.inf)
-            return where(passes, 1.0, self.omega / norm)
+            return where(passes, 1.0, self.omega / where(passes, 1.0, norm))
         if self.throw and not math.isfinite(norm):
             raise FloatingPointError(
                 f"ClipNorm: the gradient has {self.p:g}-norm {norm}; "
@@ -212,13 +213,16 @@ def norm(x: Array, p: float) -> Any:
     extreme = xp.max(size) if p > 0 else xp.min(size)
     if math.isinf(p):
         return extreme
-    unit = xp.where((extreme > 0) & xp.isfinite(extreme), extreme, xp.ones_like(extreme))
-    total = xp.sum((size / unit) ** p)
+    scales = (extreme > 0) & xp.isfinite(extreme)  # else the norm is the extreme: 0, inf or nan
+    unit = xp.where(scales, extreme, xp.ones_like(extreme))
+    part = size / unit
+    some = part > 0  # a power of 0 may have no derivative
+    total = xp.where(scales, xp.sum(xp.where(some, xp.where(some, part, 1.0) ** p, 0.0)), 1.0)
     if abs(p) >= 1:
         found = unit * total ** (1 / p)
     else:  # by halves: for tiny p the whole root alone would overflow
         found = unit * total ** (0.5 / p) * total ** (0.5 / p)
-    return xp.where((extreme > 0) | (p > 0), found, extreme)
+    return xp.where(scales, found, extreme)
 
 
 class AccumGradState(NamedTuple):
@@ -291,7 +295,7 @@ class AccumGrad(Rule):
         return AccumGradState(total, as_like(state.count, state.count * 0)), mean
 
     def _traced(self, state: AccumGradState, x: Array, dx: Array) -> tuple[AccumGradState, Maybe]:
-        made = state.count + 1 >= self.n
+        made = state.count >= self.n - 1
         (total,), _ = _Hold().apply((state.sum,), x, dx)
         (zero,), mean = _Release(self.n).apply((state.sum,), x, dx)
         counted = AccumGradState(total, as_like(state.count, state.count + 1))

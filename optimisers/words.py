@@ -15,6 +15,7 @@ A step is written with these words and the operators ``+ - * /`` and ``< <= > >=
 
 from __future__ import annotations
 
+import functools
 import importlib
 import math
 import sys
@@ -22,6 +23,8 @@ from typing import Any
 
 import array_api_compat
 import numpy as np
+
+from ._jax import is_tracer
 
 __all__ = [
     "abs2",
@@ -85,8 +88,30 @@ def _beside(x: Any, y: Any) -> Any:
 
 
 def sqrt(x: Any) -> Any:
-    """Square root."""
-    return namespace(x).sqrt(x)
+    """Square root; its derivative at 0 is 0, so that one through a rule is finite there.
+
+    A second moment of 0 means that no gradient has come yet, and then the parameter stays where it
+    is; the slope of the root alone is infinite, and times 0 not a number.
+    """
+    xp = namespace(x)
+    if is_tracer(x):
+        return _traced_sqrt(xp)(x)
+    if _is_tensor(x):
+        differentiates = sys.modules["torch"].is_grad_enabled()
+    else:
+        differentiates = type(x).__module__.partition(".")[0] == "autograd"
+    return _differentiable_sqrt(xp, x) if differentiates else xp.sqrt(x)
+
+
+def _differentiable_sqrt(xp: Any, x: Any) -> Any:
+    zero = x == 0
+    return xp.where(zero, x * 0, xp.sqrt(xp.where(zero, xp.ones_like(x), x)))
+
+
+@functools.cache
+def _traced_sqrt(xp: Any) -> Any:
+    """Return the root as one operation of JAX, which is traced once for all arrays of a shape."""
+    return sys.modules["jax"].jit(functools.partial(_differentiable_sqrt, xp))
 
 
 def absolute(x: Any) -> Any:
@@ -108,7 +133,8 @@ def sign(x: Any) -> Any:
     if _is_tensor(x):  # by `where`, since tensors that are sharded or mapped take no mask
         xp: Any = sys.modules["torch"]
         if x.is_complex():
-            return xp.where(x == 0, xp.zeros_like(x), x / xp.abs(x))
+            zero = x == 0
+            return xp.where(zero, xp.zeros_like(x), x / xp.where(zero, 1, x).abs())
         return xp.where(xp.isnan(x), x, xp.sign(x))
     return namespace(x).sign(x)
 
@@ -160,6 +186,11 @@ def ema_weight(beta: Any, t: Any) -> Any:
     number = isinstance(beta, _REAL)
     if number and isinstance(t, _WHOLE):
         return 1.0 - math.pow(beta, t)
-    xp = namespace(t if number else beta)
-    log = (math.log(beta) if beta > 0 else -math.inf) if number else xp.log(beta)
-    return -xp.expm1(t * log)
+    if number:
+        return -namespace(t).expm1(t * (math.log(beta) if beta > 0 else -math.inf))
+    xp = namespace(beta)
+    return -xp.expm1(t * xp.log(beta + _NEXT_TO_0))
+
+
+_NEXT_TO_0 = 1e-30
+"""Beside any beta but 0 it is nothing; there the logarithm has a derivative by it."""

@@ -6,22 +6,30 @@ import math
 
 import numpy as np
 import pytest
-from util import parametrize
+from util import PUBLIC, example, parametrize
 
 from optimisers import (
+    AccumGrad,
+    Adam,
     ClipGrad,
     ClipNorm,
     Descent,
     MixedPrecision,
+    NAdam,
     OptimiserChain,
+    RAdam,
     RMSProp,
     Rprop,
     WeightDecay,
+    destructure,
     io,
+    minimize,
     setup,
     update,
     update_,
 )
+from optimisers._rule import counted
+from optimisers.words import ema_weight, namespace, sign, sqrt
 
 # --- the variance of a gradient that hardly varies --------------------------------------------
 
@@ -189,3 +197,254 @@ def test_limits_hold_for_groups_of_pytorch():
         with pytest.raises(ValueError, match=f"^Rprop: {next(iter(wrong))}"):
             optimizer.step()
         optimizer.param_groups[0].update(gamma=(1e-6, 50.0), ell=(0.5, 1.2))
+
+
+# --- derivatives where a gradient was zero ------------------------------------------------------
+
+NORMS = [OptimiserChain(ClipNorm(1.0, p), Adam()) for p in (2, 1, 0.5, 3, -1, math.inf, -math.inf)]
+LEARNERS = [
+    *map(example, PUBLIC),
+    *NORMS,
+    MixedPrecision(OptimiserChain(ClipNorm(1.0), AccumGrad(2), Adam())),
+    RMSProp(centred=True),
+]
+
+
+def after_two_steps(rule, theta, x, alive):
+    """Return a number made of the parameter after two steps; where not `alive`, g is 0."""
+    state = setup(rule, x)
+    for _ in range(2):
+        state, x = update(state, x, theta * x * alive)
+    return namespace(x).sum(namespace(x).abs(x) ** 2)
+
+
+@parametrize("rule", LEARNERS)
+@pytest.mark.parametrize("alive", [(1, 0), (0, 0)])
+def test_the_gradient_through_steps_of_a_dead_parameter(rule, alive):
+    jax = pytest.importorskip("jax")
+    x, alive = jax.numpy.asarray([1.0, 2.0]), jax.numpy.asarray(alive)
+
+    def outcome(theta):
+        return after_two_steps(rule, theta, x, alive)
+
+    slope = jax.grad(outcome)(1.3)
+    difference = (outcome(1.31) - outcome(1.29)) / 0.02
+    np.testing.assert_allclose(slope, difference, rtol=5e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("rule", "dtype"), [(Adam(), "bfloat16"), (NORMS[0], "float32"), (NORMS[2], "complex64")]
+)
+def test_every_kind_of_derivative_through_steps_of_a_dead_parameter(rule, dtype):
+    jax = pytest.importorskip("jax")
+    x, alive = jax.numpy.asarray([1.0, 2.0], dtype), jax.numpy.asarray([1, 0]).astype(dtype)
+
+    def outcome(theta):
+        return after_two_steps(rule, theta.astype(dtype), x, alive).astype("float32")
+
+    theta = jax.numpy.asarray(1.3)
+    found = [
+        jax.jacfwd(outcome)(theta),
+        jax.hessian(outcome)(theta),
+        jax.jit(jax.grad(outcome))(theta),
+        jax.vmap(jax.grad(outcome))(jax.numpy.stack([theta, 2 * theta])),
+    ]
+    assert all(np.isfinite(v).all() for v in found), found
+
+
+@pytest.mark.parametrize("beta", [(0.9, 0.999), (0.5, 0.25), (0.0, 0.5)])
+def test_the_gradient_with_respect_to_the_numbers_of_a_rule(beta):
+    jax = pytest.importorskip("jax")
+    x, alive = jax.numpy.asarray([1.0, 2.0]), jax.numpy.asarray([1, 0])
+
+    def outcome(rule):
+        return after_two_steps(rule, 1.3, x, alive)
+
+    eta, (one, two) = jax.grad(lambda eta, beta: outcome(Adam(eta, beta)), (0, 1))(0.1, beta)
+    h = 1e-2
+    difference = (outcome(Adam(0.1 + h, beta)) - outcome(Adam(0.1 - h, beta))) / (2 * h)
+    np.testing.assert_allclose(eta, difference, rtol=1e-2, atol=1e-3)
+    assert np.isfinite([one, two]).all()
+
+
+def test_the_weight_of_an_average_has_the_derivative_that_it_has():
+    jax = pytest.importorskip("jax")
+    for t in 1, 2, 7:
+        for beta in 0.0, 0.1, 0.49, 0.51, 0.9, 0.999:
+            with jax.enable_x64(True):
+                value, slope = jax.value_and_grad(ema_weight)(beta, t)
+            np.testing.assert_allclose(value, 1 - beta**t, rtol=1e-6)
+            np.testing.assert_allclose(slope, -t * beta ** (t - 1), rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@parametrize("cls", [cls for cls in PUBLIC if cls not in (AccumGrad, ClipNorm)])
+@pytest.mark.parametrize("dtype", ["float32", "complex64"])
+def test_the_gradient_through_apply_in_pytorch(cls, dtype):
+    torch = pytest.importorskip("torch")
+    rule, x = example(cls), torch.tensor([1.0, 2.0]).to(getattr(torch, dtype))
+    if getattr(cls, "real_only", False) and x.is_complex():
+        return
+
+    def outcome(theta):
+        state, y = rule.init(x), x
+        for _ in range(2):
+            state, dx = rule.apply(state, y, torch.stack([theta, 0 * theta]).to(x.dtype))
+            y = y - dx
+        return y.abs().square().sum()
+
+    theta = torch.tensor(1.3)
+    found = [
+        torch.func.grad(outcome)(theta),
+        torch.func.jvp(outcome, (theta,), (torch.ones(()),))[1],
+        torch.func.vmap(torch.func.grad(outcome))(torch.stack([theta, 2 * theta])),
+    ]
+    assert all(bool(torch.isfinite(v).all()) for v in found), found
+
+
+@parametrize("rule", [*map(example, PUBLIC), *NORMS])
+def test_the_gradient_through_steps_by_autograd(rule):
+    autograd = pytest.importorskip("autograd")
+    alive = np.array([1.0, 0.0])
+    slope = autograd.grad(lambda theta: after_two_steps(rule, theta, theta * np.ones(2), alive))(
+        1.3
+    )
+    assert np.isfinite(slope)
+
+
+@LIBRARIES
+def test_roots_and_signs_keep_their_values(library):
+    x = library(np.array([0.0, 1e-30, 2.25, math.inf, math.nan], np.float32))
+    np.testing.assert_array_equal(np.asarray(sqrt(x)), np.sqrt(np.asarray(x)))
+    jax = pytest.importorskip("jax")
+    y = jax.numpy.asarray(np.asarray(x))
+    np.testing.assert_array_equal(jax.jit(sqrt)(y), np.sqrt(np.asarray(x)))
+    np.testing.assert_array_equal(jax.vmap(jax.grad(sqrt))(y)[:4], [0, *0.5 / np.sqrt(y[1:4])])
+
+
+def test_the_sign_of_a_complex_zero_has_a_derivative_in_pytorch():
+    torch = pytest.importorskip("torch")
+    z = torch.tensor([0j, 3 + 4j], requires_grad=True)
+    value = sign(z)
+    value.real.sum().backward()
+    np.testing.assert_allclose(value.detach(), [0, 0.6 + 0.8j], rtol=1e-6)
+    assert bool(torch.isfinite(z.grad.abs()).all())
+
+
+# --- counts at their end ------------------------------------------------------------------------
+
+
+def at_count(state, t):
+    """Return a state whose counts are all `t`, in their own dtypes."""
+    if isinstance(state, tuple):
+        named = hasattr(state, "_make")
+        made = [
+            np.asarray(t, a.dtype) if name == "t" else at_count(a, t)
+            for name, a in zip(state._fields if named else [None] * len(state), state, strict=True)
+        ]
+        return type(state)._make(made) if named else tuple(made)
+    return state
+
+
+COUNTING = [cls for cls in PUBLIC if getattr(cls, "counts", False)]
+LAST = 2**31 - 1
+
+
+@parametrize("rule", [*(cls(0.1) for cls in COUNTING), MixedPrecision(OptimiserChain(NAdam(0.1)))])
+def test_counts_of_jax_arrays_stop_at_their_end(rule):
+    jax = pytest.importorskip("jax")
+    x, g = jax.numpy.ones(2), jax.numpy.asarray([1.0, -2.0])
+    late, later = setup(rule, x), setup(rule, np.ones(2, np.float32))
+    late.state, later.state = at_count(late.state, LAST - 1), at_count(later.state, LAST - 1)
+    _, expected = update(later, np.ones(2, np.float32), np.asarray(g))
+    for call in update, jax.jit(update):
+        state, y = late, x
+        for k in range(3):
+            state, y = call(state, y, g)
+            if k == 0:
+                np.testing.assert_allclose(y, expected, rtol=1e-5)
+        leaves = jax.tree_util.tree_leaves(state)
+        assert [int(a) for a in leaves if getattr(a, "dtype", None) == "int32"] == [LAST]
+        assert np.isfinite(y).all()
+        assert (np.abs(y - x) > 0.01).all()
+
+
+@parametrize("library", [_as_numpy, _as_jax, _as_torch])
+@pytest.mark.parametrize("dtype", ["int8", "int32", "int64"])
+def test_a_count_goes_up_by_one_and_stops(library, dtype):
+    largest = int(np.iinfo(dtype).max)
+    with pytest.importorskip("jax").enable_x64(True):
+        for t, expected in [(0, 1), (6, 7), (largest - 1, largest), (largest, largest)]:
+            count = library(np.asarray(t, dtype))
+            after = counted(count)
+            assert after.dtype == count.dtype
+            assert int(after) == expected
+
+
+@pytest.mark.parametrize("call", [update, update_])
+@LIBRARIES
+def test_the_largest_count_of_all_goes_on(call, library):
+    x = library(np.ones(2))
+    state = setup(Adam(0.1), x)
+    last = np.iinfo(str(state.state.t.dtype).removeprefix("torch.")).max
+    state.state = state.state._replace(t=library(np.full((), last, f"int{last.bit_length() + 1}")))
+    for _ in range(2):
+        state, x = call(state, x, library(np.ones(2)))
+    assert int(state.state.t) == last
+    assert (np.asarray(x) < 1).all()
+
+
+# --- strict promotion in JAX --------------------------------------------------------------------
+
+STRICT = [
+    *map(example, PUBLIC),
+    RAdam(0.01, (0.8, 0.5)),
+    RMSProp(centred=True),
+    OptimiserChain(ClipNorm(1.0, 0), Adam()),
+    OptimiserChain(ClipNorm(1.0, 1), AccumGrad(2), WeightDecay(0.1), Adam()),
+    MixedPrecision(OptimiserChain(ClipNorm(1.0), AccumGrad(2), Adam())),
+]
+
+
+@parametrize("rule", STRICT)
+@pytest.mark.parametrize("dtype", ["bfloat16", "complex64"])
+def test_strict_promotion_gives_the_same_numbers(rule, dtype):
+    jax = pytest.importorskip("jax")
+    x, g = jax.numpy.asarray([[1.0, 2.0]], dtype), jax.numpy.asarray([[3.0, -4.0]], dtype)
+    try:
+        state = setup(rule, x)
+    except TypeError:  # real parameters only
+        return
+    expected = update(*update(state, x, g), g)[1]
+    with jax.numpy_dtype_promotion("strict"):
+        for call in update, jax.jit(update):
+            got = call(*call(setup(rule, x), x, g), g)[1]
+            assert got.dtype == x.dtype
+            np.testing.assert_allclose(got, expected, rtol=1e-5)
+
+
+def test_strict_promotion_beside_other_ways_to_take_a_step():
+    jax, optax = pytest.importorskip("jax"), pytest.importorskip("optax")
+    from optimisers.optax import from_optax, to_optax
+
+    model = {"w": jax.numpy.ones((2, 3)), "b": jax.numpy.ones(())}
+    grad = jax.tree.map(lambda x: 3 * x, model)
+
+    def loss(model):
+        return (model["w"] ** 2).sum() + model["b"] ** 2
+
+    with jax.numpy_dtype_promotion("strict"):
+        chain = OptimiserChain(ClipNorm(1.0), RAdam())
+        tx = to_optax(chain)
+        updates, _ = jax.jit(tx.update)(grad, tx.init(model), model)
+        assert optax.apply_updates(model, updates)["w"].dtype == "float32"
+        flat, re = destructure(model)
+        _, flat = jax.jit(update)(setup(chain, flat), flat, jax.grad(lambda v: loss(re(v)))(flat))
+        found = minimize(loss, model, chain, 3, value_and_grad=jax.value_and_grad, progress=False)
+        assert found.history.loss[-1] < found.history.loss[0]
+        rule = from_optax(optax.sgd(0.1))
+        update(setup(rule, model), model, grad)
+        jax.jit(update)(setup(rule, model), model, grad)
+        eta = jax.numpy.asarray(0.1)
+        stepped = jax.jit(lambda eta: update(setup(chain.adjust(eta=eta), model), model, grad))
+        assert stepped(eta)[1]["w"].dtype == "float32"
