@@ -33,7 +33,7 @@ FLOORS = [
     {"words", "_language", "_numba", "_nodes", "_jax", "_torch", "_device", "io._safetensors"}
     | {"_kernels", "_kernels_avx2", "_kernels_avx512"},
     {"_rule", "_tree", "_device_words"},
-    {"_device_text"},
+    {"_device_text", "_untrained"},
     {"_cuda", "_device_plans"},
     {"_device_batch"},
     {"rules", "_pytree", "_ties", "_lockstep"},
