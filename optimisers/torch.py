@@ -134,6 +134,7 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
 
     def _forget(self) -> None:
         self._rules: dict[int, tuple[Any, Rule]] = {}
+        self._lengths: dict[int, int] = {}  # of the groups, when their entries were looked at
         self._start: tuple[Rule, Group] | None = None  # the rule, and what groups start with
         self._fillers: dict[tuple[str, ...], Callable[[dict[str, Any]], Any]] = {}
 
@@ -217,6 +218,8 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
 
     def _rule_of(self, number: int, group: Group) -> Rule:
         """Return the rule of a group; the same object as long as its numbers are the same."""
+        if self._lengths.get(number) != len(group):  # somebody has added an entry
+            self._warn_of_unused(stacklevel=5)
         numbers = self._numbers(group)
         known, rule = self._rules.get(number, (None, self.rule))
         if known != numbers:
@@ -350,10 +353,11 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
         finally:
             for hook in hooks:
                 hook.remove()
-        self._warn_of_unused()
+        self._warn_of_unused(stacklevel=3)
 
-    def _warn_of_unused(self) -> None:
+    def _warn_of_unused(self, stacklevel: int) -> None:
         """Warn of numbers of PyTorch's own optimisers in a group, which do nothing here."""
+        self._lengths = dict(enumerate(map(len, self.param_groups)))
         unused = {
             name: group[name]
             for group in self.param_groups
@@ -366,9 +370,9 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
                 for name, value in sorted(unused.items())
             )
             warnings.warn(
-                f"the saved groups have what does nothing here: {'; '.join(texts)}",
+                f"the parameter groups have what does nothing here: {'; '.join(texts)}",
                 UserWarning,
-                stacklevel=3,
+                stacklevel=stacklevel,
             )
 
     def _indexed(self, saved: dict[str, Any]) -> Iterator[tuple[Any, Tensor]]:

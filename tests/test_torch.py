@@ -1258,3 +1258,19 @@ def test_numbers_of_another_optimiser_in_a_checkpoint_are_warned_of(make, names)
     for name in names:
         assert name in str(seen[0].message)
         assert seen[0].filename == __file__
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("weight_decay", 0.5), ("betas", (0.1, 0.1)), ("eps", 10.0)]
+)
+def test_numbers_that_do_nothing_are_warned_of_where_they_are_set_later(name, value):
+    p = torch.nn.Parameter(torch.ones(2))
+    optimizer = Optimizer([p], AdamW(0.1))
+    p.grad = torch.ones(2)
+    optimizer.step()
+    optimizer.param_groups[0][name] = value
+    with pytest.warns(UserWarning, match=name) as seen:
+        optimizer.step()
+    assert len(seen) == 1
+    assert seen[0].filename == __file__
+    optimizer.step()  # in silence: once is enough
