@@ -18,10 +18,11 @@ from typing import Any
 import numpy as np
 
 from . import _device, _torch
-from ._arrays import is_narrow, isnumeric
+from ._arrays import is_narrow, isnumeric, maywrite
 from ._jax import Number, is_jax, is_tracer, with_attributes
+from ._nodes import children, rebuild
 from ._rule import ElementwiseRule, Rule, for_step, moved, read_only
-from ._ties import carry
+from ._ties import carry, overlap
 from .words import is_complex, namespace
 
 Array = Any
@@ -217,7 +218,64 @@ def writing(x: Array, new: Array) -> Call:
         return _torch.writing(x, new)
     if _device.is_numba(x):
         return _device.assign, x, new
+    if isinstance(x, np.ndarray):
+        x = np.asarray(x)  # a subclass may write in a way of its own, or refuse to
     return operator.setitem, x, ..., new
+
+
+def rewritten(old: Any, new: Any) -> tuple[Any, list[tuple[Array, Array]]]:
+    """Return the state that takes the place of `old`, and what is to be written into its arrays.
+
+    Its arrays are those of `old`, wherever they can be written and hold what `new` has there; if
+    nothing else differs, it is `old` itself.
+    """
+    writes: list[tuple[Array, Array]] = []
+    state = _kept(old, new, writes)
+    return state, [(a, _unwritten(b, a, writes)) for a, b in writes]
+
+
+def _kept(old: Any, new: Any, writes: list[tuple[Array, Array]]) -> Any:
+    if old is new:
+        return old
+    if _can_hold(old, new):
+        if any(overlap([(0, old), (1, other)]) for other, _ in writes):
+            return new  # two parts of one state were one array, which the step has set apart
+        writes.append((old, new))
+        return old
+    before, after = children(old), children(new)
+    in_rows = isinstance(old, tuple | list) and isinstance(new, tuple | list)
+    fits = len(before) == len(after) if in_rows else before.keys() == after.keys()
+    if not after or not fits or not (in_rows or type(old) is type(new)):
+        return new
+    olds = [*before.values()] if in_rows else [before[key] for key in after]
+    parts = [_kept(a, b, writes) for a, b in zip(olds, after.values(), strict=True)]
+    if all(map(operator.is_, parts, after.values())):
+        return new
+    has_items_alone = type(old) in (tuple, list, dict) or hasattr(old, "_fields")
+    return old if has_items_alone and all(map(operator.is_, parts, olds)) else rebuild(new, parts)
+
+
+def _can_hold(x: Any, new: Any) -> bool:
+    """Tell whether `x` is an array into which the numbers of `new` can be written as they are."""
+    if _torch.is_tensor(x):
+        return _torch.can_hold(x, new)
+    if isinstance(x, np.ndarray):
+        if not isinstance(new, np.ndarray | np.generic) or x.shape != new.shape:
+            return False
+        return x.dtype.newbyteorder("=") == new.dtype.newbyteorder("=") and maywrite(x)
+    lib = _device.library(x)
+    if lib is None or lib is not _device.library(new) or x.shape != new.shape:
+        return False
+    return bool(x.dtype == new.dtype and lib.device(x) == lib.device(new) and maywrite(x))
+
+
+def _unwritten(values: Array, x: Array, writes: list[tuple[Array, Array]]) -> Array:
+    """Return `values`, or a copy where they lie in an array other than `x` that is written."""
+    others = [a for a, _ in writes if a is not x and isinstance(a, np.ndarray)]
+    lies_there = isinstance(values, np.ndarray) and any(
+        np.may_share_memory(values, a) for a in others
+    )
+    return fresh(values) if lies_there else values
 
 
 def at_once(calls: Iterable[Call]) -> None:

@@ -18,6 +18,7 @@ import contextlib
 import functools
 import importlib
 import itertools
+import operator
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -29,11 +30,20 @@ import numpy as np
 
 from . import _device, _torch, rules, words
 from . import _kernels as baseline
-from ._arraypath import Call, at_once, blank, checked_gradient, evaluate, is_finite, writing
+from ._arraypath import (
+    Call,
+    at_once,
+    blank,
+    checked_gradient,
+    evaluate,
+    is_finite,
+    rewritten,
+    writing,
+)
 from ._arrays import isnumeric, library_of, maywrite
 from ._jax import attributes, holds_traced, is_jax, is_tracer, settled, with_attributes
 from ._rule import ElementwiseRule, Rule, widened
-from ._ties import overlap
+from ._ties import overlap, span
 from .compose import AccumGrad, ClipNorm, MixedPrecision, MixedPrecisionState, OptimiserChain
 
 Array = Any
@@ -99,6 +109,10 @@ _array_only: set[type] = set()
 """Rules whose steps Numba could not compile."""
 _found: dict[tuple[type, bool], tuple[int, int]] = {}
 _compiling = threading.Lock()
+
+
+_Stored = tuple[int, Array, Array]
+"""A place, an array of its parameter or state, and what is to be written into it."""
 
 
 class _Kit(NamedTuple):
@@ -328,7 +342,7 @@ def advance(
         raise
     new_x, new_state = batch.new_x, batch.new_state
     on_device: Any = None
-    stored: dict[int, Array] = {}
+    stored: list[_Stored] = []
     bad: set[int] = set()
     for k in rest:
         leaf, x = leaves[k], xs[k]
@@ -357,13 +371,15 @@ def advance(
                 raise
         elif _take(batch, k, leaf, x, g):
             continue
-        new_state[k], new = _evaluated(k, leaf, x, g, higher, where)
-        if new is None:
-            continue
-        if in_place and maywrite(x) and not is_tracer(new):
-            stored[k] = new
-        else:
+        made, new = _evaluated(k, leaf, x, g, higher, where)
+        if in_place and new is not None and maywrite(x) and not is_tracer(new):
+            stored.append((k, x, new))
+        elif new is not None:
             new_x[k] = new
+        if in_place:
+            made, writes = rewritten(leaf.state, made)
+            stored += [(k, *write) for write in writes]
+        new_state[k] = made
     if judges:
         bad.update(batch.nonfinite())
         for k in batch.places() if higher else ():
@@ -378,24 +394,25 @@ def advance(
         return advance(leaves, xs, gs, higher, where, in_place, beside=beside, skipped=passed)
     clash = batch.settle() or (on_device and on_device.settle())
     by_cuda = on_device.places() if on_device else []
-    if clash := clash or (stored and _clash(batch, xs, [*by_cuda, *stored])):
+    if clash := clash or (stored and _clash(batch, leaves, xs, by_cuda, stored)):
         raise overlapping(*map(where, clash))
     try:
         if on_device:
             on_device.measure()
         if (in_place and (rest or tensors or skipped)) or beside is not None or on_device:
-            writes: list[Call] = [(batch.run,)]
+            calls: list[Call] = [(batch.run,)]
             if on_device:
-                writes += on_device.calls()
+                calls += on_device.calls()
+            calls += [writing(x, values) for _, x, values in stored]
             if in_place:
-                writes += _stores(leaves, xs, stored, new_state)
-                writes += _counts(leaves, skipped)
+                calls += [(setattr, leaves[k], "state", new) for k, new in new_state.items()]
+                calls += _counts(leaves, skipped)
             if beside is not None:
-                writes += beside(new_x, new_state, skipped)
+                calls += beside(new_x, new_state, skipped)
             if in_place and tensors:
                 seen_by_torch = {*batch.places(), *by_cuda}.intersection(tensors)
-                writes.append(_torch.noting([xs[k] for k in seen_by_torch]))
-            at_once(writes)
+                calls.append(_torch.noting([xs[k] for k in seen_by_torch]))
+            at_once(calls)
         else:
             batch.run()
     except FloatingPointError as error:
@@ -423,14 +440,6 @@ def _evaluated(
     except Exception as error:
         _note(error, leaf, where(k))
         raise
-
-
-def _stores(
-    leaves: list[Any], xs: list[Array], stored: dict[int, Array], new_state: dict[int, Any]
-) -> list[Call]:
-    """Return the calls that store what the array path has made."""
-    parameters = [writing(xs[k], new) for k, new in stored.items()]
-    return parameters + [(setattr, leaves[k], "state", new) for k, new in new_state.items()]
 
 
 def _counts(leaves: list[Any], skipped: Sequence[int]) -> list[Call]:
@@ -517,10 +526,31 @@ def overlapping(one: str, other: str) -> ValueError:
     )
 
 
-def _clash(batch: Any, xs: list[Array], others: list[int]) -> tuple[int, int] | None:
-    """Return two places whose parameters share memory, if two of those that are written do."""
-    written = [k for k in (*batch.places(), *others) if k not in batch.new_x]
-    return overlap([(k, xs[k]) for k in sorted(written)])
+def _clash(
+    batch: Any, leaves: list[Any], xs: list[Array], by_cuda: list[int], stored: list[_Stored]
+) -> tuple[int, int] | None:
+    """Return two places where the same memory would be written, if one of them is in `stored`.
+
+    `batch` is settled, and sees to it that nothing of its own clashes.
+    """
+    written = [(k, x) for k, x, _ in stored] + [(k, xs[k]) for k in by_cuda]
+    if clash := overlap(written):
+        return clash
+    if not any(batch.writes(*extent) for _, x, _ in stored if (extent := span(x))):
+        return None
+    taken = [k for k in batch.places() if k not in batch.new_x]
+    states = [(k, a) for k in taken for a in _arrays_in(leaves[k].state)]
+    arrays = [*written, *((k, xs[k]) for k in taken), *states]
+    return overlap(sorted(arrays, key=operator.itemgetter(0)))
+
+
+def _arrays_in(state: Any) -> Iterator[np.ndarray]:
+    """Yield the arrays of a state that the kernels have taken."""
+    if isinstance(state, tuple):
+        for part in state:
+            yield from _arrays_in(part)
+    elif isinstance(state, np.ndarray):
+        yield state
 
 
 def _device_batch(batch: Any, in_place: bool) -> Any:

@@ -1251,6 +1251,10 @@ cdef class Batch:
         self.kept.append(copy)
         return cnp.PyArray_BYTES(copy)
 
+    def writes(self, uintptr_t low, uintptr_t high):
+        """Tell whether the run writes between two addresses; after `settle`."""
+        return self.is_written(low, high - low)
+
     cdef bint is_written(self, uintptr_t low, Py_ssize_t bytes) noexcept:
         """Tell whether the run writes any of these bytes (spans are sorted and apart)."""
         cdef Span* spans = <Span*> self.work.spans.data

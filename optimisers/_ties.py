@@ -269,6 +269,12 @@ def _memory(x: Array) -> _Memory | None:
     return None
 
 
+def span(x: Array) -> tuple[int, int] | None:
+    """Return the lowest address of an array and the one behind it, where it lies on the host."""
+    memory = _memory(x)
+    return None if memory is None or "cuda" in memory.device else (memory.low(), memory.high())
+
+
 def same_elements(a: Array, b: Array) -> bool:
     """Tell whether two arrays are the same, or views of exactly the same elements."""
     if a is b:

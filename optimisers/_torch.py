@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from ._arrays import is_narrow
+from ._arrays import is_narrow, maywrite
 from ._dlpack import Viewer
 
 Tensor = Any
@@ -206,6 +206,22 @@ def fresh(x: Tensor) -> Tensor:
 def blank(x: Tensor) -> Tensor:
     """Return an empty tensor like `x`, outside of any graph."""
     return sys.modules["torch"].empty_like(x.detach())
+
+
+def can_hold(x: Tensor, new: Any) -> bool:
+    """Tell whether the numbers of `new` can be written into a tensor as they are."""
+    torch: Any = sys.modules["torch"]
+    if not is_tensor(new) or x.shape != new.shape or x.dtype != new.dtype:
+        return False
+    if x.device != new.device or x.layout is not torch.strided or not maywrite(x):
+        return False
+    if x.is_inference() and not torch.is_inference_mode_enabled():
+        return False
+    try:
+        x.data_ptr(), new.data_ptr()
+    except RuntimeError:  # they are being traced or transformed
+        return False
+    return True
 
 
 def writing(x: Tensor, new: Any) -> tuple[Any, Tensor]:

@@ -257,11 +257,12 @@ def update_(
 ) -> tuple[Tree, Model]:
     """Take one step in place.
 
-    Like `update`, but writes into the writable arrays of `model` and into `state`. If it raises,
-    both are as they were. An interrupt (Ctrl-C) finds the step not begun, or whole: in `state`, in
-    what it counts, and in the arrays that can be written. Of others, such as those of JAX, the new
-    ones are in the model that is returned: where an interrupt comes before that, `state` may be one
-    step ahead of the model that you have. Only `update` leaves you both as they were.
+    Like `update`, but writes into the writable arrays of `model` and into those of `state`, however
+    they lie in memory: what else is a view of them sees the step. If it raises, both are as they
+    were. An interrupt (Ctrl-C) finds the step not begun, or whole: in `state`, in what it counts,
+    and in the arrays that can be written. Of others, such as those of JAX, the new ones are in the
+    model that is returned: where an interrupt comes before that, `state` may be one step ahead of
+    the model that you have. Only `update` leaves you both as they were.
 
     Parameters
     ----------
@@ -272,7 +273,8 @@ def update_(
     -------
     (state, model)
         The state tree given, and the model given, unless it holds read-only or immutable arrays:
-        these are replaced in the model that is returned.
+        these are replaced in the model that is returned. Such arrays of a state are replaced in
+        its leaves.
 
     Raises
     ------
