@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from . import _device, _torch
-from ._arrays import is_narrow, isnumeric, maywrite
+from ._arrays import is_narrow, isnumeric, maywrite, refuse_masked
 from ._jax import Number, is_jax, is_tracer, with_attributes
 from ._nodes import children, rebuild
 from ._rule import ElementwiseRule, Rule, for_step, moved, read_only
@@ -42,6 +42,11 @@ def checked_gradient(g: Any, x: Array, where: Callable[[], str]) -> Array | None
     """
     if g is None or (type(g) is tuple and not g) or _is_symbolic_zero(g):
         return None
+    refuse_masked(
+        g,
+        lambda: f"gradient at {where()}",
+        ".filled(0) takes it for zeros, and None says that there is no gradient",
+    )
     on_device = _device.library(x) is not None
     if on_device and _device.library(g) is not None and not _torch.is_tensor(g):
         return _device.gradient(g, x, where)
@@ -115,7 +120,7 @@ def _as_numpy(g: Any) -> np.ndarray:
 def _plain(a: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """Return `a` as an aligned array in native byte order, itself if it is one."""
     with np.errstate(all="ignore"):
-        return np.require(a, dtype, "A").view(np.ndarray)
+        return np.require(np.asarray(a), dtype, "A")
 
 
 # --- one leaf --------------------------------------------------------------------------------
@@ -167,7 +172,8 @@ def opened(value: Any) -> Any:
 def _apart(state: Any, given: list[Array]) -> Any:
     """Return a state that shares no memory with arrays that were `given` to the rule."""
     if isinstance(state, np.ndarray):
-        shared = any(isinstance(a, np.ndarray) and np.may_share_memory(state, a) for a in given)
+        arrays = [np.asarray(a) for a in given if isinstance(a, np.ndarray)]
+        shared = any(np.may_share_memory(np.asarray(state), a) for a in arrays)
         return fresh(state) if shared else state
     if type(state) is tuple:
         return tuple(_apart(part, given) for part in state)
@@ -182,7 +188,7 @@ def _apart(state: Any, given: list[Array]) -> Any:
 def fresh(state: Any) -> Any:
     """Return a copy of a state that shares no memory with it."""
     if isinstance(state, np.ndarray):
-        return np.array(state, order="K", subok=True)
+        return np.array(state, order="K", subok=not isinstance(state, np.memmap))
     if type(state) is tuple:
         return tuple(map(fresh, state))
     if isinstance(state, tuple) and hasattr(state, "_make"):
@@ -199,13 +205,23 @@ def fresh(state: Any) -> Any:
 def blank(state: Any) -> Any:
     """Return a state of the same form whose arrays are still empty; the rest is copied."""
     if isinstance(state, np.ndarray):
-        return np.empty_like(state)
+        return np.empty_like(np.asarray(state))
     if isinstance(state, tuple):
         return tuple.__new__(type(state), map(blank, state))
     if _torch.is_tensor(state):
         return _torch.blank(state)
     lib = _device.library(state)
     return fresh(state) if lib is None else lib.blank(state)
+
+
+def refuse_masked_state(state: Any, where: Callable[[], str]) -> None:
+    """Raise if an array of a state has a mask."""
+    if isinstance(state, dict):
+        state = [*state.values()]
+    if isinstance(state, tuple | list):
+        for part in state:
+            refuse_masked_state(part, where)
+    refuse_masked(state, lambda: f"in the state at {where()}", "its .filled(0) is an array")
 
 
 Call = tuple[Any, ...]
@@ -271,7 +287,7 @@ def _can_hold(x: Any, new: Any) -> bool:
 
 def _unwritten(values: Array, x: Array, writes: list[tuple[Array, Array]]) -> Array:
     """Return `values`, or a copy where they lie in an array other than `x` that is written."""
-    others = [a for a, _ in writes if a is not x and isinstance(a, np.ndarray)]
+    others = [np.asarray(a) for a, _ in writes if a is not x and isinstance(a, np.ndarray)]
     lies_there = isinstance(values, np.ndarray) and any(
         np.may_share_memory(values, a) for a in others
     )

@@ -13,7 +13,18 @@ from typing import Any, cast
 
 import numpy as np
 
-__all__ = ["dtype_name", "is_immutable", "is_narrow", "isnumeric", "library_of", "maywrite"]
+__all__ = [
+    "dtype_name",
+    "is_immutable",
+    "is_narrow",
+    "isnumeric",
+    "library_of",
+    "maywrite",
+    "of_class",
+    "plain",
+    "refuse_masked",
+    "refuse_masked_parameter",
+]
 
 
 def isnumeric(x: object) -> bool:
@@ -96,6 +107,47 @@ def is_immutable(x: object) -> bool:
     autograd stands for an array of NumPy.
     """
     return library_of(type(x)) == "jax"
+
+
+def is_masked(x: object) -> bool:
+    """Tell whether `x` is an array with a mask, under which there is no value."""
+    for module, name in (("numpy.ma", "MaskedArray"), ("torch.masked", "MaskedTensor")):
+        cls = getattr(sys.modules.get(module), name, None)
+        if cls is not None and isinstance(x, cls):
+            return True
+    return False
+
+
+def refuse_masked(x: object, what: Callable[[], str], mend: str) -> None:
+    """Raise if `x` is an array with a mask; `what()` says what is expected and where."""
+    if type(x) is not np.ndarray and is_masked(x):
+        raise TypeError(
+            f"{what()}: expected an array of numbers, got a masked one ({type(x).__name__}), and "
+            f"under a mask there is no number; {mend}"
+        )
+
+
+def refuse_masked_parameter(x: object, where: Callable[[], object]) -> None:
+    """Raise if `x`, which is to be trained, is an array with a mask."""
+    refuse_masked(x, lambda: f"at {where()}", "train its .data, or its .filled(0)")
+
+
+def of_class(x: object, values: Any) -> Any:
+    """Return an array of NumPy as one of the class of `x`, made from `x`, over the same memory.
+
+    So `__array_finalize__` hands on what `x` carries. A mapped file, whose memory is elsewhere, is
+    but an array here.
+    """
+    if type(x) is np.ndarray or not isinstance(x, np.ndarray) or isinstance(x, np.memmap):
+        return values
+    if not isinstance(values, np.ndarray):
+        return values
+    return np.ndarray.__array_wrap__(x, values)  # not that of the class, which may do anything
+
+
+def plain(x: Any) -> Any:
+    """Return an array of a subclass of NumPy's as one of NumPy's own; anything else as it is."""
+    return np.asarray(x) if isinstance(x, np.ndarray) else x
 
 
 _FLOATING = frozenset("fc")

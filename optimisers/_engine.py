@@ -37,10 +37,11 @@ from ._arraypath import (
     checked_gradient,
     evaluate,
     is_finite,
+    refuse_masked_state,
     rewritten,
     writing,
 )
-from ._arrays import isnumeric, library_of, maywrite
+from ._arrays import isnumeric, library_of, maywrite, of_class, refuse_masked_parameter
 from ._jax import attributes, holds_traced, is_jax, is_tracer, settled, with_attributes
 from ._rule import ElementwiseRule, Rule, widened
 from ._ties import overlap, span
@@ -328,6 +329,7 @@ def advance(
     if judges and on_nonfinite not in NONFINITE:
         known = ", ".join(map(repr, NONFINITE))
         raise ValueError(f"on_nonfinite must be one of {known}; got {on_nonfinite!r}")
+    _check_higher(leaves, xs, higher, where)
     batch = kernels.Batch(None if in_place else blank)
     try:
         rest = batch.gather(leaves, xs, gs, lower)
@@ -358,6 +360,7 @@ def advance(
                 f"at {where(k)}: the state tree has a parameter, the model {x!r:.40} "
                 f"({type(x).__name__}); call setup anew for this model"
             )
+        refuse_masked_parameter(x, partial(where, k))
         g = checked(gs[k], leaf, x, partial(where, k))
         if g is None:
             continue
@@ -392,6 +395,9 @@ def advance(
             gs[k] = None
         passed = sorted(bad)
         return advance(leaves, xs, gs, higher, where, in_place, beside=beside, skipped=passed)
+    for k in rest:
+        if k in new_x:
+            new_x[k] = of_class(xs[k], new_x[k])
     clash = batch.settle() or (on_device and on_device.settle())
     by_cuda = on_device.places() if on_device else []
     if clash := clash or (stored and _clash(batch, leaves, xs, by_cuda, stored)):
@@ -428,11 +434,34 @@ def advance(
     return new_x, new_state, [*skipped]
 
 
+def _check_higher(
+    leaves: list[Any], xs: list[Array], higher: Sequence[list[Any]], where: Callable[[int], str]
+) -> None:
+    """Raise if a higher derivative is none of its parameter, whether or not a rule looks at it."""
+    for k, (leaf, x) in enumerate(zip(leaves, xs, strict=True)) if higher else ():
+        if not leaf.frozen and isnumeric(x):
+            for h, derivative in _named(higher, k, where):
+                checked(h[k], leaf, x, derivative)
+
+
+def _named(
+    higher: Sequence[list[Any]], k: int, where: Callable[[int], str]
+) -> Iterator[tuple[list[Any], Callable[[], str]]]:
+    """Yield each list of higher derivatives, and what gives the name of its place `k`."""
+    for order, h in enumerate(higher, 2):
+        yield h, partial(_derivative, order, k, where)
+
+
+def _derivative(order: int, k: int, where: Callable[[int], str]) -> str:
+    return f"{where(k)} (derivative {order})"
+
+
 def _evaluated(
     k: int, leaf: Any, x: Array, g: Array, higher: Sequence[list[Any]], where: Callable[[int], str]
 ) -> tuple[Any, Array | None]:
     """Return the state and the parameter that the array path makes; what it raises has the path."""
-    others = [checked(h[k], leaf, x, partial(where, k)) for h in higher]
+    others = [checked(h[k], leaf, x, derivative) for h, derivative in _named(higher, k, where)]
+    refuse_masked_state(leaf.state, partial(where, k))
     try:
         return evaluate(leaf.rule, leaf.state, x, [g, *others])
     except FloatingPointError as error:

@@ -7,6 +7,8 @@ an error that says where.
 
 A gradient may be less than the model: ``None``, ``()`` or a missing key says that there is none.
 One for what holds no parameter is refused if it says something, unless `trainable` left that out.
+One of an object may say more, since what differentiates objects does not know which of their
+attributes are children: the others are passed over.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from types import SimpleNamespace
 from typing import Any, Protocol, TypeVar
 
 from ._kernels import all_are, same_keys
-from ._nodes import children, is_node, rebuild, trainable_keys
+from ._nodes import carries, children, is_node, rebuild, trainable_keys
 from ._path import KeyPath
 from ._tree import child_path, walk
 from ._untrained import holds_lost, is_configuration, is_lost, lost
@@ -225,7 +227,7 @@ def _below_gradient(m: Tree, below_m: dict[Any, Any], g: Tree) -> dict[Any, Any]
     if isinstance(m, list | tuple) or not isinstance(g, (dict, SimpleNamespace, type(m))):
         raise _MisfitError(TypeError, f"{expected}, got {_keys_text(g)}; {mend}")
     below_g = children(g)
-    if unknown := [key for key in below_g if key not in below_m]:
+    if unknown := [key for key in below_g if key not in below_m and not carries(m, key)]:
         raise _MisfitError(
             ValueError,
             f"{expected}, got {', '.join(map(repr, unknown[:9]))}, which the model does not have",

@@ -17,6 +17,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+import inspect
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import BuiltinFunctionType, FunctionType, ModuleType, SimpleNamespace
@@ -29,6 +30,7 @@ from ._arrays import library_of
 __all__ = [
     "Kind",
     "Namespace",
+    "carries",
     "children",
     "functor",
     "is_node",
@@ -570,6 +572,18 @@ def children(node: Any) -> dict[Any, Any]:
     """
     kind = kind_of(node)
     return {} if kind is None else kind.children(node)
+
+
+def carries(node: object, name: object) -> bool:
+    """Tell whether `node` has an attribute of this name, not a method, that may be no child."""
+    kind = kind_of(node)
+    if kind is None or not isinstance(name, str):
+        return False
+    if name in _attributes(node):
+        return True
+    found = inspect.getattr_static(type(node), name, None) if kind.is_object else None
+    is_method = callable(found) or isinstance(found, staticmethod | classmethod)
+    return found is not None and not is_method and not name.startswith("__")
 
 
 def rebuild(node: Any, values: Sequence[Any]) -> Any:

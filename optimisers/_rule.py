@@ -11,6 +11,7 @@ import typing
 from abc import ABC, abstractmethod
 from collections import namedtuple
 from collections.abc import Callable, Iterable, Iterator
+from types import FunctionType
 from typing import Annotated, Any, ClassVar, NamedTuple, Self
 
 import numpy as np
@@ -148,6 +149,34 @@ def _checked(where: str, limits: Limits, value: Any) -> Any:
     return checked
 
 
+# --- higher derivatives ----------------------------------------------------------------------
+
+
+def _most_arguments(method: FunctionType) -> int | None:
+    """Return how many arguments a method takes by position; None if any number."""
+    parameters = inspect.signature(method, follow_wrapped=False).parameters.values()
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        return None
+    return sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
+
+
+def _taking_higher(method: FunctionType, most: int) -> Callable[..., Any]:
+    """Return a user's `apply` or `move` as one that takes higher derivatives, and drops them.
+
+    What it has names for it is handed.
+    """
+
+    @functools.wraps(method)
+    def taking_higher(*args: Any, **named: Any) -> Any:
+        return method(*args[: max(most, _FIRST_ORDER)], **named)
+
+    return taking_higher
+
+
+_FIRST_ORDER = 4
+"""The arguments of an `apply` without higher derivatives: self, state, x and dx."""
+
+
 # --- Rule ------------------------------------------------------------------------------------
 
 _registry: list[type[Rule]] = []
@@ -197,6 +226,10 @@ class Rule(ABC):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         cls._shown_as = cls.__dict__.get("_shown_as", cls.__name__)
+        for name in ("apply", "move"):
+            method = inspect.getattr_static(cls, name)
+            if isinstance(method, FunctionType) and (n := _most_arguments(method)) is not None:
+                setattr(cls, name, _taking_higher(method, n))
         if cls.__module__.startswith(f"{__package__}."):
             _registry.append(cls)
 

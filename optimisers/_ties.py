@@ -24,7 +24,7 @@ from typing import Any, Literal, NamedTuple, TypeVar, cast, overload
 import numpy as np
 
 from . import _device
-from ._arrays import is_immutable, isnumeric
+from ._arrays import is_immutable, isnumeric, plain, refuse_masked_parameter
 from ._nodes import trainable_keys
 from ._path import KeyPath
 from ._tree import fold
@@ -100,6 +100,7 @@ def parameters(model: Tree, unknown: list[Place] | None = None) -> tuple[list[Pl
 
     def leaf(path: KeyPath, x: Any) -> None:
         if isnumeric(x):
+            refuse_masked_parameter(x, lambda: path)
             places.append((path, x))
         elif unknown is not None and is_unknown_array(x):
             unknown.append((path, x))
@@ -345,7 +346,7 @@ def _overlap(arrays: Sequence[tuple[Named, Array]]) -> _Pair[Named] | None:
     if len(arrays) <= FEW and all(isinstance(x, np.ndarray) for _, x in arrays):
         with contextlib.suppress(np.exceptions.TooHardError):
             for one, other in itertools.combinations(arrays, 2):
-                if np.shares_memory(one[1], other[1], max_work=PATIENCE):
+                if np.shares_memory(plain(one[1]), plain(other[1]), max_work=PATIENCE):
                     return one, other
             return None
     memories = [cast(_Memory, _memory(x)) for _, x in arrays]

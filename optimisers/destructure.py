@@ -25,14 +25,24 @@ from typing import Any, Generic, NamedTuple, TypeVar, overload
 
 import numpy as np
 
-from . import _device, _engine
+from . import _device, _engine, _torch
 from ._arraypath import at_once, checked_gradient, fresh, writing
-from ._arrays import dtype_name, is_immutable, isnumeric, maywrite
+from ._arrays import (
+    dtype_name,
+    is_immutable,
+    isnumeric,
+    library_of,
+    maywrite,
+    of_class,
+    plain,
+    refuse_masked,
+    refuse_masked_parameter,
+)
 from ._lockstep import gather, place
 from ._lockstep import places as walk_places
 from ._nodes import mirror, rebuild, register_leaf, trainable_keys
 from ._path import KeyPath
-from ._ties import View, carry, owners, parameters
+from ._ties import View, carry, owners, parameters, span
 from ._tree import fold, walk
 from ._untrained import refuse_no_tree, tell
 from .words import namespace
@@ -140,8 +150,11 @@ class _Slot:
 
     frozen = False
 
-    def __init__(self, k: int, source: View | None = None, view: View | None = None) -> None:
+    def __init__(
+        self, k: int, x: Array, source: View | None = None, view: View | None = None
+    ) -> None:
         self.k = k
+        self.like = None if plain(x) is x or isinstance(x, np.memmap) else _Like.of(x)
         self.source = source
         self.view = view
 
@@ -172,6 +185,28 @@ def _blank(shape: tuple[int, ...], dtype: Any) -> _Blank:
     blank = _Blank(shape, dtype, np.zeros((), dtype), strides=(0,) * len(shape))
     blank.flags.writeable = False
     return blank
+
+
+class _Like:
+    """An array of a subclass of NumPy's, without its memory: its class and what it carries."""
+
+    def __init__(self, blank: np.ndarray) -> None:
+        self.blank = blank
+
+    @classmethod
+    def of(cls, x: np.ndarray) -> _Like:
+        return cls(of_class(x, _blank(x.shape, x.dtype)))
+
+    def __reduce__(self) -> Any:
+        carried = getattr(self.blank, "__dict__", {})
+        return _like, (type(self.blank), self.blank.shape, self.blank.dtype, carried)
+
+
+def _like(cls: type, shape: tuple[int, ...], dtype: Any, carried: dict[str, Any]) -> _Like:
+    blank: Any = np.ndarray.view(_blank(shape, dtype), cls)
+    if carried:
+        vars(blank).update(carried)
+    return _Like(blank)
 
 
 class Restructure(Generic[Model]):
@@ -222,6 +257,10 @@ class Restructure(Generic[Model]):
     _parameters: list[_Parameter]
     _slots: list[_Slot]
     """A slot for each entry of the table that shows a parameter, its own place first."""
+    _libraries: frozenset[str]
+    """Those that the parameters belong to."""
+    _likes: list[tuple[int, _Like]]
+    """The entries of the table that are of a subclass of NumPy's arrays, and what they are like."""
     _table: list[Any]
     _nodes: list[_Node]
     _template: Tree
@@ -259,16 +298,18 @@ class Restructure(Generic[Model]):
             re._parameters.append(
                 _Parameter(start, stop, tuple(x.shape), dtype, _is_complex(dtype))
             )
-            shown = {id(x): _Slot(k)}
+            shown = {id(x): _Slot(k, x)}
             re._slots.append(shown[id(x)])
             for other in xs:
                 if id(other) not in shown:
-                    others.append(_Slot(k, View.of(x), View.of(other)))
+                    others.append(_Slot(k, other, View.of(x), View.of(other)))
                     shown[id(other)] = others[-1]
             slot_at.update((places[j][0], shown[id(places[j][1])]) for j in group)
             if not is_immutable(x):
                 slot_of.update(shown)
+        re._libraries = frozenset(str(library_of(type(x))) for _, x in places)
         re._slots += others
+        re._likes = [(i, s.like) for i, s in enumerate(re._slots) if s.like is not None]
         re._size = stop
         re._dtype = _promoted([p.dtype for p in re._parameters])
         dtypes = {p.dtype for p in re._parameters}
@@ -348,6 +389,8 @@ class Restructure(Generic[Model]):
         if len(self._slots) > count:
             for i, slot in enumerate(self._slots[count:], count):
                 table[i] = slot.seen(values[slot.k])
+        for i, like in self._likes:
+            table[i] = of_class(like.blank, table[i])
         for entry, keys, make, get in self._nodes:
             if keys is None:
                 table[entry] = make(get(table))
@@ -357,6 +400,7 @@ class Restructure(Generic[Model]):
 
     def _checked(self, v: Any) -> Array:
         """Return `v` as an array, of the right length."""
+        refuse_masked(v, lambda: "the vector", "its .filled(0) is an array")
         if type(v) is not np.ndarray and not _is_foreign(v):
             v = np.asarray(v)
         if isinstance(v, np.ndarray) and v.dtype.kind not in "fciub" and not isnumeric(v):
@@ -411,8 +455,8 @@ class Restructure(Generic[Model]):
             A model with the structure and shapes of the one that was destructured. Should its
             places of a tied parameter hold different numbers, those count by which the vector is
             laid out.
-        out : ndarray, optional
-            A writable vector to write into.
+        out : array, optional
+            A writable vector to write into: of NumPy, or of the library of the model's arrays.
 
         Returns
         -------
@@ -449,8 +493,8 @@ class Restructure(Generic[Model]):
         grad : tree
             The gradient, as `update` takes it. Where there is none (``None``, a missing key, or
             ``()``), the vector is zero; gradients of tied places are summed.
-        out : ndarray, optional
-            A writable vector to write into.
+        out : array, optional
+            A writable vector to write into: of NumPy, or of the library of the model's arrays.
 
         Returns
         -------
@@ -475,7 +519,10 @@ class Restructure(Generic[Model]):
         if self._are_plain(gs):
             return self._joined(gs, out)
         pieces: list[Any] = [None] * len(self._parameters)
+        counted = self._counted(slots, gs)
         for i, (slot, blank, g) in enumerate(zip(slots, blanks, gs, strict=True)):
+            if i in counted:
+                continue
             if not (type(g) is np.ndarray and g.dtype == blank.dtype and g.shape == blank.shape):
                 where = functools.partial(place, _Slot, self._template, self._outline, i)
                 g = _gradient(g, blank, where, traced=out is None)
@@ -484,6 +531,23 @@ class Restructure(Generic[Model]):
             g = slot.unseen(g)
             pieces[slot.k] = g if pieces[slot.k] is None else _sum(pieces[slot.k], g)
         return self._joined(pieces, out)
+
+    def _counted(self, slots: list[_Slot], gs: list[Any]) -> set[int]:
+        """Return the places whose gradient is counted already.
+
+        PyTorch has summed what it hands over as the one gradient of one tensor.
+        """
+        found: set[int] = set()
+        if len(slots) == len(self._parameters):
+            return found
+        groups: dict[int, list[int]] = {}
+        for i, slot in enumerate(slots):
+            groups.setdefault(slot.k, []).append(i)
+        for k, (first, *others) in groups.items():
+            is_tensor = not isinstance(self._parameters[k].dtype, np.dtype)
+            if is_tensor and all(slots[i] is slots[first] and gs[i] is gs[first] for i in others):
+                found.update(others)
+        return found
 
     def _are_plain(self, xs: list[Any]) -> bool:
         """Tell whether these are the parameters one by one, or what takes their place as it is."""
@@ -506,6 +570,7 @@ class Restructure(Generic[Model]):
             shape = p.shape if slot.view is None else slot.view.shape
             if type(x) is np.ndarray and x.shape == shape and x.dtype == p.dtype:
                 continue
+            refuse_masked_parameter(x, functools.partial(place, _Slot, self._template, model, i))
             if not isnumeric(x):
                 fault, got = TypeError, f"{x!r:.60} ({type(x).__name__})"
             elif tuple(x.shape) != shape:
@@ -521,6 +586,11 @@ class Restructure(Generic[Model]):
 
     def _joined(self, pieces: list[Any], out: Any) -> Any:
         """Write the pieces of the vector into `out`, or into a new vector; None is zeros."""
+        if out is not None:
+            _check_out(out, self._size, self._dtype, self._libraries)
+        if _is_foreign(out):
+            at_once([writing(out, self._concatenated(pieces, out))])
+            return out
         are_numpy = {*map(type, pieces)} <= {np.ndarray}
         if out is None and not are_numpy:
             foreign = [piece for piece in pieces if _is_foreign(piece)]
@@ -529,8 +599,6 @@ class Restructure(Generic[Model]):
         fresh = out is None
         if fresh:
             out = np.empty(self._size, _numpy_dtype(self._dtype))
-        else:
-            _check_out(out, self._size, self._dtype)
         if are_numpy:
             parts = pieces
         else:
@@ -541,13 +609,13 @@ class Restructure(Generic[Model]):
             ]
         if not parts:
             return out
-        target = out
-        if not fresh and _may_overlap(parts, out):
-            target = np.empty_like(out)
+        memory = target = np.asarray(out)
+        if not fresh and _may_overlap(parts, memory):
+            target = np.empty_like(memory)
         with np.errstate(all="ignore"):
             np.concatenate(parts, axis=None, out=target, casting="unsafe")
-        if target is not out:
-            out[...] = target
+        if target is not memory:
+            memory[...] = target
         return out
 
     def _concatenated(self, pieces: list[Any], like: Array) -> Array:
@@ -559,11 +627,12 @@ class Restructure(Generic[Model]):
             return out
         xp = namespace(like)
         dtype = _dtype_for(like, self._dtype)
+        place = {"device": like.device} if _is_torch(like) else {}
         parts = []
         for piece, p in zip(pieces, self._parameters, strict=True):
-            part = xp.zeros(p.shape, dtype=dtype) if piece is None else piece
+            part = xp.zeros(p.shape, dtype=dtype, **place) if piece is None else piece
             if isinstance(part, np.ndarray) and not xp.__name__.startswith("autograd"):
-                part = xp.asarray(part)
+                part = xp.asarray(part, **place)
             parts.append(_cast(xp.reshape(part, (-1,)), dtype, False))
         concatenate = getattr(xp, "concatenate", None) or xp.concat
         return concatenate(parts)
@@ -604,10 +673,10 @@ class Restructure(Generic[Model]):
                 )
         self._refuse_other_ties(model, places)
         if isinstance(v, np.ndarray) and any(
-            isinstance(x, np.ndarray) and np.may_share_memory(x, v) for _, x in places
+            isinstance(x, np.ndarray) and np.may_share_memory(plain(x), v) for _, x in places
         ):
-            v = v.copy()
-        if any(_device.may_overlap(x, v) for _, x in places):
+            v = np.array(v)
+        if any(_device.may_overlap(x, v) or _spans_meet(x, v) for _, x in places):
             v = fresh(v)
         values = self._split(v, False)
         with np.errstate(all="ignore"):
@@ -778,8 +847,19 @@ def _may_overlap(parts: list[np.ndarray], out: np.ndarray) -> bool:
     return any(np.may_share_memory(part, out) for part in parts)
 
 
+def _spans_meet(x: Array, v: Array) -> bool:
+    """Tell whether a tensor on the host may share memory with another array."""
+    if not (_is_torch(x) or _is_torch(v)):
+        return False
+    one, other = span(x), span(v)
+    return one is not None and other is not None and one[0] < other[1] and other[0] < one[1]
+
+
 def _numpy(x: Any) -> np.ndarray:
-    return np.asarray(x.detach() if _is_torch(x) else x)
+    if not _is_torch(x):
+        return np.asarray(x)
+    seen = _torch.view(x.detach())  # also of bfloat16
+    return np.asarray(x.detach()) if seen is None else seen
 
 
 def _gradient(g: Any, blank: np.ndarray, where: Callable[[], str], traced: bool) -> Any:
@@ -799,12 +879,18 @@ def _sum(a: Array, b: Array) -> Array:
         return _engine.summed(a, b)
 
 
-def _check_out(out: Any, size: int, dtype: Any) -> None:
+def _check_out(out: Any, size: int, dtype: Any, libraries: frozenset[str]) -> None:
+    """Raise if `out` cannot take the vector of a model that holds arrays of these libraries."""
     wanted = f"out: expected a writable vector of length {size} and dtype {dtype}"
-    if not isinstance(out, np.ndarray):
-        raise TypeError(f"{wanted}, got {type(out).__name__}")
-    if out.shape != (size,):
-        raise ValueError(f"{wanted}, got shape {out.shape}")
+    refuse_masked(out, lambda: "out", "give a plain array")
+    library = library_of(type(out))
+    if library not in ("numpy", *libraries) or is_immutable(out):
+        raise TypeError(
+            f"{wanted}, of {' or '.join(sorted({'numpy', *libraries} - {'jax'}))}, got "
+            f"{type(out).__name__}; leave it out, and a new vector is returned"
+        )
+    if tuple(out.shape) != (size,):
+        raise ValueError(f"{wanted}, got shape {tuple(out.shape)}")
     if not isnumeric(out) or (_is_complex(dtype) and not _is_complex(out.dtype)):
         raise TypeError(f"{wanted}, got dtype {out.dtype}")
     if not maywrite(out):
@@ -815,6 +901,6 @@ def _of_its_library(x: Array, values: Array) -> Array:
     """Return values as an array of the library of `x`."""
     if isinstance(x, np.ndarray):
         return _numpy(values)
-    if _device.is_numba(x):
+    if _device.is_numba(x) or _is_torch(values):
         return values
-    return sys.modules["torch"].as_tensor(values) if _is_torch(x) else namespace(x).asarray(values)
+    return np.asarray(values) if _is_torch(x) else namespace(x).asarray(values)

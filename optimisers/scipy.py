@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from ._arrays import refuse_masked
 from ._rule import Rule
 from .state import setup, update_
 
@@ -239,6 +240,7 @@ def _warn_of_unused(unknown: Mapping[str, Any], hess: Any, hessp: Any) -> None:
 
 def _floating_vector(x0: Any) -> Array:
     """Return a copy of `x0`; what is not floating becomes double, as in SciPy."""
+    refuse_masked(x0, lambda: "x0", "its .filled(0) is an array")
     x = np.atleast_1d(np.asarray(x0))
     if x.ndim != 1:
         raise ValueError(f"x0 must be 1-d; got shape {x.shape} (destructure makes a model 1-d)")
@@ -304,7 +306,9 @@ class _Problem:
         self.njev += 1
         if self.jac is None:
             return float(f), self.difference(self.value, x, f)
-        g = np.array(self.jac(x.copy(), *self.args), x.dtype)
+        g = self.jac(x.copy(), *self.args)
+        refuse_masked(g, lambda: "the gradient", ".filled(0) takes it for zeros")
+        g = np.array(g, x.dtype)
         if g.size != x.size:
             raise ValueError(f"the gradient must have the shape of x, {x.shape}; got {g.shape}")
         return float(f), g.reshape(x.shape)

@@ -17,7 +17,7 @@ import numpy as np
 
 from . import _engine, _pytree
 from ._arraypath import Call, at_once, fresh, shown, writing
-from ._arrays import is_immutable, isnumeric, maywrite
+from ._arrays import is_immutable, isnumeric, maywrite, of_class, plain
 from ._kernels import are_distinct
 from ._lockstep import gather, place, places
 from ._nodes import mirror, rebuild, register_leaf, trainable_keys
@@ -194,7 +194,7 @@ def setup(rule: Rule, model: Tree) -> Tree:
 
 def _new_leaf(rule: Rule, path: KeyPath, x: Array) -> Leaf:
     try:
-        return Leaf(rule, rule.init(x.detach() if is_tensor(x) else x))
+        return Leaf(rule, rule.init(x.detach() if is_tensor(x) else plain(x)))
     except TypeError as error:
         raise TypeError(f"at {path}: {error}") from error
 
@@ -432,20 +432,20 @@ class _Tied:
         for j, group in enumerate(self.groups):
             moved = summed[j] is not None and not self.leaves[j].frozen
             x = self.xs[group[0]]
-            new = first.get(j)
+            new = plain(first.get(j))
             if new is None and not in_place:
-                new = fresh(x)
+                new = plain(fresh(x))
             if isinstance(new, np.ndarray) and any(self.xs[k] is not x for k in group):
                 new = laid_out(new, x)  # so that each view of x has its like
-            by_array = {id(x): new}
+            by_array = {id(x): of_class(x, new)}
             for k in group:
                 other = self.xs[k]
                 if id(other) not in by_array:
                     made = None
                     if same_elements(x, other):
-                        made = None if new is None else shown(new, x, other)
+                        made = None if new is None else of_class(other, shown(new, x, other))
                     elif moved and not (in_place and maywrite(other)):
-                        made = fresh(x if new is None else new)
+                        made = of_class(other, plain(fresh(x if new is None else new)))
                     by_array[id(other)] = made
                 if by_array[id(other)] is not None:
                     new_x[k] = by_array[id(other)]

@@ -47,6 +47,7 @@ from optimisers import (
     _engine,
     adjust,
     adjust_,
+    destructure,
     freeze_,
     functor,
     setup,
@@ -1270,3 +1271,149 @@ def test_leaves_are_mutable_and_made_by_hand():
     _, new = update(leaf, np.ones(2), np.ones(2))
     np.testing.assert_array_equal(new, 0)
     assert collections.Counter([leaf, leaf])[leaf] == 2  # hashed by identity
+
+
+# --- gradients of objects, and higher derivatives --------------------------------------------
+
+
+@functor(children=("w",))
+class Named:
+    scale = 2.0
+
+    def __init__(self):
+        self.w, self.name, self.count = np.ones(2), "encoder", 3
+
+    @property
+    def size(self):
+        return 2
+
+    def forward(self):
+        return self.w
+
+
+@dataclasses.dataclass
+class Initialised:
+    w: np.ndarray = dataclasses.field(default_factory=lambda: np.ones(2))
+
+    def __post_init__(self):
+        self.count = 3
+
+
+class Attributed(dict):
+    count = 3
+
+    def __init__(self):
+        super().__init__(w=np.ones(2))
+        self.name = "encoder"
+
+
+OBJECTS = {
+    Named: ["name", "count", "scale", "size"],
+    Initialised: ["count"],
+    Attributed: ["name"],
+}
+
+
+@BOTH
+@parametrize("kind", OBJECTS)
+@parametrize("like", [dict, SimpleNamespace])
+def test_gradients_may_name_attributes_that_are_no_children(call, kind, like):
+    more = dict.fromkeys(OBJECTS[kind], np.ones(7))
+    model = {"layers": [kind()]}
+    grad = {"layers": [like(w=np.ones(2), **more)]}
+    _, new = call(setup(Descent(0.5), model), model, grad)
+    node = new["layers"][0]
+    np.testing.assert_array_equal(node["w"] if kind is Attributed else node.w, 0.5)
+    _flat, re = destructure(model)
+    assert re.flatten_gradient(grad).tolist() == [1, 1]
+    for name in ("weight", "forward", "keys", "__doc__"):
+        grad = {"layers": [like(w=np.ones(2), **{name: np.ones(2)})]}
+        with pytest.raises(ValueError, match=rf"\['layers'\]\[0\].*'{name}'"):
+            call(setup(Descent(0.5), model), model, grad)
+
+
+def test_keys_that_name_methods_of_containers_are_unknown():
+    model = {"w": np.ones(2)}
+    with pytest.raises(ValueError, match="'items'"):
+        update(setup(Descent(), model), model, {"w": np.ones(2), "items": np.ones(2)})
+
+
+@dataclasses.dataclass(frozen=True)
+class FirstOrder(Rule):
+    def apply(self, state, x, dx):
+        return state, 0.5 * dx
+
+
+@dataclasses.dataclass(frozen=True)
+class FirstOrderByName(Rule):
+    def apply(self, state, x, dx, *, value=None):
+        assert value is None
+        return state, 0.5 * dx
+
+
+@dataclasses.dataclass(frozen=True)
+class FirstOrderMove(Descent):
+    def move(self, state, x, dx):
+        return state, x - 0.5 * dx
+
+
+@dataclasses.dataclass(frozen=True)
+class SecondOrder(Rule):
+    def apply(self, state, x, dx, ddx=None):
+        return state, 0.5 * dx if ddx is None else dx / ddx
+
+
+@dataclasses.dataclass(frozen=True)
+class Wrapping(Rule):
+    rule: Rule
+
+    def init(self, x):
+        return self.rule.init(x)
+
+    def apply(self, state, x, dx, *higher):
+        return self.rule.apply(state, x, dx, *higher)
+
+
+@BOTH
+@parametrize("rule", [FirstOrder(), FirstOrderByName(), SecondOrder(), FirstOrderMove()])
+@parametrize(
+    "wrap",
+    [
+        lambda rule: rule,
+        lambda rule: OptimiserChain(WeightDecay(0.0), OptimiserChain(rule)),
+        lambda rule: MixedPrecision("float64", rule),
+        Wrapping,
+    ],
+)
+def test_rules_are_handed_the_derivatives_that_they_take(call, rule, wrap):
+    if isinstance(rule, FirstOrderMove):
+        rule, wrap = rule, (lambda rule: rule)
+    x, second, third = np.full(2, 4.0), np.full(2, 2.0), np.full(2, 9.0)
+    for higher in ((), (second,), (second, third), (None, None)):
+        _, new = call(setup(wrap(rule), x), x.copy(), np.full(2, 4.0), *higher)
+        np.testing.assert_array_equal(new, 2.0)
+
+
+@BOTH
+@parametrize("rule", [*(example(cls) for cls in PUBLIC), FirstOrder()])
+@parametrize(
+    "wrong",
+    [
+        (ValueError, {"b": [np.ones(3)]}),
+        (TypeError, {"b": [np.ones(2, complex)]}),
+        (TypeError, {"b": ["text"]}),
+        (ValueError, {"c": np.ones(2)}),
+        (TypeError, {"b": 3.0}),
+    ],
+)
+def test_higher_derivatives_must_fit_whatever_the_rule(call, rule, wrong):
+    error, higher = wrong
+    model = {"a": np.ones(2), "b": [np.ones(2)]}
+    state = setup(rule, model)
+    grad = {"a": np.ones(2), "b": [np.ones(2)]}
+    before = snapshot([state, model])
+    place = "'c'" if "c" in higher else r"\['b'\]"
+    for given in ((higher,), (None, higher)):
+        with pytest.raises(error, match=place):
+            call(state, model, grad, *given)
+    assert snapshot([state, model]) == before
