@@ -182,8 +182,21 @@ class _FromOptax(Rule):
         return f"from_optax({type(self.tx).__name__})"
 
     def init(self, x: Array) -> Any:
+        import jax
+
         with _at_precision_of(x):
-            return self.tx.init(_as_jax(x))
+            x = _as_jax(x)
+            state = self.tx.init(x)
+            try:
+                jax.eval_shape(self.tx.update, x, state, x)
+            except TypeError as error:
+                if "required keyword-only argument" not in str(error):
+                    raise
+                raise TypeError(
+                    f"from_optax: this transformation asks for more than a gradient ({error}), as "
+                    "line searches do, which no update hands over; use it with optax alone"
+                ) from error
+            return state
 
     def apply(self, state: Any, x: Array, dx: Array, *higher: Array) -> tuple[Any, Array]:
         traced = is_tracer(x) or is_tracer(dx)
@@ -213,7 +226,8 @@ def from_optax(tx: Any) -> Rule:
     Raises
     ------
     TypeError
-        If `tx` is no transformation; from `setup`, if a parameter is of another library or dtype.
+        If `tx` is no transformation; from `setup`, if a parameter is of another library or dtype,
+        or if `tx` asks for the value of the loss, as `optax.lbfgs` does.
 
     Notes
     -----

@@ -310,3 +310,10 @@ def test_it_shows_what_it_is_and_is_not_in_the_registry() -> None:
     assert repr(rule).startswith("from_optax(GradientTransformation")
     assert hash(rule) == hash(from_optax(rule.tx))
     assert not any("Optax" in name_of(cls) for cls in PUBLIC)
+
+
+@pytest.mark.parametrize("name", ["lbfgs", "polyak_sgd"])
+def test_a_transformation_that_asks_for_the_value_is_refused_in_setup(name):
+    rule = from_optax(getattr(optax, name)())
+    with pytest.raises(TypeError, match=r"root.*asks for more than a gradient.*value"):
+        opt.setup(rule, jnp.zeros(4))
