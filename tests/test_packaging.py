@@ -29,8 +29,8 @@ PACKAGE = ROOT / "optimisers"
 
 # A module imports from floors below its own, nothing else.
 FLOORS = [
-    {"_dlpack", "_arrays", "_path", "_numba_private", "io._atomic"},
-    {"words", "_language", "_numba", "_nodes", "_jax", "_torch", "_device", "io._safetensors"}
+    {"_dlpack", "_arrays", "_path", "_numba_private", "_jax", "io._atomic"},
+    {"words", "_language", "_numba", "_nodes", "_torch", "_device", "io._safetensors"}
     | {"_kernels", "_kernels_avx2", "_kernels_avx512"},
     {"_rule", "_tree", "_device_words"},
     {"_device_text", "_untrained"},
