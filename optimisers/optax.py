@@ -232,7 +232,7 @@ def from_optax(tx: Any) -> Rule:
     Notes
     -----
     **A rule sees one array at a time.** A transformation that looks at the whole tree, such as
-    `optax.clip_by_global_norm`, `optax.apply_if_finite`, `optax.lbfgs`, or a mask given as a tree,
+    `optax.clip_by_global_norm`, `optax.apply_if_finite`, or a mask given as a tree,
     here looks at each array for itself. Over the flat vector of `destructure` each array is the
     whole model.
 
