@@ -28,7 +28,7 @@ from emit_steps import generate
 RULES = Path("optimisers/rules.py")
 STEPS = Path("optimisers/_steps.pxi")
 KERNELS = Path("optimisers/_kernels.pyx")
-HEADERS = [Path("optimisers/_team.h"), Path("optimisers/_halves.h")]
+HEADERS = [Path(f"optimisers/_{name}.h") for name in ("team", "halves", "environment")]
 DLPACK = Path("optimisers/_dlpack.pyx")
 
 # Equal bits on every instruction set need separate roundings: no contraction to fma, no fast-math.

@@ -10,11 +10,15 @@ cimport numpy as cnp
 from cpython.pycapsule cimport PyCapsule_GetPointer
 from cpython.ref cimport Py_INCREF
 from cpython.tuple cimport (
-    PyTuple_GET_ITEM, PyTuple_GET_SIZE, PyTuple_New, PyTuple_SET_ITEM,
+    PyTuple_Check, PyTuple_GET_ITEM, PyTuple_GET_SIZE, PyTuple_New, PyTuple_SET_ITEM,
 )
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 cnp.import_array()
+
+cdef extern from "Python.h":
+    int Py_EnterRecursiveCall(const char* where) except *
+    void Py_LeaveRecursiveCall()
 
 cdef extern from "numpy/arrayobject.h":
     enum:
@@ -84,6 +88,7 @@ cdef class Viewer:
         cdef cnp.npy_intp strides[MOST_AXES]
         cdef cnp.ndarray seen
         cdef int k, kind
+        cdef bint empty
         if type(x) is not self.cls and type(x) is not self.other:
             return None
         if x.is_neg():                  # a flag of which DLPack knows nothing
@@ -102,9 +107,13 @@ cdef class Viewer:
             kind = cnp.NPY_INT64
         else:
             return None
+        empty = False
         for k in range(t.ndim):
+            empty = empty or t.shape[k] == 0
             shape[k] = t.shape[k]
             strides[k] = t.strides[k] * (t.bits // 8)
+        if t.data is NULL and not empty:    # given back; NumPy would make new memory
+            return None
         seen = cnp.PyArray_New(
             cnp.ndarray, t.ndim, shape, kind, strides, t.data + t.byte_offset, 0,
             cnp.NPY_ARRAY_WRITEABLE, <object> NULL,
@@ -118,11 +127,15 @@ cdef class Viewer:
         """Return a state with views of its arrays; what has none is None there."""
         cdef Py_ssize_t k
         cdef tuple seen
-        if not isinstance(state, tuple):
+        if not PyTuple_Check(state):
             return state if cnp.PyArray_Check(state) else self.view(state)
         seen = PyTuple_New(PyTuple_GET_SIZE(state))
-        for k in range(PyTuple_GET_SIZE(state)):
-            part = self.view_state(<object> PyTuple_GET_ITEM(state, k))
-            Py_INCREF(part)
-            PyTuple_SET_ITEM(seen, k, part)
+        Py_EnterRecursiveCall(b" while a state is read")
+        try:
+            for k in range(PyTuple_GET_SIZE(state)):
+                part = self.view_state(<object> PyTuple_GET_ITEM(state, k))
+                Py_INCREF(part)
+                PyTuple_SET_ITEM(seen, k, part)
+        finally:
+            Py_LeaveRecursiveCall()
         return seen

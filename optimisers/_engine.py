@@ -332,13 +332,15 @@ def advance(
     _check_higher(leaves, xs, higher, where)
     batch = kernels.Batch(None if in_place else blank)
     try:
-        rest = batch.gather(leaves, xs, gs, lower)
+        rest = batch.gather(leaves, xs, gs, lower, not judges and beside is None and not skipped)
         tensors = _torch.places(xs, rest) if rest else []
         if tensors:
             *sights, unseen = _torch.sights(leaves, xs, gs, tensors)
             unseen += batch.gather(*sights, lower)
             rest = sorted({*rest}.difference(tensors).union(unseen))
     except Exception as error:
+        if batch.ran:
+            raise _located(error, batch.failed, where) from error
         if batch.failed >= 0:
             _note(error, leaves[batch.failed], where(batch.failed))
         raise
@@ -348,6 +350,8 @@ def advance(
     bad: set[int] = set()
     for k in rest:
         leaf, x = leaves[k], xs[k]
+        if _torch.is_tensor(x):
+            _torch.refuse_given_back(x, leaf.state, partial(where, k))
         if judges and _holds_nonfinite(k, leaf, x, [gs, *higher], partial(where, k)):
             bad.add(k)
             continue
@@ -419,11 +423,11 @@ def advance(
                 seen_by_torch = {*batch.places(), *by_cuda}.intersection(tensors)
                 calls.append(_torch.noting([xs[k] for k in seen_by_torch]))
             at_once(calls)
-        else:
+        elif not batch.ran:
             batch.run()
-    except FloatingPointError as error:
-        failed = batch.failed if batch.failed >= 0 else on_device.failed
-        raise FloatingPointError(f"at {where(failed)}: {error}") from error
+    except (FloatingPointError, RuntimeError) as error:
+        failed = batch.failed if on_device is None or batch.failed >= 0 else on_device.failed
+        raise _located(error, failed, where) from error
     if tensors:
         _give_tensors(batch, tensors, leaves, xs, in_place)
     for seen in _watchers:
@@ -469,6 +473,13 @@ def _evaluated(
     except Exception as error:
         _note(error, leaf, where(k))
         raise
+
+
+def _located(error: Exception, failed: int, where: Callable[[int], str]) -> Exception:
+    """Return what a run raised, with the path of the place where it failed, if it was at one."""
+    if failed < 0 or type(error) not in (FloatingPointError, RuntimeError):
+        return error
+    return type(error)(f"at {where(failed)}: {error}")
 
 
 def _counts(leaves: list[Any], skipped: Sequence[int]) -> list[Call]:

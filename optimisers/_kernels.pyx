@@ -18,6 +18,22 @@ e) A *barrier* (a norm) needs all of a leaf before its step can run. The steps a
    evaluated on copies of their slots, block by block, only to be reduced; the barrier itself
    becomes an ordinary step with the number found. Partial sums belong to fixed stretches of the
    leaf, so a norm too has the same bits for any number of threads.
+f) *What user code can do meanwhile.* Between taking a leaf and running, code of users may run: a
+   rule's `coefs` and `__float__` of what it returns, `lower` (which reads a rule), `blank` and the
+   truth of `frozen` in `gather` and `take`; a barrier's `factor` in `run`; and whatever a gradient's
+   conversion and a rule's `apply` do in the engine between the calls of a batch. A signal, the
+   collection of garbage, and other threads come wherever Python runs, the last also while the
+   kernels run without the GIL. So a batch *holds* every array whose address it has: it owns a
+   reference to the array itself (a tuple around it would not keep NumPy's `resize` from giving its
+   memory back) from the moment when the address is read until the batch is gone. It trusts no
+   length, type or address across such a call: lists are indexed with a check, what `coefs` returns
+   is made a tuple of floats first, tuples are read by the C functions, never by their own `[]`, and
+   before addresses are used, `check_held` asks whether they are still those of the arrays, for
+   those who go behind NumPy's back (`refcheck=False`, `__setstate__`). After that check no Python
+   runs until the numbers are written. `asked` says how many were held when Python last ran, which
+   is all unless a batch does everything at one call.
+g) A run computes in the usual floating-point environment (_environment.h), in all threads: the bits
+   do not depend on the caller's, which it has again afterwards.
 """
 
 import os
@@ -26,9 +42,10 @@ cimport cython
 cimport numpy as cnp
 from cpython.dict cimport PyDict_Next
 from cpython.list cimport PyList_GET_ITEM
-from cpython.ref cimport Py_INCREF, Py_REFCNT, Py_XDECREF, PyObject
+from cpython.ref cimport Py_DECREF, Py_INCREF, Py_REFCNT, Py_XDECREF, PyObject
 from cpython.tuple cimport (
-    PyTuple_Check, PyTuple_GET_ITEM, PyTuple_GET_SIZE, PyTuple_New, PyTuple_SET_ITEM,
+    PyTuple_Check, PyTuple_GET_ITEM, PyTuple_GET_SIZE, PyTuple_GetSlice, PyTuple_New,
+    PyTuple_SET_ITEM,
 )
 from libc.math cimport INFINITY, fabs, fabsf, isfinite, pow
 from libc.stdint cimport INT64_MAX, int64_t, uint16_t, uint32_t, uint64_t, uintptr_t
@@ -65,7 +82,9 @@ cdef extern from *:
             PyErr_Clear();
         else if (Py_TYPE(found) == &PyMemberDescr_Type) {
             PyMemberDef *member = ((PyMemberDescrObject *) found)->d_member;
-            if (member->type == Py_T_OBJECT_EX)
+            /* The name may lead to the slot of another class, where these objects have none. */
+            if (member->type == Py_T_OBJECT_EX
+                    && PyType_IsSubtype((PyTypeObject *) cls, PyDescr_TYPE(found)))
                 offset = member->offset;
         }
         Py_XDECREF(found);
@@ -112,6 +131,16 @@ cdef extern from *:
     ctypedef double* double_p
     ctypedef const float* const_float_p
     ctypedef const double* const_double_p
+
+cdef extern from "Python.h":
+    int Py_EnterRecursiveCall(const char* where) except *
+    void Py_LeaveRecursiveCall()
+
+cdef extern from "_environment.h":
+    ctypedef struct float_environment:
+        pass
+    float_environment environment_enter() nogil
+    void environment_leave(float_environment before) nogil
 
 cdef extern from "_team.h":
     enum:
@@ -304,6 +333,8 @@ cdef struct Segment:        # one leaf
     char* rounded           # ... and where it goes
     Py_ssize_t n
     Py_ssize_t place        # which of the caller's places it is
+    Py_ssize_t held         # the first that is held for it ...
+    Py_ssize_t held_end     # ... and the end of these
     Py_ssize_t first        # of its stages
     Py_ssize_t stages
     Py_ssize_t blocks       # in all segments up to and including this one
@@ -375,6 +406,12 @@ cdef enum Reduction:
     POWERS
 
 
+cdef struct Held:           # an array whose address is in use
+    PyObject* array
+    char* data              # the address ...
+    Py_ssize_t bytes        # ... and how far from there memory is read or written
+
+
 cdef struct Vector:         # of any of the above
     char* data
     Py_ssize_t length
@@ -388,12 +425,13 @@ cdef struct Work:           # the memory of a batch, lent from one to the next
     Vector counts
     Vector spans            # of slots, then of all that is written
     Vector parameters       # spans of parameters
-    Vector scratch          # blocks for each thread: see Batch.scratch
+    Vector scratch          # blocks for each thread: see Batch.lend_scratch
+    Vector held             # what is owned as long as its memory is in use
     PyObject* rule          # the last rule met and its plan: the next batch often has the same
     PyObject* plan
 
 cdef enum:
-    VECTORS = 8
+    VECTORS = 9
 
 cdef Work* spare = NULL
 
@@ -411,6 +449,7 @@ cdef Work* borrow() except NULL:
 cdef void give_back(Work* work) noexcept:
     cdef Vector* vectors = <Vector*> work
     cdef int k
+    let_go(&work.held, 0)
     for k in range(VECTORS):
         vectors[k].length = 0
     work = <Work*> exchange(<void**> &spare, work)
@@ -423,12 +462,66 @@ cdef void give_back(Work* work) noexcept:
         free(work)
 
 
+cdef void let_go(Vector* held, Py_ssize_t first) noexcept:
+    """Let go of what is held, from some item on; code of users may run, when an object dies."""
+    while held.length > first:
+        held.length -= 1
+        Py_DECREF(<object> (<Held*> held.data)[held.length].array)
+
+
 cdef inline void* push(Vector* v, size_t size, Py_ssize_t more=1) except NULL:
     """Return new room for `more` items of `size` bytes at the end of `v`."""
     if v.length + more > v.room:
         make_room(v, size, 2 * (v.length + more))
     v.length += more
     return v.data + (v.length - more) * size
+
+
+cdef inline int hold(Work* work, cnp.ndarray a, Py_ssize_t bytes) except -1:
+    """Own an array from now on, of whose memory so many bytes are used (see f)."""
+    cdef Held* held = <Held*> push(&work.held, sizeof(Held))
+    Py_INCREF(a)
+    held.array, held.data, held.bytes = <PyObject*> a, cnp.PyArray_BYTES(a), bytes
+    return 0
+
+
+cdef inline Py_ssize_t bytes_of(cnp.ndarray a) noexcept:
+    cdef Py_ssize_t bytes = cnp.PyArray_ITEMSIZE(a)
+    cdef int k
+    for k in range(cnp.PyArray_NDIM(a)):
+        bytes *= cnp.PyArray_DIM(a, k)
+    return bytes
+
+
+cdef bint is_within(Held* held, PyObject* base) noexcept:
+    """Tell whether the memory in use is still its owner's, if that is an array."""
+    cdef char* start
+    if base is NULL or not cnp.PyArray_Check(<object> base):
+        return True
+    if not cnp.PyArray_CHKFLAGS(<cnp.ndarray> base, cnp.NPY_ARRAY_OWNDATA):
+        return True
+    start = cnp.PyArray_BYTES(<cnp.ndarray> base)
+    return (
+        held.data >= start
+        and held.data + held.bytes <= start + bytes_of(<cnp.ndarray> base)
+    )
+
+
+cdef int check_held(Work* work, Py_ssize_t first, Py_ssize_t end) except -1:
+    """Raise if what is held from `first` to `end` no longer has the memory that is in use."""
+    cdef Held* held = <Held*> work.held.data
+    cdef Py_ssize_t k
+    for k in range(first, end):
+        if (
+            cnp.PyArray_BYTES(<cnp.ndarray> held[k].array) != held[k].data
+            or bytes_of(<cnp.ndarray> held[k].array) < held[k].bytes
+            or not is_within(held + k, cnp.PyArray_BASE(<cnp.ndarray> held[k].array))
+        ):
+            raise RuntimeError(
+                "an array of the parameter, its gradient or its state was given other memory while "
+                "the step was under way; nothing was updated"
+            )
+    return 0
 
 
 cdef int make_room(Vector* v, size_t size, Py_ssize_t room) except -1:
@@ -499,6 +592,15 @@ def after_fork():
 cdef int most_threads() noexcept nogil:
     return threads_wanted or omp_get_max_threads() or processors
 
+cdef tuple floats(numbers):
+    """Return a tuple of nothing but floats; code of users may run."""
+    cdef tuple items = tuple(numbers)
+    cdef Py_ssize_t k
+    for k in range(len(items)):
+        if type(items[k]) is not float:
+            return tuple([float(number) for number in items])
+    return items
+
 cdef inline object item(object a_tuple, Py_ssize_t k):
     """Return an item of a tuple, also of a named one, unchecked."""
     return <object> PyTuple_GET_ITEM(a_tuple, k)
@@ -547,21 +649,24 @@ cdef class StepPlan(Plan):
         cdef Stage* stage
         if PyTuple_GET_SIZE(old) != self.step.slots + self.counts:
             return False
-        stage = batch.add_stage(leaf, &self.step, old, new)
-        if stage is NULL:
-            return False
         if self.counts:
             t = batch.read_count(item(old, self.step.slots)) + 1
             if t == 0:
                 return False
-            batch.store_count(new, self.step.slots, t, leaf)
         if self.known[kind] < 0 or self.known_t[kind] != t:
-            numbers = self.coefs(t) if self.counts else self.coefs()
+            # Code of users: first, while no address of this leaf's state has been read.
+            numbers = floats(self.coefs(t) if self.counts else self.coefs())
+            batch.asked = batch.work.held.length
             if len(numbers) != self.step.coefs:
                 return False
             self.known[kind] = batch.add_numbers(numbers, kind)
             self.known_t[kind] = t
+        stage = batch.add_stage(leaf, &self.step, old, new)
+        if stage is NULL:
+            return False
         stage.coefs = self.known[kind]
+        if self.counts:
+            batch.store_count(new, self.step.slots, t, leaf)
         return True
 
 
@@ -669,8 +774,12 @@ cdef class AccumulatePlan(Plan):
         if held < 0:
             return False
         leaf.swallowed = held + 1 < self.n
+        batch.asked = batch.work.held.length    # a new object may be the one that garbage waits for
+        old_sum, new_sum = PyTuple_GetSlice(old, 0, 1), PyTuple_GetSlice(new, 0, 1)
         batch.store_count(new, 1, held + 1 if leaf.swallowed else 0, leaf)
-        return (self.hold if leaf.swallowed else self.release).stack(batch, leaf, old[:1], new[:1])
+        return (self.hold if leaf.swallowed else self.release).stack(
+            batch, leaf, old_sum, new_sum
+        )
 
 cdef class MixedPlan(Plan):
     """A rule that updates a master copy of a parameter, which may be narrower."""
@@ -704,6 +813,22 @@ cdef int kind_beside(cnp.ndarray a, int updated):
     if kind >= NPY_USERDEF and kind != bfloat16 and a.dtype.name == "bfloat16":
         bfloat16 = kind
     return BFLOAT16 if kind == bfloat16 else -1
+
+
+cdef class UsualEnvironment:
+    """A context in which this thread computes in the usual floating-point environment.
+
+    So that what is summed, cast and computed by NumPy around a run has the same bits as well.
+    """
+
+    cdef float_environment before
+
+    def __enter__(self):
+        self.before = environment_enter()
+
+    def __exit__(self, *error):
+        environment_leave(self.before)
+
 
 # --- what the walk asks of many leaves at once -----------------------------------------------
 
@@ -785,14 +910,6 @@ cdef inline Slots slots_of(leaf):
     return slots
 
 
-cdef inline object slot(object leaf, Py_ssize_t offset, str name):
-    """Return an attribute, without a search for it if its offset is known."""
-    cdef PyObject* found = NULL
-    if offset:
-        found = (<PyObject**> (<char*> <PyObject*> leaf + offset))[0]
-    return getattr(leaf, name) if found is NULL else <object> found
-
-
 cdef inline bint ready(cnp.ndarray a, int kind, bint c_order) noexcept:
     """Tell whether `a` is plain memory of one type, in the order asked for."""
     cdef int order = cnp.NPY_ARRAY_C_CONTIGUOUS if c_order else cnp.NPY_ARRAY_F_CONTIGUOUS
@@ -854,23 +971,29 @@ cdef class Batch:
     cdef Py_ssize_t longest     # ... and most numbers in one
     cdef Py_ssize_t bytes       # that the update moves
     cdef Py_ssize_t gradients   # bytes of them
+    cdef Py_ssize_t asked       # how many were held when code of users may have run
+    cdef bint busy              # something is under way, or has failed
+    cdef bint settled
+    cdef object clash           # what `settle` found
     cdef list norm_rules
     cdef cnp.ndarray like       # the parameter that is being taken
-    cdef list kept              # the objects that own the memory in use
     cdef readonly dict new_x
     """Place: array that takes the parameter's place, where it was not written in place."""
     cdef readonly dict new_state
     """Place: state that takes the place of the leaf's, where it was not written in place."""
     cdef readonly Py_ssize_t failed
     """Place of the leaf at which `gather` or `run` raised."""
+    cdef readonly bint ran
+    """Whether `gather` has run the batch, too."""
 
     def __cinit__(self, blank=None):
         self.work = borrow()
         self.blank = blank
-        self.norm_rules, self.kept = [], []
+        self.norm_rules = []
         self.new_x, self.new_state = {}, {}
         self.failed = self.led.last = -1
-        self.blocks = self.longest = self.bytes = self.gradients = 0
+        self.busy = self.ran = self.settled = False
+        self.asked = self.blocks = self.longest = self.bytes = self.gradients = 0
 
     def __dealloc__(self):
         if self.work is not NULL:
@@ -899,38 +1022,76 @@ cdef class Batch:
                 found.append(leaves[k].place)
         return found
 
-    def gather(self, list leaves, list xs, list gs, lower):
+    @cython.final
+    cdef inline object slot(self, object leaf, Py_ssize_t offset, str name):
+        """Return an attribute, without a search for it if its offset is known."""
+        cdef PyObject* found = NULL
+        if offset:
+            found = (<PyObject**> (<char*> <PyObject*> leaf + offset))[0]
+        if found is not NULL:
+            return <object> found
+        value = getattr(leaf, name)
+        self.asked = self.work.held.length
+        return value
+
+    @cython.final
+    cdef inline bint is_frozen(self, object leaf, Slots slots) except -1:
+        frozen = self.slot(leaf, slots.frozen, "frozen")
+        if frozen is True or frozen is False:
+            return frozen is True
+        is_true = bool(frozen)
+        self.asked = self.work.held.length
+        return is_true
+
+    @cython.boundscheck(True)
+    def gather(self, list leaves, list xs, list gs, lower, bint at_once=False):
         """Take every leaf that the kernels can update; return the places of the others.
 
         Places without a gradient and frozen leaves are neither taken nor returned. `lower` turns
-        a rule into a plan, or None.
+        a rule into a plan, or None. If there are no others, and `at_once` says so, the batch runs,
+        unless places clash.
         """
         cdef list rest = []
         cdef Py_ssize_t place
         cdef Plan plan = None
         cdef Slots slots = known_slots
         last = self             # no rule
-        self.kept += xs, gs
+        self.begin()
         for place in range(len(leaves)):
             leaf, x, g = leaves[place], xs[place], gs[place]
             if type(leaf) is not slots.kind:
                 slots = slots_of(leaf)
-            if g is None or slot(leaf, slots.frozen, "frozen"):
+            if g is None or self.is_frozen(leaf, slots):
                 continue
             self.failed = place
-            rule = slot(leaf, slots.rule, "rule")
+            rule = self.slot(leaf, slots.rule, "rule")
             if rule is not last:
                 last = rule
                 plan = self.plan(rule, lower)
-            if plan is None or not self.add(place, plan, slot(leaf, slots.state, "state"), x, g):
+            if plan is None or not self.add(
+                place, plan, self.slot(leaf, slots.state, "state"), x, g
+            ):
                 rest.append(place)
         self.failed = -1
+        self.busy = False
+        if at_once and not rest and self.settle() is None:
+            self.ran = True
+            self.finish()
         return rest
 
     def take(self, Py_ssize_t place, Plan plan, state, x, g):
         """Take one leaf if the kernels can; tell whether."""
-        self.kept += x, g
-        return self.add(place, plan, state, x, g)
+        self.begin()
+        cdef bint taken = self.add(place, plan, state, x, g)
+        self.busy = False
+        return taken
+
+    cdef int begin(self) except -1:
+        """Refuse what code of users might ask in the middle of something, or after an error."""
+        if self.busy:
+            raise RuntimeError("this batch is at work, or has failed")
+        self.busy = True
+        return 0
 
     cdef Plan plan(self, rule, lower):
         """Return the plan of a rule, or None; often that of the last batch.
@@ -939,27 +1100,29 @@ cdef class Batch:
         trace.
         """
         cdef Plan plan
+        cdef PyObject *last_rule
+        cdef PyObject *last_plan
         if self.work.rule == <PyObject*> rule:
             plan = <Plan> <object> self.work.plan
             plan.forget()
             return plan
         plan = lower(rule)
+        self.asked = self.work.held.length
         if plan is not None:
-            Py_XDECREF(self.work.rule)
-            Py_XDECREF(self.work.plan)
+            last_rule, last_plan = self.work.rule, self.work.plan
             Py_INCREF(rule)
             Py_INCREF(plan)
             self.work.rule, self.work.plan = <PyObject*> rule, <PyObject*> plan
+            Py_XDECREF(last_rule)
+            Py_XDECREF(last_plan)
         return plan
 
     cdef bint add(self, Py_ssize_t place, Plan plan, state, x, g) except -1:
-        """Add a segment for one leaf if the kernels can take it; tell whether.
-
-        `x` and `g` are to be kept by the caller.
-        """
+        """Add a segment for one leaf if the kernels can take it; tell whether."""
         cdef cnp.ndarray xa, ga, old, new
         cdef Segment leaf
         cdef int kind, of_x, of_g
+        cdef Py_ssize_t size
         leaf.alone = is_alone(<PyObject*> state, 2)     # the leaf, and who calls this
         if not cnp.PyArray_CheckExact(x) or not cnp.PyArray_CheckExact(g):
             return False
@@ -977,6 +1140,8 @@ cdef class Batch:
             return False
         if not PyTuple_Check(state) or not same_shape(xa, ga):
             return False
+        if self.blank is not None or cnp.PyArray_TYPE(xa) >= NPY_USERDEF:
+            self.asked = self.work.held.length      # Python may run: a name of a dtype is its own
         made = state if self.blank is None else self.blank_like(state)
 
         old_state, new_state, old, new = state, made, xa, xa
@@ -1000,6 +1165,7 @@ cdef class Batch:
         leaf.swallowed = False
         leaf.is_bad = 0
         leaf.first = self.work.stages.length
+        leaf.held = self.work.held.length
         norms, counts, spans = (
             self.work.norms.length, self.work.counts.length, self.work.spans.length
         )
@@ -1008,6 +1174,7 @@ cdef class Batch:
             self.work.norms.length = norms
             self.work.counts.length = counts
             self.work.spans.length = spans
+            let_go(&self.work.held, leaf.held)
             del self.norm_rules[norms:]
             return False
         if self.work.stages.length > leaf.first + 1:
@@ -1018,17 +1185,25 @@ cdef class Batch:
         elif leaf.is_copy:
             self.add_span(&self.work.spans, new, leaf.n, place)
         leaf.unrounded = cnp.PyArray_BYTES(xa)
+        size = leaf.n * number_size(&leaf, leaf.of_parameter)
+        hold(self.work, xa, size)
+        hold(self.work, ga, leaf.n * number_size(&leaf, leaf.of_g))
+        if leaf.is_copy:
+            hold(self.work, old, leaf.n * number_size(&leaf, SAME))
+            if new is not old:
+                hold(self.work, new, leaf.n * number_size(&leaf, SAME))
         if self.blank is not None or not cnp.PyArray_ISWRITEABLE(xa):
             xa = PyArray_NewLikeArray(xa, cnp.NPY_KEEPORDER, NULL, 0)
             self.new_x[place] = xa
+            hold(self.work, xa, size)
         else:
             self.add_span(&self.work.parameters, xa, leaf.n, place)
         leaf.g, leaf.x = cnp.PyArray_BYTES(ga), cnp.PyArray_BYTES(old)
         leaf.out = cnp.PyArray_BYTES(new if leaf.is_copy else xa)
         leaf.rounded = cnp.PyArray_BYTES(xa)
+        leaf.held_end = self.work.held.length
         self.cut(&leaf)
         (<Segment*> push(&self.work.segments, sizeof(Segment)))[0] = leaf
-        self.kept.append(state)
         return True
 
     cdef void cut(self, Segment* leaf) noexcept:
@@ -1058,10 +1233,15 @@ cdef class Batch:
         if not PyTuple_Check(state):
             return self.blank(state)
         made = PyTuple_New(PyTuple_GET_SIZE(state))
-        for k in range(PyTuple_GET_SIZE(state)):
-            part = self.blank_like(item(state, k))
-            Py_INCREF(part)             # which the tuple takes over
-            PyTuple_SET_ITEM(made, k, part)
+        Py_EnterRecursiveCall(b" while a state is copied")
+        try:
+            for k in range(PyTuple_GET_SIZE(state)):
+                part = self.blank_like(item(state, k))
+                Py_INCREF(part)             # which the tuple takes over
+                PyTuple_SET_ITEM(made, k, part)
+        finally:
+            Py_LeaveRecursiveCall()
+        self.asked = self.work.held.length
         return made if type(state) is tuple else tuple.__new__(type(state), made)
 
     cdef Stage* add_stage(self, Segment* leaf, StepInfo* step, old, new) except? NULL:
@@ -1071,6 +1251,7 @@ cdef class Batch:
         cdef int k
         cdef bint alone
         cdef int kind = cnp.NPY_DOUBLE if leaf.is_double else cnp.NPY_FLOAT
+        cdef Py_ssize_t size = leaf.n * number_size(leaf, SAME)
         stage.run, stage.finish = step.run[leaf.is_double], step.finish[leaf.is_double]
         stage.index, stage.slots = step.index, step.slots
         for k in range(step.slots):
@@ -1086,6 +1267,9 @@ cdef class Batch:
                 if not alone:
                     self.add_span(&self.work.spans, a, leaf.n, leaf.place)
             stage.old[k], stage.new[k] = cnp.PyArray_BYTES(a), cnp.PyArray_BYTES(b)
+            hold(self.work, a, size)
+            if a is not b:
+                hold(self.work, b, size)
         return stage
 
     cdef int draw_in(self, Segment* leaf, Py_ssize_t norms) except -1:
@@ -1144,15 +1328,17 @@ cdef class Batch:
             target += coefs * size
         return at
 
-    cdef Py_ssize_t add_numbers(self, numbers, bint is_double) except -1:
+    cdef Py_ssize_t add_numbers(self, tuple numbers, bint is_double) except -1:
         cdef Py_ssize_t at = self.work.numbers.length
         cdef Py_ssize_t k, n = len(numbers)
         cdef void* cells = push(&self.work.numbers, sizeof(double), n + 1)
+        cdef double number
         for k in range(n):
+            number = numbers[k]
             if is_double:
-                (<double*> cells)[k] = numbers[k]
+                (<double*> cells)[k] = number
             else:
-                (<float*> cells)[k] = numbers[k]
+                (<float*> cells)[k] = <float> number
         return at
 
     cdef int add_norm(self, rule, double p) except -1:
@@ -1182,17 +1368,23 @@ cdef class Batch:
         cdef Count* count = <Count*> push(&self.work.counts, sizeof(Count))
         count.where = <int64_t*> cnp.PyArray_DATA(a)
         count.value = value
+        hold(self.work, a, sizeof(int64_t))
         if not alone:
             self.add_span(&self.work.spans, a, 1, leaf.place)
         return 0
 
     cdef int carry_over(self, old, new) except -1:
         """Copy a state that this step leaves alone."""
+        cdef Py_ssize_t k
         if old is new:
             return 0
-        if isinstance(old, tuple):
-            for a, b in zip(old, new):
-                self.carry_over(a, b)
+        if PyTuple_Check(old):
+            Py_EnterRecursiveCall(b" while a state is copied")
+            try:
+                for k in range(min(PyTuple_GET_SIZE(old), PyTuple_GET_SIZE(new))):
+                    self.carry_over(item(old, k), item(new, k))
+            finally:
+                Py_LeaveRecursiveCall()
         elif cnp.PyArray_Check(old):
             new[...] = old
         return 0
@@ -1215,12 +1407,19 @@ cdef class Batch:
         Where two leaves would write the same memory, or one leaf twice, their places are returned,
         else None.
         """
+        if self.settled:
+            return self.clash
+        self.settled = True
+        self.clash = self.find_clash()
+        if self.clash is None:
+            self.keep_apart()
+        return self.clash
+
+    cdef object find_clash(self):
         cdef Py_ssize_t parameters = self.work.parameters.length
         cdef Py_ssize_t n = parameters + self.work.spans.length
         cdef Span* spans
-        cdef Segment* leaf
         cdef Py_ssize_t k
-        cdef Py_ssize_t bytes
         push(&self.work.spans, sizeof(Span), 1 + n + parameters)    # as many again to sort in
         spans = <Span*> self.work.spans.data
         self.work.spans.length = n
@@ -1230,25 +1429,33 @@ cdef class Batch:
         for k in range(1, self.work.spans.length):
             if spans[k].low < spans[k - 1].high:
                 return spans[k - 1].place, spans[k].place
+        return None
+
+    cdef int keep_apart(self) except -1:
+        cdef Segment* leaf
+        cdef Py_ssize_t k
+        cdef Py_ssize_t bytes
         for k in range(self.work.segments.length):
             leaf = <Segment*> self.work.segments.data + k
-            leaf.g = self.apart(leaf.g, leaf.n * number_size(leaf, leaf.of_g))
+            leaf.g = self.apart(leaf, leaf.g, leaf.n * number_size(leaf, leaf.of_g))
             bytes = leaf.n * number_size(leaf, leaf.of_parameter)
             if leaf.is_copy:
                 if leaf.rounded != leaf.unrounded:
-                    leaf.unrounded = self.apart(leaf.unrounded, bytes)
+                    leaf.unrounded = self.apart(leaf, leaf.unrounded, bytes)
             elif leaf.out != leaf.x:
-                leaf.x = self.apart(leaf.x, bytes)
-        return None
+                leaf.x = self.apart(leaf, leaf.x, bytes)
+        return 0
 
-    cdef const char* apart(self, const char* numbers, Py_ssize_t bytes) except NULL:
+    cdef const char* apart(self, Segment* leaf, const char* numbers,
+                           Py_ssize_t bytes) except NULL:
         """Return where these numbers are not written over: as they lie, or in a copy."""
         cdef cnp.ndarray copy
         if not self.is_written(<uintptr_t> numbers, bytes):
             return numbers
+        check_held(self.work, leaf.held, leaf.held_end)
         copy = cnp.PyArray_SimpleNew(1, <cnp.npy_intp*> &bytes, cnp.NPY_BYTE)
+        hold(self.work, copy, bytes)
         memcpy(cnp.PyArray_DATA(copy), numbers, bytes)
-        self.kept.append(copy)
         return cnp.PyArray_BYTES(copy)
 
     def writes(self, uintptr_t low, uintptr_t high):
@@ -1277,11 +1484,13 @@ cdef class Batch:
 
     def nonfinite(self):
         """Return the places of the leaves whose gradients hold infinity or NaN."""
+        self.asked = self.work.held.length
         return self.places_of(bad=True) if self.judge() else []
 
     cdef bint judge(self) except -1:
         """Mark the leaves whose gradients hold infinity or NaN; tell whether there are any."""
         cdef Run run
+        check_held(self.work, 0, self.asked)
         self.prepare(&run)
         run.is_bad = 0
         run.members = take_team(run.gradients)
@@ -1291,34 +1500,48 @@ cdef class Batch:
             team_leave()
         return run.is_bad
 
-    cpdef run(self):
+    def run(self):
         """Update every leaf. Raises, if at all, before anything is written."""
+        self.asked = self.work.held.length
+        self.finish()
+
+    @cython.boundscheck(True)
+    cdef int finish(self) except -1:
         cdef Run run
+        cdef float_environment before = environment_enter()
         cdef Py_ssize_t k
         cdef Segment* leaf
         cdef Norm* norm
         cdef Count* count
         cdef double value
-        self.prepare(&run)
-        run.members = take_team(run.bytes)
+        run.members = 1
         try:
+            self.begin()
+            self.prepare(&run)
+            run.members = take_team(run.bytes)
             run.pieces = min(run.blocks, run.bytes // PIECE + 1, run.members * PIECES)
             self.lend_scratch(&run)
             for k in range(self.work.norms.length):
                 norm = <Norm*> self.work.norms.data + k
                 leaf = run.segments + norm.segment
+                self.failed = leaf.place
+                check_held(self.work, leaf.held, min(leaf.held_end, self.asked))
                 with nogil:
                     value = norm_of(&run, leaf, norm.stage, norm.p)
-                self.failed = leaf.place
                 self.set_number(leaf, norm.stage, self.norm_rules[k].factor(value))
+                self.asked = self.work.held.length
             self.failed = -1
+            check_held(self.work, 0, self.asked)
             work_on(&run, update_piece, run.bytes)
             for k in range(self.work.counts.length):
                 count = <Count*> self.work.counts.data + k
                 count.where[0] = count.value
+            self.busy = False
+            return 0
         finally:
             if run.members > 1:
                 team_leave()
+            environment_leave(before)
 
     cdef void prepare(self, Run* run) noexcept:
         """Say what there is to do."""
@@ -1360,21 +1583,25 @@ def update_one(leaf, x, g, lower, on_nonfinite):
     cdef Batch batch
     cdef Slots slots = slots_of(leaf)
     cdef Plan plan
+    cdef float_environment before
     cdef bint judges = on_nonfinite != "ignore"
     if judges and on_nonfinite != "raise" and on_nonfinite != "skip":
         return False
+    before = environment_enter()
     batch = Batch()
     try:
-        if not cnp.PyArray_CheckExact(x) or g is None or slot(leaf, slots.frozen, "frozen"):
+        if not cnp.PyArray_CheckExact(x) or g is None or batch.is_frozen(leaf, slots):
             return False
-        plan = batch.plan(slot(leaf, slots.rule, "rule"), lower)
-        if plan is None or not batch.add(0, plan, slot(leaf, slots.state, "state"), x, g):
+        plan = batch.plan(batch.slot(leaf, slots.rule, "rule"), lower)
+        if plan is None or not batch.add(0, plan, batch.slot(leaf, slots.state, "state"), x, g):
             return False
         if batch.new_x or batch.settle() is not None or (judges and batch.judge()):
             return False
-        batch.run()
+        batch.finish()
     except Exception:
         return False
+    finally:
+        environment_leave(before)
     return True
 
 

@@ -21,7 +21,7 @@ from typing import Any, Protocol, TypeVar
 from ._kernels import all_are, same_keys
 from ._nodes import carries, children, is_node, rebuild, trainable_keys
 from ._path import KeyPath
-from ._tree import child_path, walk
+from ._tree import child_path, refuse_cycle, walk
 from ._untrained import holds_lost, is_configuration, is_lost, lost
 
 Array = Any
@@ -67,7 +67,8 @@ def gather(
     gs: list[Any] = []
     items: Iterator[tuple[Any, Any]] = iter(enumerate((template,)))
     ms, grads = [model], [grad]  # what stands beside them, under the same keys
-    above = []
+    above: list[tuple[Any, ...]] = []
+    deep = _DEEP
     has_looked = False
     try:
         while True:
@@ -78,7 +79,11 @@ def gather(
                     xs.append(ms[key])
                     gs.append(grads[key])
                 elif kind is not tuple or s:
-                    above.append((items, ms, grads))
+                    above.append((s, items, ms, grads))
+                    if len(above) == deep:
+                        deep *= 2
+                        if len({id(node) for node, *_ in above}) < len(above):
+                            raise _CycleError
                     ms, grads = ms[key], grads[key]
                     plain = kind is dict or kind is list
                     plain = plain and kind is ms.__class__ is grads.__class__
@@ -94,11 +99,15 @@ def gather(
             else:
                 if not above:
                     return marks, xs, gs
-                items, ms, grads = above.pop()
-    except (_MisfitError, KeyError):  # tell where; or nobody looks at gradients there
+                _, items, ms, grads = above.pop()
+    except (_MisfitError, _CycleError, KeyError, IndexError):
+        # Tell where; or nobody looks at gradients there.
         rows = [row for _, *row in _rows(mark, template, model, grad, misfit)]
         return [s for s, _, _ in rows], [m for _, m, _ in rows], [g for _, _, g in rows]
 
+
+_DEEP = 8
+"""How deep the quick walk is when it first asks whether it goes in a circle."""
 
 _MANY = 8
 """From how many children on it pays to ask whether they are all marks."""
@@ -107,8 +116,11 @@ _MANY = 8
 def _add_all(
     mark: type[M], s: Any, m: Any, g: Any, marks: list[M], xs: list[Array], gs: list[Any]
 ) -> bool:
-    """Add what stands below three nodes at one stroke, if all are marks and the keys in order."""
-    found = [*s.values()] if type(s) is dict else s
+    """Add what stands below three nodes at one stroke, if all are marks and the keys in order.
+
+    Another thread, or an ``==`` of the keys, may change the nodes meanwhile.
+    """
+    found = [*s.values()] if type(s) is dict else [*s]
     if not all_are(mark, found):
         return False
     if type(s) is dict:
@@ -118,7 +130,15 @@ def _add_all(
     marks += found
     xs += m
     gs += g
+    if not len(marks) == len(xs) == len(gs):
+        raise RuntimeError(_CHANGED)
     return True
+
+
+_CHANGED = (
+    "the state, the model or the gradient was changed by other code while a step walked over it; "
+    "nothing was updated. Where several threads use them, put a lock around"
+)
 
 
 def places(
@@ -132,21 +152,40 @@ def _rows(
     mark: type[M], template: Tree, model: Tree, grad: Tree, misfit: str
 ) -> Iterator[tuple[KeyPath, M, Array, Any]]:
     """Yield what `gather` finds, with paths, or raise its error with the path."""
-    stack = [(KeyPath(), template, model, grad, (None, None))]
+    open_nodes: dict[int, tuple[KeyPath, Any]] = {}
+    stack: list[tuple[Any, Iterator[tuple[Any, ...]]]] = [
+        (None, iter([(KeyPath(), template, model, grad, (None, None))]))
+    ]
     while stack:
-        path, s, m, g, above = stack.pop()
-        if isinstance(s, mark):
-            yield path, s, m, g
-        elif s.__class__ is not tuple or s:
-            try:
-                below = list(zip(*_beside(mark, s, m, g, misfit), strict=True))
-            except _MisfitError as error:
-                raise error.kind(f"at {path}: {error}") from None
-            keys = _keys(children(s), children(m), s) or ()
-            paths = [child_path(path, m, key) for key in keys]
-            stack += reversed([(p, *b, (m, g)) for p, b in zip(paths, below, strict=True)])
-        elif g is not None and is_lost(m, g) and (not path or _is_meant(*above, path[-1], m, g)):
-            raise TypeError(f"at {path}: {lost(m)}")
+        node, rows = stack[-1]
+        for path, s, m, g, above in rows:
+            if isinstance(s, mark):
+                yield path, s, m, g
+            elif s.__class__ is not tuple or s:
+                refuse_cycle(open_nodes, path, s)
+                open_nodes[id(s)] = path, s
+                stack.append((s, iter(_rows_below(mark, path, s, m, g, misfit))))
+                break
+            elif (
+                g is not None and is_lost(m, g) and (not path or _is_meant(*above, path[-1], m, g))
+            ):
+                raise TypeError(f"at {path}: {lost(m)}")
+        else:
+            open_nodes.pop(id(node), None)
+            stack.pop()
+
+
+def _rows_below(
+    mark: type[Any], path: KeyPath, s: Tree, m: Tree, g: Tree, misfit: str
+) -> list[tuple[Any, ...]]:
+    """Return what stands beside each other below three nodes, with paths and these nodes."""
+    try:
+        below = list(zip(*_beside(mark, s, m, g, misfit), strict=True))
+    except _MisfitError as error:
+        raise error.kind(f"at {path}: {error}") from None
+    keys = _keys(children(s), children(m), s) or ()
+    paths = [child_path(path, m, key) for key in keys]
+    return [(p, *b, (m, g)) for p, b in zip(paths, below, strict=True)]
 
 
 def _is_meant(node: Tree, beside: Tree, key: Any, x: Any, g: Any) -> bool:
@@ -164,6 +203,10 @@ def _refuse_lost(mark: type[M], template: Tree, model: Tree, grad: Tree, misfit:
 def place(mark: type[M], template: Tree, model: Tree, k: int) -> str:
     """Return the path of the k-th mark that `gather` finds, as text."""
     return str(next(islice(places(mark, template, model), k, None))[0])
+
+
+class _CycleError(Exception):
+    """The quick walk came to a node that it is in."""
 
 
 class _MisfitError(Exception):

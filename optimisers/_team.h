@@ -20,6 +20,8 @@
       wait, and in a virtual machine also if they are asleep.
    e) There is one team in a process, and one job at a time. A thread that comes meanwhile works
       alone. A child that was forked has a new team.
+   f) Members compute in the usual floating-point environment (see _environment.h), whatever that of
+      the thread was that happened to make them.
 
    Needs nothing but Python's threads and locks, and atomic operations on 64 bits. */
 
@@ -31,6 +33,8 @@
 #include <stdint.h>
 #include <string.h>
 #include <time.h>
+
+#include "_environment.h"
 
 #if defined(_MSC_VER) && !defined(__clang__)
 #include <intrin.h>
@@ -177,6 +181,7 @@ static void team_life(void *whose) {
     team_member *self = &team.member[me];
     int64_t last = 0;
     int looked = 0;
+    environment_enter();
     team_swap(&self->thread, team_thread());
     for (;;) {
         int64_t number;

@@ -48,6 +48,8 @@ def view(x: Tensor) -> np.ndarray | None:
     torch: Any = sys.modules["torch"]
     if type(x) not in (torch.Tensor, torch.nn.Parameter) or not x.is_cpu or x.is_neg():
         return None  # what looks like a view of these would be a copy
+    if is_given_back(x):
+        return None
     try:
         if x.dtype is torch.bfloat16:
             bfloat16 = _bfloat16()
@@ -55,6 +57,41 @@ def view(x: Tensor) -> np.ndarray | None:
         return np.asarray(x.numpy(force=True))  # force: also where it requires a gradient
     except (RuntimeError, TypeError):
         return None
+
+
+def is_given_back(x: Any) -> bool:
+    """Tell whether a tensor has numbers, but no memory: its storage was resized to nothing.
+
+    PyTorch itself does not always ask, and reads from address 0.
+    """
+    if not is_tensor(x):
+        return False
+    torch: Any = sys.modules["torch"]
+    if x.layout is not torch.strided or x.is_meta or not x.numel():
+        return False
+    try:
+        return not x.data_ptr()
+    except RuntimeError:  # a tensor that is being traced or transformed
+        return False
+
+
+def refuse_given_back(x: Tensor, state: Any, where: Callable[[], str]) -> None:
+    """Raise if a parameter, or a tensor of its state, has no memory any more."""
+    if is_given_back(x):
+        raise ValueError(_GIVEN_BACK.format(what="parameter", where=where()))
+    parts = [state]
+    while parts:
+        part = parts.pop()
+        if isinstance(part, tuple):
+            parts += part
+        elif is_tensor(part) and is_given_back(part):
+            raise ValueError(_GIVEN_BACK.format(what="state", where=where()))
+
+
+_GIVEN_BACK = (
+    "{what} at {where}: expected a tensor with memory, got one whose storage was given back "
+    "(untyped_storage().resize_(0)); gather or allocate it before the step"
+)
 
 
 @functools.cache
@@ -274,6 +311,8 @@ def gradient(g: Any, x: Tensor, where: Callable[[], str]) -> Tensor:
         if plain.dtype == np.longdouble and plain.dtype != np.float64:
             plain = plain.astype(np.float64)
         g = _from_numpy(torch, plain).to(x.device)
+    if is_given_back(g):
+        raise ValueError(_GIVEN_BACK.format(what="gradient", where=where()))
     if g.layout is not torch.strided:
         kind = str(g.layout).removeprefix("torch.")
         raise TypeError(
@@ -304,6 +343,8 @@ def as_numpy(g: Tensor, where: Callable[[], str]) -> np.ndarray:
             f"gradient at {where()}: expected what NumPy can read, got a tensor on {kind}; "
             "write .cpu(), or .to_dense() where it is sparse"
         )
+    if is_given_back(g):
+        raise ValueError(_GIVEN_BACK.format(what="gradient", where=where()))
     g = g.detach().resolve_conj().resolve_neg()
     array: np.ndarray = (g.float() if g.dtype is torch.bfloat16 else g).numpy()
     return array

@@ -66,7 +66,7 @@ def walk(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> Iterator[tu
             if kind is None or (is_leaf is not None and is_leaf(x)):
                 yield here, x
                 continue
-            _refuse_cycle(open_nodes, here, x)
+            refuse_cycle(open_nodes, here, x)
             open_nodes[id(x)] = here, x
             stack.append((here, x, kind.by_item, iter(kind.children(x).items())))
             break
@@ -158,7 +158,7 @@ def fold(
             if marks in done:
                 results.append(done[marks][0])
                 continue
-            _refuse_cycle(open_nodes, here, x)
+            refuse_cycle(open_nodes, here, x)
             open_nodes[id(x)] = here, x
             stack.append(_Frame(here, x, kind, keys, beside, row))
             break
@@ -204,7 +204,8 @@ class _Frame:
                 self.is_value = any(is_immutable(x) and isnumeric(x) for x in xs)
 
 
-def _refuse_cycle(open_nodes: dict[int, tuple[KeyPath, Any]], path: KeyPath, x: Any) -> None:
+def refuse_cycle(open_nodes: dict[int, tuple[KeyPath, Any]], path: KeyPath, x: Any) -> None:
+    """Raise if a node is one of those that a walk is in, by id, with their paths."""
     if id(x) in open_nodes:
         raise ValueError(
             f"the tree contains itself: the {type(x).__name__} at {path} is the one at "

@@ -43,6 +43,7 @@ from ._lockstep import places as walk_places
 from ._nodes import mirror, rebuild, register_leaf, trainable_keys
 from ._path import KeyPath
 from ._ties import View, carry, owners, parameters, span
+from ._torch import is_given_back
 from ._tree import fold, walk
 from ._untrained import refuse_no_tree, tell
 from .words import namespace
@@ -412,6 +413,8 @@ class Restructure(Generic[Model]):
         if shape != (self._size,):
             got = f"one of length {shape[0]}" if len(shape) == 1 else f"shape {shape}"
             raise ValueError(f"expected a vector of length {self._size}, got {got}")
+        if is_given_back(v):
+            raise ValueError("expected a vector with memory, got a tensor whose storage is gone")
         return v
 
     def _split(self, v: Array, copy: bool) -> list[Array]:
@@ -577,6 +580,8 @@ class Restructure(Generic[Model]):
                 fault, got = ValueError, f"shape {tuple(x.shape)}"
             elif not p.is_complex and _is_complex(x.dtype):
                 fault, got = TypeError, f"complex numbers ({x.dtype})"
+            elif is_given_back(x):
+                fault, got = ValueError, "a tensor whose storage was given back"
             else:
                 continue
             where = place(_Slot, self._template, model, i)
@@ -866,6 +871,10 @@ def _gradient(g: Any, blank: np.ndarray, where: Callable[[], str], traced: bool)
     """Return a gradient, checked; where `traced`, one of another library stays there."""
     if not (traced and _is_foreign(g)):
         return checked_gradient(g, blank, where)
+    if is_given_back(g):
+        raise ValueError(
+            f"gradient at {where()}: expected a tensor with memory, its was given back"
+        )
     if tuple(g.shape) != blank.shape or (_is_complex(g.dtype) and not _is_complex(blank.dtype)):
         raise (ValueError if tuple(g.shape) != blank.shape else TypeError)(
             f"gradient at {where()}: expected an array of shape {blank.shape} and dtype "

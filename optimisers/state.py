@@ -24,7 +24,7 @@ from ._nodes import mirror, rebuild, register_leaf, trainable_keys
 from ._path import KeyPath
 from ._rule import Rule, read_only
 from ._ties import carry, laid_out, overlap, parameters, same_elements
-from ._torch import is_tensor
+from ._torch import is_tensor, refuse_given_back
 from ._tree import fmap, fold, walk
 from ._untrained import refuse_no_tree, tell
 
@@ -193,6 +193,8 @@ def setup(rule: Rule, model: Tree) -> Tree:
 
 
 def _new_leaf(rule: Rule, path: KeyPath, x: Array) -> Leaf:
+    if is_tensor(x):
+        refuse_given_back(x, (), path.__str__)
     try:
         return Leaf(rule, rule.init(x.detach() if is_tensor(x) else plain(x)))
     except TypeError as error:
@@ -285,7 +287,8 @@ def update_(
     -----
     Threads may update models of their own at the same time. Around updates of one model, or of
     models that share arrays, put a lock: without one nothing crashes, but the numbers are those of
-    steps that mix. A process may fork at any time, and its child update like any other.
+    steps that mix, or the step is refused with a `RuntimeError`. A process may fork at any time,
+    and its child update like any other.
 
     Examples
     --------
@@ -315,6 +318,18 @@ def _step(
     on_nonfinite: OnNonfinite,
 ) -> tuple[Tree, Model]:
     _pytree.announce(Leaf)
+    with _engine.kernels.UsualEnvironment():
+        return _stepped(state, model, grad, higher, in_place, on_nonfinite)
+
+
+def _stepped(
+    state: Tree,
+    model: Model,
+    grad: Tree,
+    higher: Sequence[Tree],
+    in_place: bool,
+    on_nonfinite: OnNonfinite,
+) -> tuple[Tree, Model]:
     held, xs, gs = gather(Leaf, state, model, grad)
     leaves = _reunited(held) if _pytree.have_ties_crossed() else held
     higher = higher and [gather(Leaf, state, model, h)[2] for h in higher]

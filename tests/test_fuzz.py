@@ -61,7 +61,7 @@ def _small_blocks():
 class ArrayPath(_engine.kernels.Batch):
     """A batch that takes nothing."""
 
-    def gather(self, leaves, xs, gs, lower):
+    def gather(self, leaves, xs, gs, lower, at_once=False):
         held = zip(leaves, gs, strict=True)
         return [k for k, (leaf, g) in enumerate(held) if g is not None and not leaf.frozen]
 
