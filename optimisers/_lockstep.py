@@ -166,9 +166,7 @@ def _rows(
                 open_nodes[id(s)] = path, s
                 stack.append((s, iter(_rows_below(mark, path, s, m, g, misfit))))
                 break
-            elif (
-                g is not None and is_lost(m, g) and (not path or _is_meant(*above, path[-1], m, g))
-            ):
+            elif g is not None and is_lost(m, g) and (not path or _is_meant(above, path[-1], m, g)):
                 raise TypeError(f"at {path}: {lost(m)}")
         else:
             open_nodes.pop(id(node), None)
@@ -188,8 +186,9 @@ def _rows_below(
     return [(p, *b, (m, g)) for p, b in zip(paths, below, strict=True)]
 
 
-def _is_meant(node: Tree, beside: Tree, key: Any, x: Any, g: Any) -> bool:
+def _is_meant(above: tuple[Tree, Tree], key: Any, x: Any, g: Any) -> bool:
     """Tell whether a gradient of a child that is no parameter was meant to train it."""
+    node, beside = above
     keys = trainable_keys(node)
     return (keys is None or key in keys) and not is_configuration(node, beside, x, g)
 

@@ -209,8 +209,8 @@ def test_higher_derivatives_are_checked_like_gradients():
     w = {"w": np.ones(2)}
     state = setup(Second(), w)
     for wrong, error, text in [
-        ({"w": np.ones(3)}, ValueError, r"at \['w'\]: .*got shape \(3,\)"),
-        ({"w": 1j * np.ones(2)}, TypeError, r"at \['w'\]: .*complex"),
+        ({"w": np.ones(3)}, ValueError, r"at \['w'\] \(derivative 2\): .*shape \(3,\)"),
+        ({"w": 1j * np.ones(2)}, TypeError, r"at \['w'\] \(derivative 2\): .*complex"),
         ({"v": np.ones(2)}, ValueError, "'v'"),
     ]:
         for call in (update, update_):

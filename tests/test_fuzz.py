@@ -437,7 +437,7 @@ def test_flat_vectors_of_such_models(case, data):
     made = outcome(destructure, model)
     assert content(case) == before
     if isinstance(made, Exception):
-        assert "overlap in memory" in str(made), made
+        assert "overlap in memory" in str(made) or "masked" in str(made), made
         return
     flat, re = made
     assert not np.shares_memory(flat, room)

@@ -73,7 +73,21 @@ def test_counts_at_the_end_of_what_can_be_counted(call, count, dtype):
 
 
 @BOTH
-@parametrize("count", [2**63 - 1, -(2**63), -1])
+@parametrize("dtype", ["float32", "float64", "float16"])
+def test_a_count_stays_at_the_largest_number(call, dtype):
+    moved = []
+    for count in (2**62, 2**63 - 1):
+        x = np.ones(3, dtype)
+        state = setup(Adam(0.1), {"w": x})
+        state["w"].state = state["w"].state._replace(t=np.array(count))
+        state, new = call(state, {"w": x}, {"w": np.ones(3, dtype)})
+        moved.append(bits(new["w"]))
+    assert int(state["w"].state.t) == 2**63 - 1
+    assert moved[0] == moved[1]
+
+
+@BOTH
+@parametrize("count", [-(2**63), -1])
 def test_a_count_that_no_formula_takes(call, count):
     x = np.ones(3)
     state = setup(Adam(), {"w": x})
