@@ -20,10 +20,10 @@ e) A *barrier* (a norm) needs all of a leaf before its step can run. The steps a
    leaf, so a norm too has the same bits for any number of threads.
 f) *What user code can do meanwhile.* Between taking a leaf and running, code of users may run: a
    rule's `coefs` and `__float__` of what it returns, `lower` (which reads a rule), `blank` and the
-   truth of `frozen` in `gather` and `take`; a barrier's `factor` in `run`; and whatever a gradient's
-   conversion and a rule's `apply` do in the engine between the calls of a batch. A signal, the
-   collection of garbage, and other threads come wherever Python runs, the last also while the
-   kernels run without the GIL. So a batch *holds* every array whose address it has: it owns a
+   truth of `frozen` in `gather` and `take`; a barrier's `factor` in `run`; and all that a
+   gradient's conversion and a rule's `apply` do in the engine between the calls of a batch. A
+   signal, the collection of garbage, and other threads come wherever Python runs, the last also
+   while the kernels run without the GIL. So a batch *holds* every array whose address it has: it owns a
    reference to the array itself (a tuple around it would not keep NumPy's `resize` from giving its
    memory back) from the moment when the address is read until the batch is gone. It trusts no
    length, type or address across such a call: lists are indexed with a check, what `coefs` returns
