@@ -23,15 +23,15 @@ f) *What user code can do meanwhile.* Between taking a leaf and running, code of
    truth of `frozen` in `gather` and `take`; a barrier's `factor` in `run`; and all that a
    gradient's conversion and a rule's `apply` do in the engine between the calls of a batch. A
    signal, the collection of garbage, and other threads come wherever Python runs, the last also
-   while the kernels run without the GIL. So a batch *holds* every array whose address it has: it owns a
-   reference to the array itself (a tuple around it would not keep NumPy's `resize` from giving its
-   memory back) from the moment when the address is read until the batch is gone. It trusts no
-   length, type or address across such a call: lists are indexed with a check, what `coefs` returns
-   is made a tuple of floats first, tuples are read by the C functions, never by their own `[]`, and
-   before addresses are used, `check_held` asks whether they are still those of the arrays, for
-   those who go behind NumPy's back (`refcheck=False`, `__setstate__`). After that check no Python
-   runs until the numbers are written. `asked` says how many were held when Python last ran, which
-   is all unless a batch does everything at one call.
+   while the kernels run without the GIL. So a batch *holds* every array whose address it has: it
+   owns a reference to the array itself (a tuple around it would not keep NumPy's `resize` from
+   giving its memory back) from the moment when the address is read until the batch is gone. It
+   trusts no length, type or address across such a call: lists are indexed with a check, what
+   `coefs` returns is made a tuple of floats first, tuples are read by the C functions, never by
+   their own `[]`, and before addresses are used, `check_held` asks whether they are still those of
+   the arrays, for those who go behind NumPy's back (`refcheck=False`, `__setstate__`). After that
+   check no Python runs until the numbers are written. `asked` says how many were held when Python
+   last ran, which is all unless a batch does everything at one call.
 g) A run computes in the usual floating-point environment (_environment.h), in all threads: the bits
    do not depend on the caller's, which it has again afterwards.
 """
