@@ -67,13 +67,25 @@ if _typing.TYPE_CHECKING:
 else:
     globals().update({rule.__name__: rule for rule in _registry()})
 
+    _LATE = ("io", "optax", "scipy", "torch")  # modules that not everybody needs
+
+    def __dir__():
+        public = {n for n, x in globals().items() if type(x) is not type(words) or x is words}
+        return sorted({n for n in public if n[0] != "_" or n[:2] == "__"} | {*_LATE, "__version__"})
+
     def __getattr__(name):
-        if name in ("io", "optax", "scipy", "torch"):  # modules that not everybody needs
+        if name in _LATE:
             from importlib import import_module
 
             return import_module(f"{__name__}.{name}")
-        if name != "__version__":
+        if name[0] == "_" and name != "__version__":
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        if name != "__version__":
+            import sys
+
+            from . import _names
+
+            raise _names.missing(__name__, name, __dir__(), sys._getframe(1))
         from importlib import metadata  # late: it would be a quarter of the whole import
 
         return metadata.version(__name__)

@@ -18,6 +18,7 @@ import numpy as np
 
 from . import _device
 from ._arrays import is_narrow, isnumeric
+from ._construct import refuse, takes
 from ._jax import (
     Maybe,
     Number,
@@ -32,6 +33,7 @@ from ._jax import (
     settled,
     with_attributes,
 )
+from ._text import short
 from .words import is_complex, maximum, minimum, namespace
 
 # --- limits of fields ------------------------------------------------------------------------
@@ -123,7 +125,7 @@ def _checked_number(where: str, limit: Limit, value: Any) -> Any:
         number = float(value)
     except (TypeError, ValueError):
         raise TypeError(
-            f"{where} must be a real number, {limit.text}; got {value!r} ({type(value).__name__})"
+            f"{where} must be a real number, {limit.text}; got {short(value)}{_way_out(value)}"
         ) from None
     except OverflowError:  # a whole number beyond all floats
         number = math.inf if value > 0 else -math.inf
@@ -177,9 +179,22 @@ _FIRST_ORDER = 4
 """The arguments of an `apply` without higher derivatives: self, state, x and dx."""
 
 
+def _way_out(value: Any) -> str:
+    """Return what to do with a value that somebody took for a hyperparameter."""
+    if callable(value) and not isinstance(value, type):
+        return (
+            "; for a schedule, make the rule with the first number, and hand the others to "
+            "adjust_(state, eta) between steps"
+        )
+    if isinstance(value, dict | list | Iterator) or hasattr(value, "parameters"):
+        return "; a rule takes no parameters: call setup(rule, model)"
+    return ""
+
+
 # --- Rule ------------------------------------------------------------------------------------
 
 _registry: list[type[Rule]] = []
+_new_object = object.__new__
 
 
 def registry() -> list[type[Rule]]:
@@ -222,6 +237,19 @@ class Rule(ABC):
 
     _shown_as: ClassVar[str]
     """The name of the class in messages and in its state."""
+
+    if not typing.TYPE_CHECKING:  # type checkers look at the constructor alone, as `help` does
+
+        def __new__(cls, *args, **kwargs):
+            known = takes(cls)
+            if not known.issuperset(kwargs) or (args and not known):
+                refuse(cls, cls._shown_as, kwargs)
+            make = super().__new__
+            return make(cls) if make is _new_object else make(cls, *args, **kwargs)
+
+        __new__.__signature__ = inspect.Signature(
+            [inspect.Parameter("cls", inspect.Parameter.POSITIONAL_ONLY)]
+        )
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -437,6 +465,15 @@ class ElementwiseRule(Rule):
         if t is not None:
             t = t if is_traced(t) else int(t)
         return cast_like(x, rule.coefs() if t is None else rule.coefs(t))
+
+
+def class_names(rule: Rule) -> Iterator[str]:
+    """Yield the names of the classes of a rule and of those in it, with what they inherit."""
+    yield from (cls.__name__ for cls in type(rule).__mro__)
+    for value in vars(rule).values():
+        for part in value if isinstance(value, tuple) else (value,):
+            if isinstance(part, Rule):
+                yield from class_names(part)
 
 
 def checked_state(rule: Rule, state: Any, kind: Any) -> Any:

@@ -5,6 +5,7 @@ To add a rule, write one class here. Exports, kernels, tests and benchmarks find
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -237,16 +238,10 @@ class RMSProp(ElementwiseRule):
     slots: ClassVar[tuple[str, ...]] = ("q",)
     fixed = ("centred",)
 
-    def __new__(
-        cls,
-        eta: float = 0.001,
-        rho: float = 0.9,
-        epsilon: float = 1e-8,
-        centred: bool = False,
-        *,
-        centered: bool = False,
-    ) -> RMSProp:
-        return super().__new__(_CentredRMSProp if centred or centered else cls)
+    def __new__(cls, *args: Any, **kwargs: Any) -> RMSProp:
+        centred = any([*args[3:4], kwargs.get("centred"), kwargs.get("centered")])
+        made = _CentredRMSProp if centred else cls
+        return super().__new__(made, *args, **kwargs)
 
     def __init__(
         self,
@@ -261,6 +256,8 @@ class RMSProp(ElementwiseRule):
         for name, value in values.items():
             object.__setattr__(self, name, value)
         self.__post_init__()
+
+    __new__.__signature__ = inspect.signature(__init__)  # type: ignore[attr-defined]
 
     def coefs(self) -> Numbers:
         return self.rho, 1 - self.rho, self.eta, self.epsilon

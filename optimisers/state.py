@@ -22,7 +22,7 @@ from ._kernels import are_distinct
 from ._lockstep import gather, place, places
 from ._nodes import mirror, rebuild, register_leaf, trainable_keys
 from ._path import KeyPath
-from ._rule import Rule, read_only
+from ._rule import Rule, class_names, read_only
 from ._ties import carry, laid_out, overlap, parameters, same_elements
 from ._torch import is_tensor, refuse_given_back
 from ._tree import fmap, fold, walk
@@ -577,10 +577,11 @@ def _adjusted(leaves: list[Leaf], eta: Any, fields: dict[str, Any]) -> dict[int,
     known = {name for leaf in leaves for name, _ in leaf.rule.fields()}
     unknown = [name for name in fields if name not in known]
     if unknown and leaves:
-        raise TypeError(
-            f"no rule here has the field {', '.join(map(repr, unknown))}; "
-            f"there are {', '.join(sorted(known))}"
-        )
+        from . import _names
+
+        rules = {name for leaf in leaves for name in class_names(leaf.rule)}
+        told = f"no rule here has the field {', '.join(map(repr, unknown))}"
+        raise TypeError(_names.unknown(told, unknown, sorted(known), rules))
     made: dict[int, Rule] = {}  # rules that leaves share stay shared
     for leaf in leaves:
         if id(leaf.rule) not in made:

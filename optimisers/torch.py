@@ -12,10 +12,10 @@ try:
 except ImportError as error:  # pragma: no cover
     raise ImportError("optimisers.torch needs PyTorch: install the package torch") from error
 
-from . import _engine
+from . import _engine, _names
 from ._arraypath import Call
 from ._arrays import maywrite
-from ._rule import Rule
+from ._rule import Rule, class_names
 from .compose import MixedPrecision, OptimiserChain
 from .rules import Descent
 
@@ -23,21 +23,6 @@ __all__ = ["Optimizer"]
 
 Tensor = Any
 Group = dict[str, Any]
-
-# What PyTorch's own optimisers call their numbers, and what to write here.
-_FOREIGN = {
-    "alpha": "rho",
-    "betas": "beta",
-    "dampening": "another rule",
-    "eps": "epsilon",
-    "etas": "ell of Rprop",
-    "lr_decay": "a scheduler",
-    "maximize": "gradients with the other sign",
-    "momentum": "rho of Momentum or Nesterov",
-    "nesterov": "the rule Nesterov",
-    "step_sizes": "gamma of Rprop",
-    "weight_decay": "lambda_ of AdamW, or of WeightDecay ahead of the rule in an OptimiserChain",
-}
 
 
 class _Leaf:
@@ -178,11 +163,10 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
             group["lr"] = group.pop("eta")
         if group.get("differentiable"):
             raise TypeError("a step of these rules is not differentiable")
-        for name in _FOREIGN.keys() & group.keys() - self._names:
-            raise TypeError(
-                f"a parameter group has {name!r}, which no rule here has; there are "
-                f"{', '.join(sorted(self._names))}. In place of {name}, write {_FOREIGN[name]}"
-            )
+        for name in filter(_names.in_torch, group.keys() - self._names):
+            told = f"a parameter group has {name!r}, which no rule here has"
+            names, rules = sorted(self._names), class_names(self.rule)
+            raise TypeError(_names.unknown(told, [name], names, rules, _names.in_torch(name)))
         self._adjusted(self._numbers(group))
         if not isinstance(group["params"], torch.Tensor | set):
             group["params"] = list(group["params"])
@@ -361,12 +345,13 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
         unused = {
             name: group[name]
             for group in self.param_groups
-            for name in _FOREIGN.keys() & group.keys() - self._names
+            for name in filter(_names.in_torch, group.keys() - self._names)
             if group[name]  # no decay and no momentum are what there is here
         }
         if unused:
+            own, rules = sorted(self._names), [*class_names(self.rule)]
             texts = (
-                f"{name}={value!r:.40}, in place of which write {_FOREIGN[name]}"
+                f"{name}={value!r:.40}: {_names.of_field(name, own, rules, _names.in_torch(name))}"
                 for name, value in sorted(unused.items())
             )
             warnings.warn(

@@ -29,9 +29,9 @@ PACKAGE = ROOT / "optimisers"
 
 # A module imports from floors below its own, nothing else.
 FLOORS = [
-    {"_dlpack", "_arrays", "_path", "_numba_private", "_jax", "io._atomic"},
+    {"_dlpack", "_arrays", "_path", "_text", "_names", "_numba_private", "_jax", "io._atomic"},
     {"words", "_language", "_numba", "_nodes", "_torch", "_device", "io._safetensors"}
-    | {"_kernels", "_kernels_avx2", "_kernels_avx512"},
+    | {"_construct", "_kernels", "_kernels_avx2", "_kernels_avx512"},
     {"_rule", "_tree", "_device_words"},
     {"_device_text", "_untrained"},
     {"_cuda", "_device_plans"},

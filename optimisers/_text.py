@@ -1,0 +1,60 @@
+"""What messages show of values."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+_WIDTH = 60
+_MANY = 9
+
+
+def short(x: Any) -> str:
+    """Return what a message shows of a value: in one line, and never cut off inside an array.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> short("adam"), short([1.0, 2.0]), short(None)
+    ("'adam' (str)", '[1.0, 2.0] (list)', 'None')
+    >>> short({"w": np.ones((64, 32)), "b": np.ones(32)}), short([np.ones(99)] * 3)
+    ("dict with 'w', 'b'", 'list of 3')
+    >>> short(np.ones((64, 32)))
+    'ndarray of shape (64, 32) and dtype float64'
+    """
+    kind = type(x).__name__
+    shape: Any = getattr(x, "shape", None)
+    dtype = getattr(x, "dtype", None)
+    is_array = shape is not None and dtype is not None and not isinstance(x, type | np.generic)
+    if is_array and math.prod(shape) > _MANY:
+        return f"{kind} of shape {tuple(shape)} and dtype {dtype}"
+    text = "" if isinstance(x, dict | list | tuple | set) and len(x) > _MANY else _line(x)
+    if text and len(text) <= _WIDTH:
+        return text if x is None or isinstance(x, type) else f"{text} ({kind})"
+    if is_array:
+        return f"{kind} of shape {tuple(shape)} and dtype {dtype}"
+    if isinstance(x, dict):
+        keys = ", ".join(_cut(_line(key)) for key in list(x)[:_MANY])
+        return f"{kind} with {keys}{', ...' * (len(x) > _MANY)}"
+    if isinstance(x, list | tuple | set):
+        return f"{kind} of {len(x)}"
+    return f"{_cut(text)} ({kind})"
+
+
+def _line(x: Any) -> str:
+    try:
+        text = repr(x)
+    except Exception:  # an object's own `repr` may fail, which is not what a message is about
+        return f"<{type(x).__name__}>"
+    return " ".join(text.split()) if "\n" in text else text
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _WIDTH else f"{text[: _WIDTH - 3]}..."
+
+
+def call_hint(rule: Any) -> str:
+    """Return what to write where a class was given in place of an object, else ""."""
+    return f"; write {rule.__name__}()" if isinstance(rule, type) else ""
