@@ -346,7 +346,7 @@ def test_too_little_memory_for_large_arrays():
         before = content([state, model])
         expected = content(list(update(state, model, grad)))
         for call in (update, update_):
-            for room in range(1, 80, 4):
+            for room in range(1, 160, 4):
                 gc.collect()
                 done = limited(lambda: call(state, model, grad), room) is not None
                 now = content([state, model])
