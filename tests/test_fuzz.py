@@ -376,12 +376,12 @@ def compared(state, model):
     return [{k: plain(leaf.state) for k, leaf in state.items()}, parts]
 
 
-def native(x):
+def in_native_order(x):
     """Return arrays in the processor's byte order: one that is written in place keeps its own."""
     if isinstance(x, dict):
-        return {k: native(v) for k, v in x.items()}
+        return {k: in_native_order(v) for k, v in x.items()}
     if isinstance(x, tuple | list):
-        return type(x)(map(native, x))
+        return type(x)(map(in_native_order, x))
     return x.astype(x.dtype.newbyteorder("=")) if isinstance(x, np.ndarray) else x
 
 
@@ -421,8 +421,8 @@ def test_what_is_refused_changes_nothing_and_what_is_taken_is_right(case):
         made = [k for k in made if "AccumGrad" not in repr(state[k].rule)]
     moved = [k for k in made if isnumeric(model[k]) and bits(twin[1][k]) != old[k]]
     assert_same_bits(
-        native(compared({k: state[k] for k in made}, {k: done[1][k] for k in moved})),
-        native(compared({k: twin[0][k] for k in made}, {k: twin[1][k] for k in moved})),
+        in_native_order(compared({k: state[k] for k in made}, {k: done[1][k] for k in moved})),
+        in_native_order(compared({k: twin[0][k] for k in made}, {k: twin[1][k] for k in moved})),
     )
 
 

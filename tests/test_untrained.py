@@ -11,7 +11,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from util import BOTH, assert_same_bits, snapshot
+from util import BOTH, assert_same_bits, name_of, snapshot
 
 import optimisers
 from optimisers import Adam, Descent, destructure, functor, minimize, setup, trainable, update_
@@ -118,7 +118,7 @@ def test_a_model_without_parameters_is_warned_of(taker, x, place):
         ((), "nothing in it"),
         ([[], {}], "nothing in it"),
     ],
-    ids=lambda x: f"{x!r:.25}",
+    ids=lambda x: name_of(x)[:25],
 )
 def test_the_warning_says_what_to_write(taker, model, way):
     warned(call(taker, model), "nothing to train", way)
@@ -193,7 +193,7 @@ def test_arrays_of_other_libraries(library):
         (Unregistered, "instance"),
         (dict, "instance"),
     ],
-    ids=lambda x: f"{x!r:.20}",
+    ids=lambda x: name_of(x)[:20],
 )
 def test_what_is_no_tree_is_refused(taker, model, way):
     with pytest.raises(TypeError) as error:
