@@ -132,7 +132,7 @@ def block_step(rule: str, step: FunctionType, slots: int, coefs: int, dtype: str
                 f"Numba cannot compile {rule}.step, so it runs as array code: same numbers, "
                 f"slower. The reason: {reason}",
                 RuntimeWarning,
-                stacklevel=6,  # the caller of `update`
+                stacklevel=7,  # the caller of `update`
             )
     made = _made[key]
     return None if made is None else int(made.address)
