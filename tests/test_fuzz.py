@@ -165,8 +165,8 @@ KINDS = {
         np.broadcast_to(a.ravel()[:1].reshape((1,) * a.ndim), a.shape) if a.size else a
     ),
     "subclass": lambda a: a.view(Subclass),
-    # NumPy cannot copy masked arrays of dtypes that are not its own
-    "masked": lambda a: np.ma.masked_array(a) if a.dtype.kind != "V" else a,
+    # NumPy cannot copy masked arrays of dtypes that are not its own, and rounds its 1e20 aloud
+    "masked": lambda a: np.ma.masked_array(a, fill_value=0) if a.dtype.kind != "V" else a,
     "matrix": lambda a: a.view(np.matrix) if a.ndim == 2 else a,
     "memory map": lambda a: mapped(a) if a.size else a,
 }
