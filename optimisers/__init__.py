@@ -27,6 +27,7 @@ from ._arrays import isnumeric as isnumeric
 from ._arrays import maywrite as maywrite
 from ._engine import get_num_threads as get_num_threads
 from ._engine import set_num_threads as set_num_threads
+from ._fork import compiling as _compiling
 from ._info import show_versions as show_versions
 from ._nodes import children as children
 from ._nodes import functor as functor
@@ -77,7 +78,8 @@ else:
         if name in _LATE:
             from importlib import import_module
 
-            return import_module(f"{__name__}.{name}")
+            with _compiling:
+                return import_module(f"{__name__}.{name}")
         if name[0] == "_" and name != "__version__":
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         if name != "__version__":

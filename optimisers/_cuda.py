@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
 import numpy as np
 
-from . import _numba_private
+from . import _fork, _numba_private
 from ._device_text import (
     SUMS,
     Program,
@@ -189,12 +188,9 @@ def _compiled(parts: Callable[..., Any], grid: Grid, *key: Any) -> Kernel:
     return Kernel(*parts(*key))
 
 
-_compiling = threading.RLock()
-
-
 def compiled(parts: Callable[..., Any], *key: Any) -> Kernel:
     """Return the kernel that ``parts(*key)`` describes."""
-    with _compiling:
+    with _fork.compiling:
         return _compiled(parts, grid, *key)
 
 

@@ -20,7 +20,6 @@ import importlib
 import itertools
 import operator
 import os
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from types import FunctionType
@@ -28,7 +27,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import _device, _torch, rules, words
+from . import _device, _fork, _torch, rules, words
 from . import _kernels as baseline
 from ._arraypath import (
     Call,
@@ -109,7 +108,6 @@ _steps = {getattr(rules, name).step: index for name, index in kernels.step_index
 _array_only: set[type] = set()
 """Rules whose steps Numba could not compile."""
 _found: dict[tuple[type, bool], tuple[int, int]] = {}
-_compiling = threading.Lock()
 
 
 _Stored = tuple[int, Array, Array]
@@ -191,7 +189,8 @@ def _cpu_kit() -> _Kit:
 
 @functools.cache
 def _cuda_kit() -> _Kit:
-    from . import _device_batch
+    with _fork.compiling:
+        from . import _device_batch
 
     return _Kit(_device_batch, _cuda_step, rules._Scale.step)
 
@@ -211,7 +210,8 @@ def _check_language(rule: Any) -> int:
     StepError
         If the step is not in the language of steps.
     """
-    from . import _language
+    with _fork.compiling:
+        from . import _language
 
     cls = type(rule)
     coefs = len(rule.coefs(1) if cls.counts else rule.coefs())
@@ -230,10 +230,10 @@ def _compiled(rule: Any, is_double: bool) -> tuple[int, int] | None:
     cls = type(rule)
     if found := _found.get((cls, is_double)):
         return found
-    from . import _numba
+    coefs = _check_language(rule)
+    with _fork.compiling:
+        from . import _numba
 
-    with _compiling:
-        coefs = _check_language(rule)
         dtype = "float64" if is_double else "float32"
         address = _numba.block_step(cls.__name__, cls.step, len(cls.slots), coefs, dtype)
     if address is None:

@@ -7,7 +7,8 @@ b) `block_step` compiles it into a loop of the signature that the kernels call. 
    multiplications with additions nor reorders anything unless told so: the bits are those of the
    array code.
 c) Numba caches only functions that stand in a file. So the loop is written to one, in the user's
-   folder for caches, under a name that is a digest of all that decides on the machine code.
+   folder for caches (`_stepcache`), under a name that is a digest of all that decides on the
+   machine code.
 
 Numba is imported when the first step is compiled, and is optional.
 """
@@ -17,17 +18,16 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
-import os
 import platform
 import sys
-import tempfile
 import warnings
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from types import CellType, CodeType, FunctionType
 from typing import Any
 
 import numpy as np
+
+from . import _stepcache
 
 # --- words -----------------------------------------------------------------------------------
 
@@ -103,7 +103,7 @@ _made: dict[str, Any] = {}  # by digest; the functions live as long as the proce
 def block_step(rule: str, step: FunctionType, slots: int, coefs: int, dtype: str) -> int | None:
     """Return the address of a compiled block step, None where it has to stay array code.
 
-    One thread at a time may call it.
+    One thread at a time may call it, whose turn it is (`_fork.compiling`).
 
     Parameters
     ----------
@@ -161,16 +161,24 @@ def _compile(step: FunctionType, slots: int, coefs: int, dtype: str, key: str) -
     def made(file: str, cache: bool) -> Any:
         given = {"__name__": __name__, "step": jit(rebound(step, words))}
         exec(compile(text, file, "exec"), given)
-        return numba.cfunc(signature, cache=cache, **options)(given["block"])
+        if not cache:
+            return numba.cfunc(signature, **options)(given["block"])
+        folder = numba.core.caching.FunctionCache(given["block"]).cache_path
+        if not _stepcache.is_safe(folder):
+            return None
+        found = numba.cfunc(signature, cache=True, **options)(given["block"])
+        _stepcache.close_to_others(folder)
+        return found
 
-    file = _written(text, f"{key}_{numba.__version__}")
+    file = _stepcache.written(text, f"{key}_{numba.__version__}")
     if file is not None:
         with contextlib.suppress(Exception):  # a broken cache must not be in the way
-            return made(file, True)
+            if (found := made(file, True)) is not None:
+                return found
     return made("<step>", False)
 
 
-# --- the cache -------------------------------------------------------------------------------
+# --- its name -------------------------------------------------------------------------------
 
 
 def _digest(step: FunctionType, slots: int, coefs: int, dtype: str) -> str:
@@ -192,31 +200,3 @@ def _digest(step: FunctionType, slots: int, coefs: int, dtype: str) -> str:
 def _code_facts(code: CodeType) -> tuple[object, ...]:
     names = code.co_varnames, code.co_names, code.co_freevars
     return code.co_code, code.co_consts, *names
-
-
-def cache_folder() -> Path:
-    """Return the folder in which compiled steps are kept: that of Numba, if the user set one."""
-    if chosen := os.environ.get("NUMBA_CACHE_DIR"):
-        return Path(chosen, "optimisers")
-    if sys.platform == "win32":
-        base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
-    elif sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
-    else:
-        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base, "optimisers")
-
-
-def _written(text: str, name: str) -> str | None:
-    """Write the loop to its file, unless it is there; None if that is not allowed."""
-    try:
-        folder = cache_folder()
-        file = folder / f"step_{name}.py"
-        if not file.exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile("w", dir=folder, delete=False) as writing:
-                writing.write(text)
-            os.replace(writing.name, file)  # at once, whoever else is writing it
-    except (OSError, RuntimeError):  # RuntimeError: there is no home
-        return None
-    return str(file)

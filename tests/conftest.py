@@ -42,6 +42,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="how many instructions of a call are interrupted, and of its last ones as many",
     )
     parser.addoption(
+        "--forks",
+        type=int,
+        default=4,
+        help="how many times a process forks while something is compiled",
+    )
+    parser.addoption(
         "--big",
         action="store_true",
         help="whether to test arrays of more than 2^31 numbers, which takes 18 GB",
@@ -58,6 +64,12 @@ def kills(pytestconfig: pytest.Config) -> int:
 def interrupts(pytestconfig: pytest.Config) -> int:
     """Return how many instructions of a call a test interrupts."""
     return int(pytestconfig.getoption("--interrupts"))
+
+
+@pytest.fixture
+def forks(pytestconfig: pytest.Config) -> int:
+    """Return how many times a process forks in a test."""
+    return int(pytestconfig.getoption("--forks"))
 
 
 def skip_reason(report: pytest.TestReport | pytest.CollectReport) -> str:

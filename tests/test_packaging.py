@@ -29,7 +29,8 @@ PACKAGE = ROOT / "optimisers"
 
 # A module imports from floors below its own, nothing else.
 FLOORS = [
-    {"_dlpack", "_arrays", "_path", "_text", "_names", "_numba_private", "_jax", "io._atomic"},
+    {"_dlpack", "_arrays", "_path", "_text", "_names", "_numba_private", "_jax"}
+    | {"_fork", "_stepcache", "io._atomic"},
     {"words", "_language", "_numba", "_nodes", "_torch", "_device", "io._safetensors"}
     | {"_construct", "_kernels", "_kernels_avx2", "_kernels_avx512"},
     {"_rule", "_tree", "_device_words"},

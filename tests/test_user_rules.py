@@ -41,6 +41,7 @@ from optimisers import (
     _engine,
     _language,
     _numba,
+    _stepcache,
     setup,
     update,
     update_,
@@ -454,6 +455,74 @@ def test_a_cache_that_is_forbidden_or_broken_is_done_without(numba, tmp_path):
     assert run_script(tmp_path, HITS, **environment)()[0] == done
 
 
+posix = pytest.mark.skipif(os.name == "nt", reason="folders of users are theirs on Windows")
+
+
+@posix
+@parametrize("mask", [0o000, 0o002, 0o022])
+@parametrize("variable", ["NUMBA_CACHE_DIR", "XDG_CACHE_HOME"])
+def test_a_new_cache_is_its_owners_alone(variable, mask, numba, tmp_path):
+    environment = {"NUMBA_CACHE_DIR": "", variable: str(tmp_path / "new" / "cache")}
+    code = f"import os\nos.umask({mask})\n" + HITS
+    tmp_path.chmod(0o700)
+    first = run_script(tmp_path, code, **environment)()
+    for at in (tmp_path / "new").rglob("*"):
+        assert not at.stat().st_mode & 0o022, at
+    assert (tmp_path / "new" / "cache" / "optimisers").stat().st_mode & 0o777 == 0o700
+    assert run_script(tmp_path, code, **environment)() == (first[0], [1])
+
+
+@posix
+@parametrize("which", ["optimisers", "", ".."])
+def test_a_cache_that_others_may_write_to_is_not_used(which, numba, tmp_path):
+    folder = tmp_path / "cache" / "optimisers"
+    folder.mkdir(parents=True, mode=0o700)
+    (tmp_path / "cache" / which).chmod(0o777)
+    code = """
+        warnings.simplefilter("always")
+        with warnings.catch_warnings(record=True) as seen:
+            done = run("f4")
+            run("f8")
+        print((done[0], [str(one.message) for one in seen]))
+    """
+    used, messages = run_script(tmp_path, code, NUMBA_CACHE_DIR=str(tmp_path / "cache"))()
+    assert used == {"kernels"}
+    assert [*folder.iterdir()] == []
+    (message,) = messages
+    assert "others may write to" in message
+    assert "NUMBA_CACHE_DIR" in message
+
+
+@posix
+def test_a_cache_of_another_user_is_not_used(tmp_path, monkeypatch):
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
+    assert _stepcache.written("text", "one")
+    me = os.stat(tmp_path).st_uid
+    monkeypatch.setattr(os, "geteuid", lambda: me + 1)
+    monkeypatch.setattr(_stepcache, "_told", set())
+    real = os.stat_result
+
+    def others(path):
+        info = list(real_stat(path))
+        return real([*info[:4], me + 2, *info[5:]])
+
+    real_stat = _stepcache.Path.stat
+    monkeypatch.setattr(_stepcache.Path, "stat", others)
+    with pytest.warns(RuntimeWarning, match="belongs to another user"):
+        assert _stepcache.written("text", "one") is None
+
+
+@posix
+@parametrize("filled", [False, True])
+def test_a_folder_of_numba_is_made_private_if_it_is_new(filled, tmp_path):
+    folder = tmp_path / "made_by_numba"
+    folder.mkdir()
+    folder.chmod(0o777)
+    if filled:
+        (folder / "step.nbi").write_bytes(b"")
+    assert _stepcache.is_safe(str(folder)) is not filled
+
+
 @parametrize(
     ("system", "variable", "expected"),
     [
@@ -471,7 +540,7 @@ def test_where_the_cache_is(system, variable, expected, monkeypatch):
     for name, value in variable.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(sys, "platform", system)
-    assert _numba.cache_folder() == _numba.Path(os.path.expanduser(expected))
+    assert _stepcache.cache_folder() == _stepcache.Path(os.path.expanduser(expected))
 
 
 # --- what is no step -------------------------------------------------------------------------

@@ -23,13 +23,13 @@ import os
 import re
 import stat
 import sys
-import threading
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, BinaryIO, NamedTuple, cast
 
 import numpy as np
 
+from .._fork import Turn
 from ._atomic import opened, replacing
 
 MAX_HEADER = 100_000_000
@@ -309,6 +309,9 @@ class Header(NamedTuple):
     metadata: dict[str, str]
 
 
+_reading = Turn()
+
+
 class Source:
     """A file that threads, forked children and handlers of signals read, each where it wants to.
 
@@ -320,7 +323,6 @@ class Source:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._file = opened(os.fspath(path), os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
-        self._turn = threading.RLock()
         if not stat.S_ISREG(os.fstat(self._file.fileno()).st_mode):
             self.close()
             raise FileFormatError("no safetensors file: it is no regular file")
@@ -351,7 +353,7 @@ class Source:
             found = os.pread(self._file.fileno(), len(data), at)
             data[: len(found)] = found
             return len(found)
-        with self._turn:  # as on Windows; a handler that comes in between goes back to our place
+        with _reading:  # as on Windows; a handler that comes in between goes back to our place
             before = self._file.tell()
             try:
                 self._file.seek(at)
