@@ -186,7 +186,8 @@ def _way_out(value: Any) -> str:
             "; for a schedule, make the rule with the first number, and hand the others to "
             "adjust_(state, eta) between steps"
         )
-    if isinstance(value, dict | list | Iterator) or hasattr(value, "parameters"):
+    holds_arrays = isinstance(value, list | tuple) and any(hasattr(x, "shape") for x in value)
+    if holds_arrays or isinstance(value, dict | Iterator) or hasattr(value, "parameters"):
         return "; a rule takes no parameters: call setup(rule, model)"
     return ""
 

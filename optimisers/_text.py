@@ -17,8 +17,8 @@ def short(x: Any) -> str:
     Examples
     --------
     >>> import numpy as np
-    >>> short("adam"), short([1.0, 2.0]), short(None)
-    ("'adam' (str)", '[1.0, 2.0] (list)', 'None')
+    >>> short("adam"), short([1.0, 2.0]), short(dict)
+    ("'adam' (str)", '[1.0, 2.0] (list)', "<class 'dict'>")
     >>> short({"w": np.ones((64, 32)), "b": np.ones(32)}), short([np.ones(99)] * 3)
     ("dict with 'w', 'b'", 'list of 3')
     >>> short(np.ones((64, 32)))
@@ -32,7 +32,7 @@ def short(x: Any) -> str:
         return f"{kind} of shape {tuple(shape)} and dtype {dtype}"
     text = "" if isinstance(x, dict | list | tuple | set) and len(x) > _MANY else _line(x)
     if text and len(text) <= _WIDTH:
-        return text if x is None or isinstance(x, type) else f"{text} ({kind})"
+        return text if isinstance(x, type) else f"{text} ({kind})"
     if is_array:
         return f"{kind} of shape {tuple(shape)} and dtype {dtype}"
     if isinstance(x, dict):
