@@ -71,8 +71,11 @@ else:
     _LATE = ("io", "optax", "scipy", "torch")  # modules that not everybody needs
 
     def __dir__():
+        from importlib.util import find_spec
+
         public = {n for n, x in globals().items() if type(x) is not type(words) or x is words}
-        return sorted({n for n in public if n[0] != "_" or n[:2] == "__"} | {*_LATE, "__version__"})
+        late = {n for n in _LATE if n == "io" or find_spec(n)}  # a name that is offered works
+        return sorted({n for n in public if n[0] != "_" or n[:2] == "__"} | late | {"__version__"})
 
     def __getattr__(name):
         if name in _LATE:
