@@ -20,6 +20,7 @@ from util import (
     BOTH,
     ELEMENTWISE,
     EXACT_CHAINS,
+    FORKS_WITH_THREADS,
     LEADS,
     arrays_in,
     assert_same_bits,
@@ -324,7 +325,7 @@ def test_set_num_threads():
     assert get_num_threads() == before
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
+@FORKS_WITH_THREADS
 def test_a_forked_process_can_update_with_threads():
     done = run(
         """

@@ -14,7 +14,7 @@ import time
 
 import numpy as np
 import pytest
-from util import assert_same_bits, normal, parametrize
+from util import FORKS_WITH_THREADS, assert_same_bits, normal, parametrize
 
 from optimisers import (
     AccumGrad,
@@ -210,7 +210,7 @@ def test_threads_of_the_kernels_with_a_small_stack():
     assert said == "trained\n"
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
+@FORKS_WITH_THREADS
 @parametrize("busy", [False, True])
 def test_a_fork_in_the_middle_of_training(busy):
     """Parent and child go on from where they are, also while another thread is at an update."""

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import functools
 import inspect
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -366,3 +367,7 @@ def native(x: Array) -> Array:
 
 
 BOTH = pytest.mark.parametrize("call", [update, update_])
+FORKS_WITH_THREADS = pytest.mark.skipif(
+    not hasattr(os, "fork") or "libasan" in os.environ.get("LD_PRELOAD", ""),
+    reason="needs fork, and an allocator that no thread holds at a fork, as GCC's checked one may",
+)
