@@ -153,12 +153,12 @@ cdef extern from "_team.h":
     void team_forked()
 
 cdef extern from "_halves.h":
-    float widen_float16(uint16_t) nogil
-    float widen_bfloat16(uint16_t) nogil
-    uint16_t narrow_float16(float) nogil
-    uint16_t narrow_bfloat16(float) nogil
-    Py_ssize_t widen_float16s(const uint16_t* halves, float* to, Py_ssize_t n) nogil
-    Py_ssize_t narrow_float16s(const float* singles, uint16_t* to, Py_ssize_t n) nogil
+    void widen_float16s(const uint16_t* halves, float* to, Py_ssize_t n) nogil
+    void widen_bfloat16s(const uint16_t* halves, float* to, Py_ssize_t n) nogil
+    void narrow_float16s(const float* singles, uint16_t* to, Py_ssize_t n) nogil
+    void narrow_bfloat16s(const float* singles, uint16_t* to, Py_ssize_t n) nogil
+    void keep_float16s(const float* singles, uint16_t* to, Py_ssize_t n) nogil
+    void keep_bfloat16s(const float* singles, uint16_t* to, Py_ssize_t n) nogil
 
 cdef extern from "numpy/arrayobject.h":
     enum:
@@ -1942,15 +1942,12 @@ cdef inline void copy(void* to, const void* from_, Py_ssize_t bytes) noexcept no
 
 cdef void widen(Kind kind, const void* source, void* target, Py_ssize_t n) noexcept nogil:
     """Bring numbers of a narrow kind to the dtype of their master."""
-    cdef const uint16_t* halves = <const uint16_t*> source
     cdef const float* singles = <const float*> source
     cdef Py_ssize_t i
     if kind == FLOAT16:
-        for i in range(widen_float16s(halves, <float*> target, n), n):
-            (<float*> target)[i] = widen_float16(halves[i])
+        widen_float16s(<const uint16_t*> source, <float*> target, n)
     elif kind == BFLOAT16:
-        for i in range(n):
-            (<float*> target)[i] = widen_bfloat16(halves[i])
+        widen_bfloat16s(<const uint16_t*> source, <float*> target, n)
     else:
         for i in range(n):
             (<double*> target)[i] = singles[i]
@@ -1969,20 +1966,39 @@ cdef void hand_on(Segment* leaf, Py_ssize_t start, Py_ssize_t n) noexcept nogil:
 
 cdef void round_into(Kind kind, const void* source, void* target, Py_ssize_t n,
                      Py_ssize_t size) noexcept nogil:
-    cdef const float* singles = <const float*> source
     cdef const double* doubles = <const double*> source
     cdef Py_ssize_t i
     if kind == SAME:
         memcpy(target, source, n * size)
     elif kind == FLOAT16:
-        for i in range(narrow_float16s(singles, <uint16_t*> target, n), n):
-            (<uint16_t*> target)[i] = narrow_float16(singles[i])
+        narrow_float16s(<const float*> source, <uint16_t*> target, n)
     elif kind == BFLOAT16:
-        for i in range(n):
-            (<uint16_t*> target)[i] = narrow_bfloat16(singles[i])
+        narrow_bfloat16s(<const float*> source, <uint16_t*> target, n)
     else:
         for i in range(n):
             (<float*> target)[i] = <float> doubles[i]
+
+
+cdef inline void keep(Kind kind, const void* source, void* slot, Py_ssize_t n) noexcept nogil:
+    """Bring numbers to a narrow slot, whose own are still there: see `_rule.kept_as`."""
+    if kind == FLOAT16:
+        keep_float16s(<const float*> source, <uint16_t*> slot, n)
+    else:
+        keep_bfloat16s(<const float*> source, <uint16_t*> slot, n)
+
+
+def kept(cnp.ndarray slot, cnp.ndarray singles):
+    """Return what a narrow slot keeps of as many numbers in float32; for tests."""
+    cdef cnp.ndarray made = slot.copy()
+    cdef int kind = kind_beside(slot, cnp.NPY_FLOAT)
+    if kind != FLOAT16 and kind != BFLOAT16:
+        raise TypeError(f"expected float16 or bfloat16, got {slot.dtype}")
+    if not ready(singles, cnp.NPY_FLOAT, True) or not same_shape(slot, singles):
+        raise TypeError("expected an array of float32 in C order, of the shape of the slot")
+    if not ready(made, cnp.PyArray_TYPE(slot), True):
+        raise TypeError("expected a slot in native byte order")
+    keep(<Kind> kind, cnp.PyArray_DATA(singles), cnp.PyArray_DATA(made), cnp.PyArray_SIZE(made))
+    return made
 
 
 cdef void accumulate(const void* g_, Py_ssize_t n, double* lanes, Reduction kind, double p,

@@ -552,16 +552,13 @@ def kept_as(old: Any, new: Any) -> Any:
     most = largest(old.dtype)
     before = widened(old)
 
-    def rounded(value: Any) -> Any:
-        bounded = minimum(maximum(value, -most), most)
-        return as_like(
-            old, namespace(value).where(namespace(value).isfinite(value), bounded, value)
-        )
+    def bounded(value: Any) -> Any:
+        return minimum(maximum(value, -most), most)
 
-    found = rounded(new)
+    found = as_like(old, namespace(new).where(namespace(new).isfinite(new), bounded(new), new))
     is_lost = (widened(found) == before) & (new != before)
     for factor in LOST:
-        tried = rounded(before + factor * (new - before))
+        tried = as_like(old, bounded(before + factor * (new - before)))
         is_same = widened(tried) == before
         found = as_like(old, namespace(tried).where(is_lost & ~is_same, tried, found))
         is_lost = is_lost & is_same

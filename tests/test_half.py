@@ -23,6 +23,7 @@ from optimisers import (
     RMSProp,
     Rule,
     WeightDecay,
+    _engine,
     _rule,
     setup,
     update,
@@ -221,6 +222,58 @@ def test_a_norm_that_is_far_from_the_limit(dtype, p, call):
     _, x = run(OptimiserChain(ClipNorm(1.0, p), Descent(1.0)), np.zeros_like(g), [g], call)
     expected = 1 / g.size ** (0 if math.isinf(p) else 1 / p)
     np.testing.assert_allclose(-x.astype(float), expected, rtol=0.01)
+
+
+# --- slots of the kernels: `kept_as` in C ---------------------------------------------------------
+
+
+def results(dtype):
+    """Return slots and, beside each, a result near it or far away: every case of `kept_as`."""
+    slots = np.arange(2**16, dtype=np.uint16).view(dtype)
+    draw = np.random.default_rng(0)
+    with np.errstate(all="ignore"):
+        wide = slots.astype(np.float32)
+        unit = np.float32(ml_dtypes.finfo(dtype).eps)
+        shares = [0, 1 / 17, 1 / 16, 1 / 15, 1 / 8, 1 / 4, 0.49, 0.5, 0.51, 0.75, 1, 1.5, 20]
+        near = [wide + s * sign * unit * (wide + (wide == 0)) for s in shares for sign in (1, -1)]
+        least = np.float32(ml_dtypes.finfo(dtype).smallest_subnormal)
+        near += [wide + s * sign * least for s in shares for sign in (1, -1)]
+        near += [np.nextafter(wide, np.float32(to)) for to in (np.inf, -np.inf)]
+        near += [(wide * np.exp2(draw.uniform(-9, -5, wide.shape)) + wide).astype(np.float32)]
+        near += [draw.integers(0, 2**32, 2**16, np.uint32).view(np.float32) for _ in range(3)]
+        extreme = np.array([np.inf, -np.inf, np.nan, 3.4e38, -3.4e38, 65520, 0, -0.0, 1e-45])
+        near += [np.full(2**16, number, np.float32) for number in extreme]
+    return slots, near
+
+
+@halves
+@pytest.mark.parametrize("isa", _engine.available_isas)
+def test_slots_keep_the_bits_that_the_array_path_keeps(dtype, isa):
+    slots, near = results(dtype)
+    for new in near:
+        with np.errstate(all="ignore"):
+            assert_same_bits(_engine.available[isa].kept(slots, new), _rule.kept_as(slots, new))
+
+
+@halves
+def test_slots_are_rounded_alike_wherever_they_begin_and_end(dtype):
+    slots, near = results(dtype)
+    few = slots[15000:15041], near[6][15000:15041]
+    expected = _rule.kept_as(*few)
+    for kernels in _engine.available.values():
+        for start in range(20):
+            for end in range(start, 41):
+                got = kernels.kept(few[0][start:end], few[1][start:end])
+                assert_same_bits(got, expected[start:end])
+
+
+@dtypes
+def test_a_slot_at_its_largest_number_stays_there(dtype):
+    most = np.array([ml_dtypes.finfo(dtype).max, -ml_dtypes.finfo(dtype).max], dtype)
+    for factor in (1.001, 1.25, 1e30):
+        with np.errstate(all="ignore"):
+            new = (most.astype(np.float32) * np.float32(factor)).clip(-3.4e38, 3.4e38)
+            assert_same_bits(_rule.kept_as(most, new), most)
 
 
 # --- AccumGrad ---------------------------------------------------------------------------------
