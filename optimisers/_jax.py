@@ -49,7 +49,8 @@ def is_tracer(x: object) -> bool:
 class Number:
     """A hyperparameter in the hands of JAX, in two parts; calculates like the number it is.
 
-    The parts may be anything, since JAX builds trees of anything.
+    It is traced, or one for each of many models (`jax.vmap`): of parts that are known, `number_of`
+    makes a float. The parts may be anything, since JAX builds trees of anything.
     """
 
     __slots__ = ("high", "low")
@@ -159,19 +160,20 @@ def parts_of(value: Any) -> tuple[Any, Any]:
 
 
 def number_of(high: Any, low: Any) -> Any:
-    """Return the number that has these parts: a float if they are no longer with JAX."""
+    """Return the number that has these parts: one of Python if both are known."""
     if type(low) is float and not isinstance(high, (float, np.generic)):
         if low == 0.0 and hasattr(high, "dtype"):
             return high
-    elif _is_float(high) and _is_float(low):
-        return _whole(high, low)
+    elif _is_known(high) and _is_known(low):
+        whole = not isinstance(high, float) and high.dtype.kind in "biuc"
+        return high.item() if whole else _whole(high, low)
     return Number(high, low)
 
 
-def _is_float(x: object) -> bool:
-    if isinstance(x, np.ndarray):
-        return x.ndim == 0 and x.dtype.kind == "f"
-    return isinstance(x, (float, np.floating))
+def _is_known(x: object) -> bool:
+    if isinstance(x, (np.ndarray, np.generic)):
+        return x.ndim == 0 and x.dtype.kind in "biufcV" and x.dtype.names is None
+    return isinstance(x, float) or (is_jax(x) and not is_tracer(x) and cast(Any, x).ndim == 0)
 
 
 def _whole(high: Any, low: Any) -> float:

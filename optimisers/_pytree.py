@@ -13,7 +13,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -56,21 +56,20 @@ def note_crossing(tie: Tie | None) -> None:
 # How a value comes back: from a number, a rule, a sequence of such, or as it was. The class of what
 # stays is noted since True == 1 == 1.0.
 _NUMBER, _RULE, _SEQUENCE, _STATIC = range(4)
+Spec = tuple[Any, ...]
 
 
-def _split_rule(rule: Rule, name: str, found: list[tuple[str, Any]]) -> tuple[Any, ...]:
+def _split_rule(rule: Rule, found: list[Any]) -> Spec:
     cls = type(rule)
     static = cls.static + cls.fixed
     specs = [
-        (n, (_STATIC, type(v), v))
-        if n in static
-        else (n, _split(v, getattr(cls, n, None), f"{name}.{n}", found))
+        (n, (_STATIC, type(v), v) if n in static else _split(v, getattr(cls, n, None), found))
         for n, v in attributes(rule).items()
     ]
     return _RULE, cls, tuple(specs)
 
 
-def _split(value: Any, default: Any, name: str, found: list[tuple[str, Any]]) -> tuple[Any, ...]:
+def _split(value: Any, default: Any, found: list[Any]) -> Spec:
     """Append the numbers in a value, and return how to make the value of them."""
     cls = type(value)
     if (
@@ -79,15 +78,15 @@ def _split(value: Any, default: Any, name: str, found: list[tuple[str, Any]]) ->
         or is_jax(value)
         or (isinstance(value, np.ndarray) and value.dtype.kind in "fc")
     ):
-        found.append((name, value))
+        found.append(value)
         return (_NUMBER,)
     if isinstance(value, Rule):
-        return _split_rule(value, name, found)
+        return _split_rule(value, found)
     if cls is tuple or cls is list:
         count = len(found)
         defaults = default if isinstance(default, tuple) else ()
         specs = tuple(
-            _split(v, defaults[i] if i < len(defaults) else None, f"{name}[{i}]", found)
+            _split(v, defaults[i] if i < len(defaults) else None, found)
             for i, v in enumerate(value)
         )
         if len(found) > count or any(spec[0] == _RULE for spec in specs):
@@ -95,7 +94,19 @@ def _split(value: Any, default: Any, name: str, found: list[tuple[str, Any]]) ->
     return _STATIC, cls, value
 
 
-def _join(spec: tuple[Any, ...], numbers: Iterator[Any]) -> Any:
+def _names(spec: Spec, name: str) -> Iterator[str]:
+    """Yield the names of the numbers of a value, in the order of `_split`."""
+    if spec[0] == _NUMBER:
+        yield name
+    elif spec[0] == _RULE:
+        for field, below in spec[2]:
+            yield from _names(below, f"{name}.{field}")
+    elif spec[0] == _SEQUENCE:
+        for i, below in enumerate(spec[2]):
+            yield from _names(below, f"{name}[{i}]")
+
+
+def _join(spec: Spec, numbers: Iterator[Any]) -> Any:
     kind = spec[0]
     if kind == _NUMBER:
         return number_of(next(numbers), next(numbers))
@@ -112,24 +123,58 @@ def _join(spec: tuple[Any, ...], numbers: Iterator[Any]) -> Any:
 # --- leaves ----------------------------------------------------------------------------------
 
 
-def _flatten(leaf: Any) -> tuple[list[Any], tuple[Any, ...], list[str]]:
-    """Return the children of a leaf, its structure, and the names of the children."""
-    found: list[tuple[str, Any]] = []
-    rule = _split_rule(leaf.rule, "rule", found)
-    children: list[Any] = []
-    names: list[str] = []
-    for name, value in found:
-        children += parts_of(value)
-        names += name, f"{name}.low"
-    return [*children, leaf.state], (rule, leaf.frozen, leaf.tie), [*names, "state"]
+class Crossed:
+    """The rule of a leaf as JAX or optree gave it back; put together when it is asked for.
+
+    A number that JAX has is ready later than the call that returned it, so to make a float of it
+    is to wait. A training loop, which hands the leaf to the next call, never asks; and the parts
+    that it hands on are those that came, of the same types, so that nothing is compiled anew.
+    """
+
+    __slots__ = ("made", "parts", "spec")
+
+    def __init__(self, spec: Spec, parts: list[Any]) -> None:
+        self.spec = spec
+        self.parts = parts
+        self.made: Rule | None = None
+
+    def rule(self) -> Rule:
+        if self.made is None:
+            self.made = cast(Rule, _join(self.spec, iter(self.parts)))
+        return self.made
+
+
+def _flatten(leaf: Any) -> tuple[list[Any], tuple[Any, ...]]:
+    """Return the children of a leaf, and its structure."""
+    crossed, rule = leaf.crossed, _rule_at_hand(leaf)
+    if crossed is not None and (rule is None or rule is crossed.made):
+        return [*crossed.parts, leaf.state], (crossed.spec, leaf.frozen, leaf.tie)
+    found: list[Any] = []
+    spec = _split_rule(leaf.rule, found)
+    children = [part for value in found for part in parts_of(value)]
+    return [*children, leaf.state], (spec, leaf.frozen, leaf.tie)
+
+
+def _rule_at_hand(leaf: Any) -> Rule | None:
+    """Return the rule of a leaf, or None if it is not put together yet."""
+    try:
+        return cast(Rule, object.__getattribute__(leaf, "rule"))
+    except AttributeError:
+        return None
+
+
+def _names_of(structure: tuple[Any, ...]) -> list[str]:
+    """Return the names of the children of a leaf."""
+    names = [part for n in _names(structure[0], "rule") for part in (n, f"{n}.low")]
+    return [*names, "state"]
 
 
 def _unflatten(cls: type, structure: tuple[Any, ...], children: Iterable[Any]) -> Any:
     """Return a leaf of any children: nothing is checked, no `__init__` runs."""
     *numbers, state = children
-    rule, frozen, tie = structure
+    spec, frozen, tie = structure
     leaf: Any = object.__new__(cls)
-    leaf.rule, leaf.state = _join(rule, iter(numbers)), state
+    leaf.crossed, leaf.state = Crossed(spec, numbers), state
     leaf.frozen, leaf.skipped, leaf.job, leaf.tie = frozen, 0, None, tie
     note_crossing(tie)
     return leaf
@@ -143,14 +188,15 @@ def _register_with_jax(cls: type) -> None:
     key = tree_util.GetAttrKey
 
     def with_keys(leaf: Any) -> tuple[list[Any], Any]:
-        children, structure, names = _flatten(leaf)
-        return [(key(n), child) for n, child in zip(names, children, strict=True)], structure
+        children, structure = _flatten(leaf)
+        names = map(key, _names_of(structure))
+        return [*zip(names, children, strict=True)], structure
 
     tree_util.register_pytree_with_keys(
         cls,
         with_keys,
         lambda structure, children: _unflatten(cls, structure, children),
-        lambda leaf: _flatten(leaf)[:2],
+        _flatten,
     )
     tree_util.register_pytree_with_keys(
         Namespace,
@@ -163,9 +209,14 @@ def _register_with_jax(cls: type) -> None:
 def _register_with_optree(cls: type) -> None:
     optree = sys.modules["optree"]
     everywhere = optree.registry.__GLOBAL_NAMESPACE
+
+    def with_names(leaf: Any) -> tuple[list[Any], Any, list[str]]:
+        children, structure = _flatten(leaf)
+        return children, structure, _names_of(structure)
+
     optree.register_pytree_node(
         cls,
-        _flatten,
+        with_names,
         lambda structure, children: _unflatten(cls, structure, children),
         namespace=everywhere,
     )

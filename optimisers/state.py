@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial, reduce
-from typing import Any, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import numpy as np
 
@@ -58,8 +58,8 @@ class Leaf:
     state trees go through `jax.jit`, `jax.lax.scan` and `jax.vmap`, and another learning rate does
     not compile anew. Both learn that when leaves are made or unpickled and whenever a state tree is
     handed to this library, if they are imported by then; so import them first. Each number crosses
-    as two, what float32 holds of it and the rest, and is a number again once `jax.device_get` has
-    brought the tree back.
+    as two, what float32 holds of it and the rest. In a leaf that comes back it is a number again,
+    put together when `rule` is looked at.
 
     JAX makes one leaf for each place of a tied parameter. `update` goes on to treat them as one and
     gives back one; `adjust_` and `freeze_` should until then be given all places. What was skipped
@@ -72,7 +72,7 @@ class Leaf:
     Leaf(Momentum(eta=0.01, rho=0.9), MomentumState(v=array([0., 0.])))
     """
 
-    __slots__ = ("__weakref__", "frozen", "job", "rule", "skipped", "state", "tie")
+    __slots__ = ("__weakref__", "crossed", "frozen", "job", "rule", "skipped", "state", "tie")
 
     rule: Rule
     state: Any
@@ -82,6 +82,8 @@ class Leaf:
     """What the CUDA kernels keep from step to step, or None; never looked at elsewhere."""
     tie: _pytree.Tie | None
     """What it has in common with the leaves that JAX makes of it, one for each of its places."""
+    crossed: _pytree.Crossed | None
+    """The rule as JAX or optree gave it back, if they made this leaf; `rule` is then set late."""
 
     def __init__(self, rule: Rule, state: Any, frozen: bool = False, skipped: int = 0) -> None:
         _pytree.announce(Leaf)
@@ -91,6 +93,16 @@ class Leaf:
         self.skipped = skipped
         self.job = None
         self.tie = None
+        self.crossed = None
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            if name == "rule" and self.crossed is not None:
+                self.rule = rule = self.crossed.rule()
+                return rule
+            message = f"{type(self).__name__!r} object has no attribute {name!r}"
+            raise AttributeError(message, name=name, obj=self)
 
     def renewed(self, rule: Rule, state: Any) -> Leaf:
         """Return another leaf for the same places."""

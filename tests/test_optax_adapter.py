@@ -137,6 +137,18 @@ def test_a_users_rule_goes_too() -> None:
     )
 
 
+def test_arguments_for_other_transformations_are_passed_over() -> None:
+    params, grads = {"w": jnp.array([1.0, 2.0])}, {"w": jnp.array([1.0, -1.0])}
+    extra = {"value": 1.0, "grad": grads, "value_fn": lambda p: 1.0}
+    tx = to_optax(opt.Adam(0.1))
+    plain, _ = tx.update(grads, tx.init(params), params)
+    found, _ = tx.update(grads, tx.init(params), params, **extra)
+    np.testing.assert_array_equal(found["w"], plain["w"])
+    together = optax.chain(tx, optax.scale(2.0))
+    found, _ = together.update(grads, together.init(params), params, **extra)
+    np.testing.assert_array_equal(found["w"], 2 * plain["w"])
+
+
 def test_in_a_chain_with_optax() -> None:
     grads = gradients(5)
     ours = optax.chain(optax.clip_by_global_norm(0.3), to_optax(opt.Adam(0.01)))
