@@ -276,7 +276,7 @@ class File(Mapping[str, np.ndarray]):
         tensor = self._archive.tensors[k]
         with _naming(self.path):
             if self._map is None:
-                raw = self._archive.raw(k, self._verify)
+                raw = self._archive.arrays.raw(k, self._verify)
             else:
                 raw = self._window(self._map, k)
             return form.typed(raw, tensor.dtype, tensor.shape)
@@ -289,7 +289,9 @@ class File(Mapping[str, np.ndarray]):
             raise FileFormatError("the file has been cut short since it was opened")
         raw = window[entry.start : entry.stop]
         if self._verify and k not in self._seen:
-            self._archive.check(k, raw, None if tensor.check is None else zlib.crc32(raw.data))
+            self._archive.arrays.check(
+                k, raw, None if tensor.check is None else zlib.crc32(raw.data)
+            )
             self._seen.add(k)
         return raw
 
@@ -329,7 +331,7 @@ class File(Mapping[str, np.ndarray]):
         """
         with _naming(self.path):
             for k in range(len(self)):
-                self._archive.verify(k)
+                self._archive.arrays.verify(k)
 
     def load(self, like: Tree = None) -> Tree:
         """Do what `load` does, with this file."""

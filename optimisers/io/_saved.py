@@ -62,6 +62,7 @@ CONTAINERS: dict[type, str] = {
     SimpleNamespace: "namespace",
     Namespace: "state",
 }
+CLASSES = {kind: cls for cls, kind in CONTAINERS.items()}
 BY_POSITION = ("list", "tuple")
 WITH_CLASS = ("named", "object")
 NAMESPACES = ("namespace", "state")

@@ -15,16 +15,23 @@ parsed, a node one that is laid out like this, with the numbers of its children 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
+from .._path import KeyPath
 from ._entries import ABSENT, damaged
-from ._saved import BY_POSITION, CONTAINERS, WITH_CLASS
+from ._saved import BY_POSITION, CONTAINERS, NAMESPACES, WITH_CLASS
 
 PAIRS = object()
 """What begins the tuple of an object that is no node."""
 KEYED = frozenset({*CONTAINERS.values()} - {*BY_POSITION})
 Said = tuple[Any, ...]
+CHILDLESS = frozenset(("array", "value", "left_out"))
+INNER = frozenset((*BY_POSITION, *KEYED, *WITH_CLASS))
+BY_NAME = frozenset((*WITH_CLASS, *NAMESPACES, "leaf"))
+"""Nodes whose children are attributes: shapes the text of paths."""
+MOST_TEXT = 10_000_000
+"""Letters in the addresses of tied leaves, which a small file can make long and many."""
 
 _LEAF = ("leaf", "state", "frozen")
 
@@ -119,6 +126,27 @@ def key_of(said: Said, k: int) -> Any:
     if kind in BY_POSITION:
         return k
     return "state" if kind == "leaf" else said[keys_at(said) + k]
+
+
+def needed_nodes(nodes: list[Any], roots: list[int]) -> list[int]:
+    """Return the numbers of the nodes of some trees, children before their parents."""
+    needed = bytearray(max(roots) + 1)
+    for k in roots:
+        needed[k] = 1
+    for k in range(len(needed) - 1, -1, -1):
+        if needed[k] and (said := nodes[k])[0] not in CHILDLESS:
+            for child in children_of(said):
+                if child is not ABSENT:
+                    needed[child] = 1
+    return [k for k, is_needed in enumerate(needed) if is_needed]
+
+
+def path_of(way: Iterable[tuple[Said, Any]]) -> KeyPath:
+    """Return the path that leads through some nodes, each by a key."""
+    path = KeyPath()
+    for said, key in way:
+        path = path.step(key, said[0] not in BY_NAME)
+    return path
 
 
 def places(

@@ -1,0 +1,134 @@
+"""Trees of built-in nodes, made of what a file says alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NoReturn
+
+from .._pytree import Tie
+from .._rule import Rule
+from ..state import Leaf
+from . import _safetensors as form
+from ._array_reader import ArrayReader
+from ._contents import Contents
+from ._entries import ABSENT, damaged
+from ._revive import named_class, supplied
+from ._rule_reader import RuleReader
+from ._saved import CLASSES, at
+from ._tables import CHILDLESS, MOST_TEXT, Said, children_of, keys_of, needed_nodes, path_of, places
+
+Tree = Any
+
+_MOST_STEPS = 1_000_000
+"""Steps of the paths to such nodes, all together."""
+_MOST_LINES = 100
+"""Nodes that an error names if no tree was given that has them."""
+
+
+def build(
+    contents: Contents, arrays: ArrayReader, rules: RuleReader, *roots: str
+) -> dict[str, Tree]:
+    """Make trees of what the file says alone, in the place of the tables: this is done once.
+
+    Raises
+    ------
+    ValueError
+        If there are nodes that only `fill` can make; the message names each.
+    """
+    made = contents.nodes
+    needed = needed_nodes(made, [contents.roots[root] for root in roots])
+    classes: dict[int, Any] = {}
+    named: dict[Said, Any] = {}
+    unknown: set[int] = set()
+    made_rules: dict[int, Rule] = {}
+    wanted: list[int] = []
+    for k in needed:
+        said = made[k]
+        kind = said[0]
+        if kind == "leaf":
+            made_rules[k] = rules.rule_of(said)
+        elif kind == "array":
+            wanted.append(said[1])
+        elif kind == "named":
+            mark = (said[1], *keys_of(said))
+            if mark not in named:
+                named[mark] = named_class(said[1], [*mark[1:]])
+            classes[k] = named[mark]
+            if named[mark] is None:
+                unknown.add(k)
+        elif kind in ("object", "left_out"):
+            unknown.add(k)
+    if unknown:
+        _refuse_unknown(contents, roots, unknown)
+    ties = {root: _ties(made, contents.roots[root], made_rules) for root in roots}
+    arrays.read_small(wanted)
+    for k in needed:
+        said = made[k]
+        kind = said[0]
+        if kind == "array":
+            made[k] = arrays.plain_array(said)
+        elif kind == "leaf":
+            made[k] = Leaf(made_rules[k], made[said[2]], said[3], said[4] if len(said) == 5 else 0)
+        elif kind == "value":
+            made[k] = said[1]
+        elif kind == "list":
+            made[k] = [made[child] for child in said[1:]]
+        elif kind == "tuple":
+            made[k] = tuple([made[child] for child in said[1:]])
+        elif kind == "named":
+            values = [ABSENT if c is ABSENT else made[c] for c in children_of(said)]
+            made[k] = tuple.__new__(classes[k], supplied(classes[k], values))
+        else:
+            pairs = zip(keys_of(said), [made[child] for child in children_of(said)], strict=True)
+            cls: Any = CLASSES[kind]
+            made[k] = cls(pairs) if issubclass(cls, dict) else cls(**dict(pairs))
+    for root in roots:
+        for k, texts in ties[root].items():
+            made[k].tie = Tie(tuple(texts))
+    return {root: made[contents.roots[root]] for root in roots}
+
+
+def _ties(nodes: list[Any], root: int, leaves: Iterable[int]) -> dict[int, list[str]]:
+    """Return the addresses of those leaves of a tree that are at several places."""
+    times = bytearray(root + 1)
+    times[root] = 1
+    for k in range(root, -1, -1):
+        if (n := times[k]) and (said := nodes[k])[0] not in CHILDLESS:
+            for child in children_of(said):
+                if child is not ABSENT:
+                    times[child] = min(2, times[child] + n)
+    tied = {k for k in leaves if k <= root and times[k] > 1}
+    found: dict[int, list[str]] = {}
+    length = 0
+    for k, way in places(nodes, root, tied):
+        text = str(path_of(way))
+        length += len(text)
+        if length > MOST_TEXT:
+            damaged(f"the addresses of tied leaves have more than {MOST_TEXT:,} letters")
+        found.setdefault(k, []).append(text)
+    return found
+
+
+def _refuse_unknown(contents: Contents, roots: Iterable[str], unknown: set[int]) -> NoReturn:
+    lines: list[str] = []
+    left = set(unknown)
+    length = 0
+    for root in roots:
+        for k, way in places(contents.nodes, contents.roots[root], left, once=True):
+            left.discard(k)
+            address, said = at(root, path_of(way)), contents.nodes[k]
+            lines.append(f"  {form.shown(address)}: {form.shown(said[1][:200])}")
+            length += len(way)
+            if len(lines) >= _MOST_LINES or length > _MOST_STEPS:
+                break
+        else:
+            continue
+        break
+    if left:
+        lines.append("  and others")
+    raise ValueError(
+        "a file does not say how these are made:\n"
+        + "\n".join(lines)
+        + "\nGive load trees that have them, load(path, like=(state, model)); of named tuples "
+        "it is enough to import the module that defines them"
+    )

@@ -1,0 +1,92 @@
+"""The rules of a file: each made once, of its fields, when it is asked for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from .._nodes import children
+from .._rule import Rule
+from ._array_reader import ArrayReader
+from ._contents import Contents
+from ._entries import ABSENT, damaged, plain
+from ._revive import made_rule, rule_class
+from ._saved import BY_POSITION, kind_of
+from ._tables import Said, children_of, keys_of
+
+
+class RuleReader:
+    """Makes the rules of a file, and says which states are theirs."""
+
+    def __init__(self, contents: Contents, arrays: ArrayReader) -> None:
+        self._contents = contents
+        self._arrays = arrays
+        self._classes: dict[str, Any] = {}
+        self._made: dict[int, Rule] = {}
+        self._examples: dict[int, Any] = {}
+        self._fitting: set[tuple[int, int]] = set()
+
+    def rule(self, k: int) -> Rule:
+        """Return a rule of the file."""
+        needed, stack = {k}, [k]
+        while stack:
+            parts = self._contents.parts[stack.pop()]
+            stack += [part for part in parts if part not in needed]
+            needed.update(parts)
+        # What a rule is made of stands above it.
+        for part in sorted(part for part in needed if part not in self._made):
+            name, said = self._contents.rules[part]
+            fields = {field: self._value(value) for field, value in said.items()}
+            if name not in self._classes:
+                self._classes[name] = rule_class(name)
+            self._made[part] = made_rule(self._classes[name], name, fields)
+        return self._made[k]
+
+    def rule_of(self, leaf: Said) -> Rule:
+        """Return the rule of a leaf; if the library knows it, the state must be one it makes."""
+        k, state = leaf[1], leaf[2]
+        rule = self.rule(k)
+        if self._contents.is_open[k]:
+            return rule
+        if k not in self._examples:
+            self._examples[k] = rule.init(np.zeros(()))
+        if not self._is_state(self._examples[k], state):
+            damaged(f"it has a state that is none of {rule!r:.80}")
+        return rule
+
+    def _is_state(self, example: Any, k: Any) -> bool:
+        """Tell whether a node is made of tuples and arrays as a state that a rule makes.
+
+        Pairs that were found to be are noted, by the id of the example, and not looked at again.
+        """
+        if k is ABSENT:
+            return not isinstance(example, tuple)
+        said = self._contents.nodes[k]
+        if not isinstance(example, tuple):
+            return said[0] in ("array", "value")
+        if kind_of(example) != said[0]:
+            return False
+        pair = id(example), k
+        if pair not in self._fitting:
+            if (*children(example),) != keys_of(said):
+                return False
+            if not all(map(self._is_state, example, children_of(said))):
+                return False
+            self._fitting.add(pair)
+        return True
+
+    def _value(self, value: Any) -> Any:
+        if type(value) is not tuple:
+            return plain(value)
+        kind = value[0]
+        if kind == "rule":
+            return self._made[value[1]]
+        if kind == "array":
+            return self._arrays.array(self._contents.checked_array(value), None)
+        if kind == "dict":
+            names, values = value[1]
+            return dict(zip(names, map(self._value, values), strict=True))
+        if kind in BY_POSITION:
+            return (list if kind == "list" else tuple)(map(self._value, value[1:]))
+        return plain(value)
