@@ -371,6 +371,8 @@ cdef struct Span:           # memory that the run writes
 cdef void sort_spans(Span* spans, Span* spare, Py_ssize_t n) noexcept nogil:
     """Sort by address; in one pass where, as arrays often do, a few rising runs come together."""
     cdef Py_ssize_t start, middle, end, i, j, k, runs = 2
+    if run_end(spans, 0, n) == n:
+        return
     while runs > 1:
         start = runs = 0
         while start < n:                # merge each two runs
@@ -395,6 +397,15 @@ cdef inline Py_ssize_t run_end(Span* spans, Py_ssize_t start, Py_ssize_t n) noex
         if spans[k].low < spans[k - 1].low:
             return k
     return n
+
+
+cdef inline bint is_first_above(Span* spans, Py_ssize_t n, Py_ssize_t k, uintptr_t low) noexcept:
+    """Tell whether span `k` is the first of the sorted ones that ends after `low`; `n` is none."""
+    return (
+        k <= n
+        and (k == n or spans[k].high > low)
+        and (k == 0 or spans[k - 1].high <= low)
+    )
 
 
 cdef enum Reduction:
@@ -477,11 +488,15 @@ cdef inline void* push(Vector* v, size_t size, Py_ssize_t more=1) except NULL:
     return v.data + (v.length - more) * size
 
 
-cdef inline int hold(Work* work, cnp.ndarray a, Py_ssize_t bytes) except -1:
+cdef inline void own(Held* held, cnp.ndarray a, Py_ssize_t bytes) noexcept:
     """Own an array from now on, of whose memory so many bytes are used (see f)."""
-    cdef Held* held = <Held*> push(&work.held, sizeof(Held))
     Py_INCREF(a)
     held.array, held.data, held.bytes = <PyObject*> a, cnp.PyArray_BYTES(a), bytes
+
+
+cdef int hold(Work* work, cnp.ndarray a, Py_ssize_t bytes) except -1:
+    """Own one array more."""
+    own(<Held*> push(&work.held, sizeof(Held)), a, bytes)
     return 0
 
 
@@ -1121,6 +1136,7 @@ cdef class Batch:
         """Add a segment for one leaf if the kernels can take it; tell whether."""
         cdef cnp.ndarray xa, ga, old, new
         cdef Segment leaf
+        cdef Held* held
         cdef int kind, of_x, of_g
         cdef Py_ssize_t size
         leaf.alone = is_alone(<PyObject*> state, 2)     # the leaf, and who calls this
@@ -1186,8 +1202,9 @@ cdef class Batch:
             self.add_span(&self.work.spans, new, leaf.n, place)
         leaf.unrounded = cnp.PyArray_BYTES(xa)
         size = leaf.n * number_size(&leaf, leaf.of_parameter)
-        hold(self.work, xa, size)
-        hold(self.work, ga, leaf.n * number_size(&leaf, leaf.of_g))
+        held = <Held*> push(&self.work.held, sizeof(Held), 2)
+        own(held, xa, size)
+        own(held + 1, ga, leaf.n * number_size(&leaf, leaf.of_g))
         if leaf.is_copy:
             hold(self.work, old, leaf.n * number_size(&leaf, SAME))
             if new is not old:
@@ -1467,10 +1484,10 @@ cdef class Batch:
         cdef Span* spans = <Span*> self.work.spans.data
         cdef Py_ssize_t n = self.work.spans.length, first = 0, last = n, middle
         # Gradients often lie in the order of their parameters: look where the last one led.
-        if self.hint < n and spans[self.hint].high > low and (
-            self.hint == 0 or spans[self.hint - 1].high <= low
-        ):
+        if is_first_above(spans, n, self.hint, low):
             first = last = self.hint
+        elif is_first_above(spans, n, self.hint + 1, low):
+            first = last = self.hint + 1
         while first < last:             # the first span that ends after `low`
             middle = (first + last) // 2
             if spans[middle].high <= low:
