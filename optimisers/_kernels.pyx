@@ -475,29 +475,35 @@ cdef void give_back(Work* work) noexcept:
 
 cdef void let_go(Vector* held, Py_ssize_t first) noexcept:
     """Let go of what is held, from some item on; code of users may run, when an object dies."""
+    cdef Held* items = <Held*> held.data
     while held.length > first:
         held.length -= 1
-        Py_DECREF(<object> (<Held*> held.data)[held.length].array)
+        Py_DECREF(<object> items[held.length].array)
+
+
+cdef inline int reserve(Vector* v, size_t size, Py_ssize_t more) except -1:
+    """Make room for `more` items of `size` bytes."""
+    if v.length + more > v.room:
+        make_room(v, size, 2 * (v.length + more))
+    return 0
 
 
 cdef inline void* push(Vector* v, size_t size, Py_ssize_t more=1) except NULL:
     """Return new room for `more` items of `size` bytes at the end of `v`."""
-    if v.length + more > v.room:
-        make_room(v, size, 2 * (v.length + more))
+    reserve(v, size, more)
     v.length += more
     return v.data + (v.length - more) * size
 
 
-cdef inline void own(Held* held, cnp.ndarray a, Py_ssize_t bytes) noexcept:
-    """Own an array from now on, of whose memory so many bytes are used (see f)."""
+cdef inline void hold(Work* work, cnp.ndarray a, Py_ssize_t bytes) noexcept:
+    """Own an array from now on, of whose memory so many bytes are used (see f).
+
+    There must be room: one question for all the arrays of a leaf is less than one for each.
+    """
+    cdef Held* held = <Held*> work.held.data + work.held.length
     Py_INCREF(a)
     held.array, held.data, held.bytes = <PyObject*> a, cnp.PyArray_BYTES(a), bytes
-
-
-cdef int hold(Work* work, cnp.ndarray a, Py_ssize_t bytes) except -1:
-    """Own one array more."""
-    own(<Held*> push(&work.held, sizeof(Held)), a, bytes)
-    return 0
+    work.held.length += 1
 
 
 cdef inline Py_ssize_t bytes_of(cnp.ndarray a) noexcept:
@@ -1136,7 +1142,6 @@ cdef class Batch:
         """Add a segment for one leaf if the kernels can take it; tell whether."""
         cdef cnp.ndarray xa, ga, old, new
         cdef Segment leaf
-        cdef Held* held
         cdef int kind, of_x, of_g
         cdef Py_ssize_t size
         leaf.alone = is_alone(<PyObject*> state, 2)     # the leaf, and who calls this
@@ -1202,9 +1207,9 @@ cdef class Batch:
             self.add_span(&self.work.spans, new, leaf.n, place)
         leaf.unrounded = cnp.PyArray_BYTES(xa)
         size = leaf.n * number_size(&leaf, leaf.of_parameter)
-        held = <Held*> push(&self.work.held, sizeof(Held), 2)
-        own(held, xa, size)
-        own(held + 1, ga, leaf.n * number_size(&leaf, leaf.of_g))
+        reserve(&self.work.held, sizeof(Held), 5)
+        hold(self.work, xa, size)
+        hold(self.work, ga, leaf.n * number_size(&leaf, leaf.of_g))
         if leaf.is_copy:
             hold(self.work, old, leaf.n * number_size(&leaf, SAME))
             if new is not old:
@@ -1271,6 +1276,7 @@ cdef class Batch:
         cdef Py_ssize_t size = leaf.n * number_size(leaf, SAME)
         stage.run, stage.finish = step.run[leaf.is_double], step.finish[leaf.is_double]
         stage.index, stage.slots = step.index, step.slots
+        reserve(&self.work.held, sizeof(Held), 2 * step.slots)
         for k in range(step.slots):
             if not cnp.PyArray_CheckExact(item(old, k)):
                 return NULL
@@ -1385,6 +1391,7 @@ cdef class Batch:
         cdef Count* count = <Count*> push(&self.work.counts, sizeof(Count))
         count.where = <int64_t*> cnp.PyArray_DATA(a)
         count.value = value
+        reserve(&self.work.held, sizeof(Held), 1)
         hold(self.work, a, sizeof(int64_t))
         if not alone:
             self.add_span(&self.work.spans, a, 1, leaf.place)
@@ -1471,6 +1478,7 @@ cdef class Batch:
             return numbers
         check_held(self.work, leaf.held, leaf.held_end)
         copy = cnp.PyArray_SimpleNew(1, <cnp.npy_intp*> &bytes, cnp.NPY_BYTE)
+        reserve(&self.work.held, sizeof(Held), 1)
         hold(self.work, copy, bytes)
         memcpy(cnp.PyArray_DATA(copy), numbers, bytes)
         return cnp.PyArray_BYTES(copy)
