@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import ctypes
+import functools
 import importlib
 import math
 import numbers
@@ -255,6 +256,44 @@ def lifted(value: Any) -> Any:
     if is_tracer(value) and value.dtype.kind == "f":
         return value.astype(sys.modules["jax"].numpy.float64)
     return value
+
+
+# --- narrow numbers --------------------------------------------------------------------------
+
+
+def widened(x: Array) -> Array:
+    """Return float32 of narrower numbers that are traced; derivatives back stay finite.
+
+    The derivative of a step by its gradient may be large, as 1e5 for Adam where the gradient was
+    zero. Beyond the largest number of float16 it would be infinite, and NaN times that zero.
+    """
+    return _widening().bind(x)
+
+
+@functools.cache
+def _widening() -> Any:
+    """Return the primitive: a cast whose transpose is bounded by the dtype that it goes back to."""
+    jax = cast(Any, sys.modules["jax"])
+    ad, batching, mlir = (
+        importlib.import_module(f"jax.interpreters.{name}") for name in ("ad", "batching", "mlir")
+    )
+    primitive: Any = importlib.import_module("jax.extend.core").Primitive("optimisers_widened")
+
+    def wide(x: Array) -> Array:
+        return jax.lax.convert_element_type(x, np.float32)
+
+    def transposed(derivative: Array, x: Any) -> list[Array]:
+        dtype = x.aval.dtype
+        most = float(jax.numpy.finfo(dtype).max)
+        bounded = jax.numpy.clip(derivative, -most, most)
+        return [jax.lax.convert_element_type(bounded, dtype)]
+
+    primitive.def_impl(wide)
+    primitive.def_abstract_eval(lambda x: x.update(dtype=np.dtype(np.float32), weak_type=False))
+    ad.deflinear2(primitive, transposed)
+    batching.defvectorized(primitive)
+    mlir.register_lowering(primitive, mlir.lower_fun(wide, multiple_results=False))
+    return primitive
 
 
 # --- perhaps a step --------------------------------------------------------------------------

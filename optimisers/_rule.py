@@ -16,7 +16,7 @@ from typing import Annotated, Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 
-from . import _device
+from . import _device, _jax, _torch
 from ._arrays import is_narrow, isnumeric
 from ._construct import refuse, takes
 from ._jax import (
@@ -519,6 +519,10 @@ def widened(x: Any) -> Any:
         return x
     if _device.is_numba(x):
         return _device.astype(x, np.float32)
+    if is_tracer(x):
+        return _jax.widened(x)
+    if _torch.is_tensor(x):
+        return _torch.widened(x)
     cast = getattr(x, "astype", None)
     return cast(np.float32) if cast else namespace(x).astype(x, namespace(x).float32)
 

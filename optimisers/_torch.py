@@ -286,6 +286,42 @@ def unrecorded(x: object) -> contextlib.AbstractContextManager[Any]:
     return context
 
 
+# --- narrow numbers ----------------------------------------------------------------------------
+
+
+def widened(x: Tensor) -> Tensor:
+    """Return float32 of narrower numbers; derivatives back stay finite, as `_jax.widened` says."""
+    return _widening().apply(x) if x.requires_grad else x.to(sys.modules["torch"].float32)
+
+
+@functools.cache
+def _widening() -> Any:
+    """Return the function: a cast whose transpose is bounded by the dtype that it goes back to."""
+    torch: Any = sys.modules["torch"]
+
+    class Widened(torch.autograd.Function):  # type: ignore[misc]
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(x: Tensor) -> Tensor:
+            return x.to(torch.float32)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+            ctx.dtype = inputs[0].dtype
+
+        @staticmethod
+        def backward(ctx: Any, derivative: Tensor) -> Tensor:
+            most = torch.finfo(ctx.dtype).max
+            return derivative.clamp(-most, most).to(ctx.dtype)
+
+        @staticmethod
+        def jvp(ctx: Any, tangent: Tensor) -> Tensor:
+            return tangent.to(torch.float32)
+
+    return Widened
+
+
 # --- gradients ---------------------------------------------------------------------------------
 
 

@@ -233,7 +233,8 @@ def test_the_gradient_through_steps_of_a_dead_parameter(rule, alive):
 
 
 @pytest.mark.parametrize(
-    ("rule", "dtype"), [(Adam(), "bfloat16"), (NORMS[0], "float32"), (NORMS[2], "complex64")]
+    ("rule", "dtype"),
+    [(Adam(), "float16"), (Adam(), "bfloat16"), (NORMS[0], "float32"), (NORMS[2], "complex64")],
 )
 def test_every_kind_of_derivative_through_steps_of_a_dead_parameter(rule, dtype):
     jax = pytest.importorskip("jax")
@@ -250,6 +251,21 @@ def test_every_kind_of_derivative_through_steps_of_a_dead_parameter(rule, dtype)
         jax.vmap(jax.grad(outcome))(jax.numpy.stack([theta, 2 * theta])),
     ]
     assert all(np.isfinite(v).all() for v in found), found
+
+
+@parametrize("rule", LEARNERS)
+def test_derivatives_beyond_float16_stay_finite(rule):
+    """As that of Adam is where a gradient was zero, 1e5; of the step it is computed in float32."""
+    jax = pytest.importorskip("jax")
+    x, g = jax.numpy.asarray([1.0, 2.0, 3.0], "float16"), jax.numpy.asarray([3e4, 0.0, 6e-8])
+
+    def outcome(theta):
+        state, y = setup(rule, x), x
+        for _ in range(2):
+            state, y = update(state, y, (theta * g).astype("float16"))
+        return jax.numpy.sum(y.astype("float32"))
+
+    assert np.isfinite(jax.grad(outcome)(1.0))
 
 
 @pytest.mark.parametrize("beta", [(0.9, 0.999), (0.5, 0.25), (0.0, 0.5)])
@@ -282,7 +298,7 @@ def test_the_weight_of_an_average_has_the_derivative_that_it_has():
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 @parametrize("cls", [cls for cls in PUBLIC if cls not in (AccumGrad, ClipNorm)])
-@pytest.mark.parametrize("dtype", ["float32", "complex64"])
+@pytest.mark.parametrize("dtype", ["float16", "float32", "complex64"])
 def test_the_gradient_through_apply_in_pytorch(cls, dtype):
     torch = pytest.importorskip("torch")
     rule, x = example(cls), torch.tensor([1.0, 2.0]).to(getattr(torch, dtype))
