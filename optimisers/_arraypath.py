@@ -22,6 +22,7 @@ from ._arrays import is_narrow, isnumeric, maywrite, refuse_masked
 from ._jax import Number, is_jax, is_tracer, with_attributes
 from ._nodes import children, rebuild
 from ._rule import ElementwiseRule, Rule, for_step, moved, read_only
+from ._text import short
 from ._ties import carry, overlap
 from .words import is_complex, namespace
 
@@ -52,7 +53,9 @@ def checked_gradient(g: Any, x: Array, where: Callable[[], str]) -> Array | None
         return _device.gradient(g, x, where)
     wanted = f"expected an array of shape {tuple(x.shape)} and dtype {x.dtype}"
     if not hasattr(g, "dtype") and (not isinstance(g, numbers.Number) or x.shape != ()):
-        raise TypeError(f"gradient at {where()}: {wanted}, got {g!r:.60} ({type(g).__name__})")
+        from ._mixups import for_gradient
+
+        raise TypeError(f"gradient at {where()}: {wanted}, got {short(g)}{for_gradient(g, x)}")
     if _torch.is_tensor(x) and (_torch.is_tensor(g) or not on_device):
         return _torch.gradient(g, x, where)
     if on_device:

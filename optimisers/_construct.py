@@ -1,7 +1,8 @@
-"""Making a rule: the arguments that its class takes, and what is said of others.
+"""Calls: the arguments that a rule's class or a function takes, and what is said of others.
 
 A rule is a dataclass, whose constructor Python writes. So that a call which does not fit is
 answered with the names of the fields here, `Rule.__new__` asks `takes` before that runs.
+A function is answered for by `explained`.
 """
 
 from __future__ import annotations
@@ -9,15 +10,24 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-from collections.abc import Iterable
-from typing import Any
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar, cast
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 @functools.cache
-def takes(cls: type) -> frozenset[str]:
-    """Return the names of the arguments that `cls` takes; of each class this is found once."""
+def takes(cls: type) -> tuple[frozenset[str], float]:
+    """Return the arguments that `cls` takes, by name, and how many of them by position.
+
+    Of each class this is found once.
+    """
     _explain_freezing(cls)
-    return frozenset(p.name for p in _parameters(cls))
+    parameters = _parameters(cls)
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        return frozenset(p.name for p in parameters), math.inf
+    return frozenset(p.name for p in parameters), len(parameters)
 
 
 def _parameters(cls: type) -> list[inspect.Parameter]:
@@ -26,8 +36,8 @@ def _parameters(cls: type) -> list[inspect.Parameter]:
     return [*inspect.signature(cls.__init__).parameters.values()][1:]  # type: ignore[misc]
 
 
-def refuse(cls: type, shown: str, names: Iterable[str]) -> None:
-    """Raise if `cls` takes no arguments at all, or none of these names.
+def refuse(cls: type, shown: str, args: Sequence[Any], names: Iterable[str]) -> None:
+    """Raise if `cls` takes no arguments at all, or not these; Python knows the other reasons.
 
     Raises
     ------
@@ -37,6 +47,16 @@ def refuse(cls: type, shown: str, names: Iterable[str]) -> None:
     if cls.__init__ is object.__init__:  # type: ignore[misc]
         raise TypeError(f"{shown} takes no arguments; {_DECORATE}")
     parameters = _parameters(cls)
+    if {"jac", "callback", "bounds"} <= {*names}:
+        raise TypeError(
+            f"{shown} is no method of scipy.optimize.minimize; write "
+            f"method=optimisers.scipy.method({shown}(...))"
+        )
+    if len(args) > len(parameters):
+        from ._mixups import for_number
+
+        for hint in filter(None, map(for_number, args)):
+            raise TypeError(f"{shown} takes no rule{hint}")
     known = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     unknown = [name for name in names if name not in known]
     if not unknown or any(p.kind is p.VAR_KEYWORD for p in parameters):
@@ -53,6 +73,35 @@ def refuse(cls: type, shown: str, names: Iterable[str]) -> None:
 
 
 _DECORATE = "write @dataclass(frozen=True) above the class, which makes its annotations fields"
+
+
+def explained(hint: Callable[[str], str]) -> Callable[[Function], Function]:
+    """Let a function say more where it is called with arguments that it does not have.
+
+    Parameters
+    ----------
+    hint : callable
+        Returns what to write in place of an argument, "" if nothing is known; and how the function
+        is called, for the name "".
+    """
+
+    def decorate(function: Function) -> Function:
+        @functools.wraps(function)
+        def call(*args: Any, **named: Any) -> Any:
+            try:
+                return function(*args, **named)
+            except TypeError as error:
+                trace = error.__traceback__
+                if trace is None or trace.tb_next is not None:  # raised by what it does
+                    raise
+                told = str(error)
+            known = inspect.signature(function).parameters
+            hints = [f"for {n}, {text}" for n in named if n not in known and (text := hint(n))]
+            raise TypeError("; ".join([told, *hints] if hints else [told, hint("")]))
+
+        return cast("Function", call)
+
+    return decorate
 
 
 def _explain_freezing(cls: type) -> None:

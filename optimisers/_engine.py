@@ -42,7 +42,8 @@ from ._arraypath import (
 )
 from ._arrays import isnumeric, library_of, maywrite, of_class, refuse_masked_parameter
 from ._jax import attributes, holds_traced, is_jax, is_tracer, settled, with_attributes
-from ._rule import ElementwiseRule, Rule, widened
+from ._rule import ANEW, ElementwiseRule, Rule, widened
+from ._text import short
 from ._ties import overlap, span
 from .compose import AccumGrad, ClipNorm, MixedPrecision, MixedPrecisionState, OptimiserChain
 
@@ -360,10 +361,10 @@ def advance(
             if on_device.again(k, leaf, x, gs[k]):
                 continue
         if not isnumeric(x):
-            raise TypeError(
-                f"at {where(k)}: the state tree has a parameter, the model {x!r:.40} "
-                f"({type(x).__name__}); call setup anew for this model"
-            )
+            from ._mixups import for_model
+
+            told = f"at {where(k)}: the state tree has a parameter, the model {short(x)}"
+            raise TypeError(told + for_model(x))
         refuse_masked_parameter(x, partial(where, k))
         g = checked(gs[k], leaf, x, partial(where, k))
         if g is None:
@@ -471,6 +472,8 @@ def _evaluated(
     except FloatingPointError as error:
         raise FloatingPointError(f"at {where(k)}: {error}") from error
     except Exception as error:
+        if type(error) in (TypeError, ValueError) and str(error).endswith(ANEW):
+            raise type(error)(f"at {where(k)}: {error}") from None
         _note(error, leaf, where(k))
         raise
 
@@ -615,7 +618,7 @@ def _take_on_device(
         return True
     if _device.is_numba(x):
         raise TypeError(
-            f"at {where()}: {leaf.rule!r:.60} cannot update an array of Numba of shape "
+            f"at {where()}: {short(leaf.rule)} cannot update an array of Numba of shape "
             f"{tuple(x.shape)} and dtype {x.dtype}. Kernels take float32 and float64, others "
             "inside MixedPrecision, and rules of the library or with a `step`; for anything else "
             "make the parameters arrays of CuPy or tensors of PyTorch. If the rule is one of "

@@ -21,6 +21,8 @@ from typing import Any, Protocol, TypeVar
 from ._kernels import all_are, same_keys
 from ._nodes import carries, children, is_node, rebuild, trainable_keys
 from ._path import KeyPath
+from ._rule import Rule
+from ._text import short
 from ._tree import child_path, refuse_cycle, walk
 from ._untrained import holds_lost, is_configuration, is_lost, lost
 
@@ -38,7 +40,7 @@ class Mark(Protocol):
 
 M = TypeVar("M", bound=Mark)
 
-_STATE = "the state tree has {expected}, the model has {got}; call setup anew for this model"
+_STATE = "the state tree has {expected}, the model has {got}{hint}"
 
 
 def gather(
@@ -53,7 +55,7 @@ def gather(
     template, model, grad : tree
         The trees.
     misfit : str
-        The message for a model that does not fit, with ``{expected}`` and ``{got}``.
+        The message for a model that does not fit, with ``{expected}``, ``{got}`` and ``{hint}``.
 
     Raises
     ------
@@ -177,6 +179,7 @@ def _rows_below(
     mark: type[Any], path: KeyPath, s: Tree, m: Tree, g: Tree, misfit: str
 ) -> list[tuple[Any, ...]]:
     """Return what stands beside each other below three nodes, with paths and these nodes."""
+    _refuse_rule(path, s)
     try:
         below = list(zip(*_beside(mark, s, m, g, misfit), strict=True))
     except _MisfitError as error:
@@ -186,11 +189,28 @@ def _rows_below(
     return [(p, *b, (m, g)) for p, b in zip(paths, below, strict=True)]
 
 
+def _refuse_rule(path: KeyPath, s: Tree) -> None:
+    """Raise if there is a rule, a node too, where a state belongs."""
+    if isinstance(s, Rule):
+        raise TypeError(f"at {path}: {_no_state(s)}")
+
+
+def _no_state(s: Tree) -> str:
+    return f"expected a state tree, as setup returns it, got {short(s)}{_mixups().for_state(s)}"
+
+
 def _is_meant(above: tuple[Tree, Tree], key: Any, x: Any, g: Any) -> bool:
     """Tell whether a gradient of a child that is no parameter was meant to train it."""
     node, beside = above
     keys = trainable_keys(node)
     return (keys is None or key in keys) and not is_configuration(node, beside, x, g)
+
+
+def _mixups() -> Any:
+    """Return the module of messages, which nobody needs as long as all fits."""
+    from . import _mixups
+
+    return _mixups
 
 
 def _refuse_lost(mark: type[M], template: Tree, model: Tree, grad: Tree, misfit: str) -> None:
@@ -223,16 +243,15 @@ def _beside(
     if type(s) is type(m) is type(g) is dict and s.keys() == m.keys() and g.keys() <= m.keys():
         return [*s.values()], [m[key] for key in s], [g.get(key) for key in s]
     if not is_node(s):
-        raise _MisfitError(
-            TypeError,
-            f"expected a state tree, as setup returns it, got {s!r:.60} ({type(s).__name__}); "
-            "is this the model?",
-        )
+        raise _MisfitError(TypeError, _no_state(s))
     below_s, below_m = children(s), children(m)
     keys = _keys(below_s, below_m, s)
     if keys is None:
-        text = misfit.format(expected=_keys_text(s), got=_keys_text(m))
+        hint = _mixups().for_model(m)
+        text = misfit.format(expected=_keys_text(s), got=_keys_text(m), hint=hint)
         raise _MisfitError(ValueError, text)
+    if not below_s and isinstance(s, Rule):  # one without fields looks like an empty node
+        raise _MisfitError(TypeError, _no_state(s))
     try:
         below_g = _below_gradient(m, below_m, g)
     except _MisfitError:
@@ -259,15 +278,12 @@ def _below_gradient(m: Tree, below_m: dict[Any, Any], g: Tree) -> dict[Any, Any]
         return {}
     m, g = _unboxed(m), _unboxed(g)
     expected = f"expected a gradient like the model's {_keys_text(m)}"
-    mend = "None means no gradient"
     if isinstance(m, list | tuple) and isinstance(g, list | tuple):
         if len(g) != len(m):
-            raise _MisfitError(
-                ValueError, f"{expected}, got {_keys_text(g)}; None means no gradient"
-            )
+            raise _MisfitError(ValueError, f"{expected}, got {_keys_text(g)}{_no_gradient(g, m)}")
         return dict(zip(below_m, g, strict=True))
     if isinstance(m, list | tuple) or not isinstance(g, (dict, SimpleNamespace, type(m))):
-        raise _MisfitError(TypeError, f"{expected}, got {_keys_text(g)}; {mend}")
+        raise _MisfitError(TypeError, f"{expected}, got {_keys_text(g)}{_no_gradient(g, m)}")
     below_g = children(g)
     if unknown := [key for key in below_g if key not in below_m and not carries(m, key)]:
         raise _MisfitError(
@@ -275,6 +291,10 @@ def _below_gradient(m: Tree, below_m: dict[Any, Any], g: Tree) -> dict[Any, Any]
             f"{expected}, got {', '.join(map(repr, unknown[:9]))}, which the model does not have",
         )
     return below_g
+
+
+def _no_gradient(g: Tree, m: Tree) -> str:
+    return _mixups().for_gradient(g, m) or "; None means no gradient"
 
 
 def _unboxed(node: Tree) -> Tree:
@@ -290,5 +310,7 @@ def _keys_text(node: Tree) -> str:
         return f"{name} of {len(node)}"
     keys = list(children(node))
     if not keys:
-        return f"{name} ({node!r:.40})"
+        text = short(node)
+        end = f" ({name})"
+        return f"{name} ({text.removesuffix(end)})" if text.endswith(end) else text
     return f"{name} with {', '.join(map(repr, keys[:9]))}{', ...' * (len(keys) > 9)}"

@@ -1,6 +1,6 @@
 """What other libraries call things, and what they are here: looked up when a name is not found.
 
-The two tables are the text of `docs/coming-from/names.md`, and the only place of these names. A
+The three tables are the text of `docs/coming-from/names.md`, and the only place of these names. A
 cell has code in backticks, as one writes it there; `_asked` finds the names in it. In `FIELDS` a
 cell on the left begins with a field and says of which rules, if it does not have this meaning in
 all; or it says what else there is.
@@ -96,6 +96,22 @@ FIELDS = """\
 """  # noqa: E501
 
 
+ARGUMENTS = """\
+| here, in `minimize` | `scipy.optimize.minimize` | elsewhere |
+|---|---|---|
+| `loss` | `fun` | `func`, `f`, `objective`, `loss_fn`, `criterion` |
+| `model` | `x0` | `params`, `parameters`, `init_params` |
+| `rule`, the third argument | `method` | `optimizer`, `optimiser`, `opt`, `solver`, `tx` |
+| `steps`, the fourth argument | `maxiter`, `options` | `max_iter`, `n_iter`, `n_steps`, `num_steps`, `max_steps`, `iterations`, `epochs` |
+| `value_and_grad=jax.value_and_grad`, or a loss that returns `(value, gradient)` | `jac` | `grad`, `gradient`, `grad_fn`, `has_aux` |
+| a loss of the model alone: `lambda model: loss(model, *args)` | `args` | `kwargs`, `data`, `batch` |
+| a `callback` that returns True to end the run | `tol`, `gtol`, `ftol`, `xtol` | `patience`, `early_stopping`, `tolerance`, `atol`, `rtol` |
+| a rule with that number, such as `Adam(eta=0.1)` | – | `eta`, `lr`, `learning_rate`, `step_size` |
+| `progress` | `disp` | `verbose`, `bar` |
+| `scipy.optimize.minimize(..., method=optimisers.scipy.method(rule))` | `bounds`, `constraints`, `hess`, `hessp` | – |
+"""  # noqa: E501
+
+
 class _Row(NamedTuple):
     here: str
     there: tuple[str, ...]
@@ -182,6 +198,14 @@ def _alike(name: str) -> str:
     return name.casefold().replace("_", "")
 
 
+def of_argument(name: str) -> str:
+    """Return what to give `minimize` in place of an argument that it does not have."""
+    for here, *there in _lines(ARGUMENTS):
+        if name in _code(" ".join(there)):
+            return f"write {_plain(here)}"
+    return ""
+
+
 # --- hyperparameters -------------------------------------------------------------------------
 
 
@@ -233,12 +257,8 @@ def of_field(
         What the name may mean, by default to any library.
     """
     of = frozenset(rules)
-    found = [row for row in rows or _fields() if name in row.names]
-    for row in sorted(found, key=lambda row: not row.rules):  # first what is said of few rules
-        if row.fits(fields, of):
-            return f"write {re.sub(r' of [A-Z][A-Za-z, ]+(?=, the|$)', '', row.text)}"
-    if found:
-        return "; or ".join(dict.fromkeys(_elsewhere(name, row) for row in found))
+    if hint := of_known(name, fields, of, rows):
+        return hint
     everywhere = [n for row in _fields() for n in row.names if n]
     known = {_alike(n): n for n in (*everywhere, *fields)}
     near = get_close_matches(_alike(name), known, 1, 0.75)
@@ -246,6 +266,21 @@ def of_field(
         return ""
     meant = known[near[0]]
     return f"did you mean {meant}?" if meant in fields else of_field(meant, fields, of)
+
+
+def of_known(
+    name: str,
+    fields: Collection[str],
+    rules: Iterable[str] = (),
+    rows: Sequence[_Field] | None = None,
+) -> str:
+    """Return what `of_field` does for a name that is in the table, and "" for any other."""
+    of = frozenset(rules)
+    found = [row for row in rows or _fields() if name in row.names]
+    for row in sorted(found, key=lambda row: not row.rules):  # first what is said of few rules
+        if row.fits(fields, of):
+            return f"write {re.sub(r' of [A-Z][A-Za-z, ]+(?=, the|$)', '', row.text)}"
+    return "; or ".join(dict.fromkeys(_elsewhere(name, row) for row in found))
 
 
 def _elsewhere(name: str, row: _Field) -> str:

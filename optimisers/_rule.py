@@ -10,7 +10,7 @@ import sys
 import typing
 from abc import ABC, abstractmethod
 from collections import namedtuple
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from types import FunctionType
 from typing import Annotated, Any, ClassVar, NamedTuple, Self
 
@@ -130,7 +130,9 @@ def _checked_number(where: str, limit: Limit, value: Any) -> Any:
     except OverflowError:  # a whole number beyond all floats
         number = math.inf if value > 0 else -math.inf
     if not limit.holds(number):
-        raise ValueError(f"{where} must be {limit.text}; got {value!r}")
+        uphill = number < 0 and where.endswith(": eta")
+        mend = "; to go uphill, give the gradient with the other sign" if uphill else ""
+        raise ValueError(f"{where} must be {limit.text}; got {value!r}{mend}")
     return value if type(value) in (bool, int, float) and math.isfinite(number) else number
 
 
@@ -140,14 +142,16 @@ def _checked(where: str, limits: Limits, value: Any) -> Any:
     if len(each) == 1:
         return _checked_number(where, each[0], value)
     if not isinstance(value, tuple | list) or len(value) != len(each):
-        raise TypeError(f"{where} must hold {len(each)} numbers; got {value!r}")
+        raise TypeError(
+            f"{where} must hold {len(each)} numbers; got {short(value)}{_way_out(value)}"
+        )
     checked = tuple(
         _checked_number(f"{where}[{i}]", limit, number)
         for i, (limit, number) in enumerate(zip(each, value, strict=True))
     )
     for limit in together:
         if not any(map(_is_unknown, checked)) and not limit.holds(checked):
-            raise ValueError(f"{where} must be {limit.text}; got {value!r}")
+            raise ValueError(f"{where} must be {limit.text}; got {short(value)}")
     return checked
 
 
@@ -181,6 +185,10 @@ _FIRST_ORDER = 4
 
 def _way_out(value: Any) -> str:
     """Return what to do with a value that somebody took for a hyperparameter."""
+    if isinstance(value, Rule | type):
+        from ._mixups import for_number
+
+        return for_number(value)
     if callable(value) and not isinstance(value, type):
         return (
             "; for a schedule, make the rule with the first number, and hand the others to "
@@ -242,9 +250,9 @@ class Rule(ABC):
     if not typing.TYPE_CHECKING:  # type checkers look at the constructor alone, as `help` does
 
         def __new__(cls, *args, **kwargs):
-            known = takes(cls)
-            if not known.issuperset(kwargs) or (args and not known):
-                refuse(cls, cls._shown_as, kwargs)
+            known, most = takes(cls)
+            if not known.issuperset(kwargs) or len(args) > most:
+                refuse(cls, cls._shown_as, args, kwargs)
             make = super().__new__
             return make(cls) if make is _new_object else make(cls, *args, **kwargs)
 
@@ -308,15 +316,49 @@ class Rule(ABC):
                 yield field.name, getattr(self, field.name)
 
     def adjust(self, **changes: Any) -> Self:
-        """Return this rule with other values of those fields that it has."""
-        own = {name: changes[name] for name, _ in self.fields() if name in changes}
-        for name in own:
+        """Return this rule with other values of some fields.
+
+        Rules inside this one, as in a chain, change where they have a field of that name.
+
+        Raises
+        ------
+        TypeError
+            If there is no such field, or if it shapes the state.
+        """
+        refuse_unknown([self], changes)
+        for name in changes:
             if name in self.fixed:
                 raise TypeError(
                     f"{self._shown_as}: {name} shapes the state and cannot be adjusted; "
                     f"call setup with a new rule"
                 )
-        return dataclasses.replace(self, **own) if own else self  # type: ignore[type-var]
+        return dataclasses.replace(self, **changes) if changes else self  # type: ignore[type-var]
+
+    if not typing.TYPE_CHECKING:  # type checkers know what there is
+
+        def __getattr__(self, name):
+            if name[0] == "_" or name in takes(type(self))[0]:
+                raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+            from ._mixups import no_attribute
+
+            raise no_attribute(self, name)
+
+
+def adjusted(rule: Rule, changes: dict[str, Any]) -> Rule:
+    """Return a rule with those of the changes that it has fields for."""
+    own = {name: changes[name] for name, _ in rule.fields() if name in changes}
+    return rule.adjust(**own) if own else rule
+
+
+def refuse_unknown(rules: Collection[Rule], names: Iterable[str]) -> None:
+    """Raise if none of these rules has a field of a name; says what to write instead."""
+    known = {name for rule in rules for name, _ in rule.fields()}
+    if unknown := [name for name in names if name not in known]:
+        from . import _names
+
+        of = {name for rule in rules for name in class_names(rule)}
+        told = f"no rule here has the field {', '.join(map(repr, unknown))}"
+        raise TypeError(_names.unknown(told, unknown, sorted(known), of))
 
 
 # --- ElementwiseRule -------------------------------------------------------------------------
@@ -439,10 +481,7 @@ class ElementwiseRule(Rule):
         x, dx, *slots = map(widened, (x, dx, *map(read_only, kept)))
         for name, slot in zip(self.slots, slots, strict=True):
             if slot.shape != x.shape:
-                raise ValueError(
-                    f"{type(self).__name__} keeps {name} of shape {tuple(slot.shape)} for a "
-                    f"parameter of shape {tuple(x.shape)}; call setup anew with this model"
-                )
+                raise ValueError(misfit(self, name, slot, x))
         t = counted(state.t) if self.counts else None
         held = {*map(id, (x, dx, *slots))}
         with promoting():
@@ -477,13 +516,25 @@ def class_names(rule: Rule) -> Iterator[str]:
                 yield from class_names(part)
 
 
+ANEW = "call setup anew with this model"
+"""How errors about a state that does not fit end: updates put the path before them."""
+
+
+def misfit(rule: Rule, name: str, slot: Any, x: Any) -> str:
+    """Return the message that what a rule keeps has not the shape of the parameter."""
+    return (
+        f"{type(rule).__name__} keeps {name} of shape {tuple(slot.shape)} for a parameter of "
+        f"shape {tuple(x.shape)}; {ANEW}"
+    )
+
+
 def checked_state(rule: Rule, state: Any, kind: Any) -> Any:
     """Return a state as a namedtuple of this kind; its parts go by their positions."""
     parts = kind._fields
     if not isinstance(state, tuple | list) or len(state) != len(parts):
         raise TypeError(
-            f"{type(rule).__name__} keeps {', '.join(parts) or 'no state'}, got {state!r:.60} "
-            f"({type(state).__name__}); call setup anew with this model"
+            f"{type(rule).__name__} keeps {', '.join(parts) or 'no state'}, got {short(state)}; "
+            f"{ANEW}"
         )
     return state if type(state) is kind else kind(*state)
 

@@ -25,16 +25,15 @@ def short(x: Any) -> str:
     'ndarray of shape (64, 32) and dtype float64'
     """
     kind = type(x).__name__
-    shape: Any = getattr(x, "shape", None)
-    dtype = getattr(x, "dtype", None)
-    is_array = shape is not None and dtype is not None and not isinstance(x, type | np.generic)
+    shape, dtype = _array_parts(x)
+    is_array = dtype is not None
     if is_array and math.prod(shape) > _MANY:
-        return f"{kind} of shape {tuple(shape)} and dtype {dtype}"
+        return f"{kind} of shape {shape} and dtype {dtype}"
     text = "" if isinstance(x, dict | list | tuple | set) and len(x) > _MANY else _line(x)
     if text and len(text) <= _WIDTH:
         return text if isinstance(x, type) else f"{text} ({kind})"
     if is_array:
-        return f"{kind} of shape {tuple(shape)} and dtype {dtype}"
+        return f"{kind} of shape {shape} and dtype {dtype}"
     if isinstance(x, dict):
         keys = ", ".join(_cut(_line(key)) for key in list(x)[:_MANY])
         return f"{kind} with {keys}{', ...' * (len(x) > _MANY)}"
@@ -43,18 +42,33 @@ def short(x: Any) -> str:
     return f"{_cut(text)} ({kind})"
 
 
+def _array_parts(x: Any) -> tuple[tuple[int, ...], str | None]:
+    """Return the shape and the dtype of an array; anything else has no dtype."""
+    if isinstance(x, type | np.generic):
+        return (), None
+    try:
+        return tuple(map(int, x.shape)), str(x.dtype)
+    except Exception:  # attributes of an object may do anything
+        return (), None
+
+
 def _line(x: Any) -> str:
     try:
         text = repr(x)
     except Exception:  # an object's own `repr` may fail, which is not what a message is about
         return f"<{type(x).__name__}>"
-    return " ".join(text.split()) if "\n" in text else text
+    return printable(" ".join(text.split()) if "\n" in text else text)
 
 
 def _cut(text: str) -> str:
     return text if len(text) <= _WIDTH else f"{text[: _WIDTH - 3]}..."
 
 
-def call_hint(rule: Any) -> str:
-    """Return what to write where a class was given in place of an object, else ""."""
-    return f"; write {rule.__name__}()" if isinstance(rule, type) else ""
+def printable(text: str) -> str:
+    """Return a text with its control characters escaped.
+
+    A message could otherwise clear the screen, or forge lines of a log.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -26,6 +26,7 @@ from ._arrays import dtype_name, isnumeric, library_of
 from ._jax import is_tracer
 from ._nodes import is_node, kind_of, trainable_keys
 from ._path import KeyPath
+from ._text import short
 from ._tree import fold, walk
 
 __all__ = [
@@ -83,9 +84,23 @@ def tell(model: Tree, trains: bool, unknown: Sequence[Place]) -> None:
         Once, at the line outside of this library, with paths, what is there, and what to write.
     """
     if not trains:
+        _refuse_ours(model)
         _warn(f"nothing to train: {_why_nothing(model)}")
     elif unknown:
         _warn(f"not trained: {_places_text(unknown)}")
+
+
+def _refuse_ours(model: Tree) -> None:
+    """Raise for a rule or a state tree, out of which nobody makes parameters."""
+    from ._mixups import holds_leaf
+    from ._rule import Rule
+
+    if isinstance(model, Rule):
+        raise TypeError(f"nothing to train: {short(model)} is a rule, in the place of the model")
+    if holds_leaf(model):
+        raise TypeError(
+            f"nothing to train: {short(model)} is a state tree, in the place of the model"
+        )
 
 
 def is_unknown_array(x: Any) -> bool:
@@ -178,7 +193,7 @@ def _seen(x: Any) -> str:
     if isinstance(x, type):
         return f"the class {x.__name__}"
     if x is None or type(x) in _PLAIN or isinstance(x, np.generic):
-        return f"{x!r:.40}" + f" ({name})" * (x is not None)
+        return "None" if x is None else short(x)
     if _is_torch_module(x):
         return f"a torch.nn.Module ({name})"
     if isinstance(x, Iterator):
@@ -214,7 +229,10 @@ def _way_out(x: Any) -> str:
     if isinstance(x, Iterator):
         return "write list(...) of it, or dict(...) if it yields names too"
     if is_unknown_array(x):
-        return "np.asarray of it trains" if library is None else "an array of dtype float trains"
+        if library is not None:
+            return "an array of dtype float trains"
+        has_to_numpy = callable(getattr(x, "to_numpy", None))
+        return f"{'its .to_numpy()' if has_to_numpy else 'np.asarray of it'} trains"
     if library is not None:
         return "its .to(float) trains" if library == "torch" else "its .astype(float) trains"
     if isinstance(x, Mapping):

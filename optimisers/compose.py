@@ -10,13 +10,15 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 
 from . import _device
-from ._arrays import is_narrow
+from ._arrays import is_narrow, isnumeric
 from ._jax import Maybe, chosen, is_tracer, promoting
 from ._rule import (
+    ANEW,
     Count,
     Order,
     Rule,
     Upper,
+    adjusted,
     applied,
     as_like,
     checked_state,
@@ -24,9 +26,12 @@ from ._rule import (
     for_step,
     full_like,
     is_traced,
+    misfit,
     moved,
+    refuse_unknown,
     widened,
 )
+from ._text import short
 from .rules import _Hold, _Release, _Scale
 from .words import absolute, is_complex, namespace, where
 
@@ -69,7 +74,7 @@ class OptimiserChain(Rule):
     def __init__(self, *rules: Rule) -> None:
         for rule in rules:
             if not isinstance(rule, Rule):
-                raise TypeError(f"OptimiserChain takes rules, one after another; got {rule!r}")
+                raise _no_rule("OptimiserChain takes rules, one after another", rule)
             if isinstance(rule, MixedPrecision):
                 raise TypeError(
                     "MixedPrecision cannot stand inside a chain; put the chain inside it: "
@@ -89,7 +94,7 @@ class OptimiserChain(Rule):
         if not isinstance(state, tuple | list) or len(state) != len(self.rules):
             raise TypeError(
                 f"{type(self).__name__} keeps the states of its {len(self.rules)} rules, got "
-                f"{state!r:.60} ({type(state).__name__}); call setup anew with this model"
+                f"{short(state)}; {ANEW}"
             )
         if is_narrow(x):  # asked by hand: updates hand over float32, and round no step
             return _rounded(x, *applied(self, state, x, dx, *higher))
@@ -111,7 +116,8 @@ class OptimiserChain(Rule):
             yield from rule.fields()
 
     def adjust(self, **changes: Any) -> Self:
-        return type(self)(*(rule.adjust(**changes) for rule in self.rules))
+        refuse_unknown([self], changes)
+        return type(self)(*(adjusted(rule, changes) for rule in self.rules))
 
 
 def _rounded(x: Array, state: Any, dx: Any) -> tuple[Any, Any]:
@@ -285,6 +291,8 @@ class AccumGrad(Rule):
         self, state: AccumGradState, x: Array, dx: Array, *higher: Array
     ) -> tuple[AccumGradState, Array | None]:
         state = checked_state(self, state, AccumGradState)
+        if tuple(state.sum.shape) != tuple(x.shape):
+            raise ValueError(misfit(self, "sum", state.sum, x))
         state = state._replace(sum=widened(state.sum))  # as earlier versions kept it
         if is_tracer(state.count):
             return self._traced(state, x, dx)
@@ -363,7 +371,7 @@ class MixedPrecision(Rule):
         if rule is None:
             dtype, rule = np.float32, dtype
         if not isinstance(rule, Rule) or isinstance(rule, MixedPrecision):
-            raise TypeError(f"MixedPrecision takes a rule, after the dtype if any; got {rule!r}")
+            raise _no_rule("MixedPrecision takes a rule, after the dtype if any", rule)
         object.__setattr__(self, "dtype", _floating(dtype))
         object.__setattr__(self, "rule", rule)
 
@@ -384,6 +392,8 @@ class MixedPrecision(Rule):
         self, state: MixedPrecisionState, x: Array, dx: Array, *higher: Array
     ) -> tuple[MixedPrecisionState, Array]:
         state = checked_state(self, state, MixedPrecisionState)
+        if isnumeric(state.master) and tuple(state.master.shape) != tuple(x.shape):
+            raise ValueError(misfit(self, "master", state.master, x))
         inner, master = moved(
             self.rule, state.state, state.master,
             *(g if g is None else for_step(state.master, g) for g in (dx, *higher)),
@@ -410,9 +420,16 @@ class MixedPrecision(Rule):
         yield from self.rule.fields()
 
     def adjust(self, **changes: Any) -> Self:
+        refuse_unknown([self], changes)
         if "dtype" in changes:
             return super().adjust(dtype=changes["dtype"])
-        return type(self)(self.dtype, self.rule.adjust(**changes))
+        return type(self)(self.dtype, adjusted(self.rule, changes))
+
+
+def _no_rule(told: str, got: Any) -> TypeError:
+    from ._mixups import no_rule
+
+    return no_rule(told, got)
 
 
 def _floating(dtype: Any) -> np.dtype[Any]:
@@ -426,5 +443,5 @@ def _floating(dtype: Any) -> np.dtype[Any]:
     except (TypeError, ValueError):
         holds_half = False
     if not holds_half:
-        raise TypeError(f"MixedPrecision: dtype must be a real floating dtype; got {dtype!r}")
+        raise TypeError(f"MixedPrecision: dtype must be a real floating dtype; got {short(dtype)}")
     return found.newbyteorder("=")

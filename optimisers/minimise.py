@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+import numbers
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -14,7 +15,9 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import numpy as np
 
 from ._arrays import dtype_name, isnumeric, library_of
+from ._construct import explained
 from ._rule import Rule
+from ._text import short
 from ._tree import fmap, walk
 from ._untrained import refuse_no_tree, tell
 from .state import Leaf, setup, update, update_
@@ -84,6 +87,15 @@ class Minimized(NamedTuple, Generic[Model]):
     history: History
 
 
+def _hint(name: str) -> str:
+    from . import _names
+
+    if not name:
+        return "write minimize(loss, model, rule, steps)"
+    return _names.of_argument(name)
+
+
+@explained(_hint)
 def minimize(
     loss: Callable[..., Any],
     model: Model,
@@ -164,19 +176,16 @@ def minimize(
     >>> history
     History(took all 8 steps; loss 18 to 0.001099)
     """
-    if steps != int(steps) or steps < 0:
-        raise ValueError(f"steps must be a whole number, 0 or more; got {steps!r}")
-    if (rule is None) == (state is None):
-        raise TypeError(
-            "minimize takes a rule, or None in its place and the state to go on with, which holds "
-            f"rules; got rule={rule!r:.60}, state={type(state).__name__}"
-        )
+    _refuse_misfits(loss, model, rule, steps, state)
+    for name, function in (("value_and_grad", value_and_grad), ("callback", callback)):
+        if function is not None and not callable(function):
+            raise TypeError(f"minimize: {name} must be a function; got {short(function)}")
     refuse_no_tree(model, "minimize")
     if rule is not None:
         state = setup(rule, model)
-    elif not any(isinstance(leaf, Leaf) for _, leaf in walk(state)):
-        tell(model, False, ())
     state, model = update(state, model, None)  # copies of both, ties kept
+    if rule is None and not any(isinstance(leaf, Leaf) for _, leaf in walk(state)):
+        tell(model, False, ())
 
     losses: list[float] = []
     times: list[float] = []
@@ -197,11 +206,32 @@ def minimize(
                 warnings.warn(
                     f"minimize: {message}; a smaller eta or ClipNorm may help",
                     RuntimeWarning,
-                    stacklevel=2,
+                    stacklevel=3,
                 )
                 break
             state, model = update_(state, model, gradient)
     return Minimized(model, state, History(np.array(losses), np.array(times), message))
+
+
+def _refuse_misfits(loss: Any, model: Any, rule: Any, steps: Any, state: Any) -> None:
+    """Raise if something stands in the place of something else."""
+    told = "minimize takes a loss, a model, a rule and a number of steps, in this order"
+    if not callable(loss):
+        raise TypeError(f"{told}; got {short(loss)} as the loss")
+    is_number = isinstance(steps, numbers.Real) and not isinstance(steps, bool | np.bool)
+    if not is_number and not hasattr(type(steps), "__index__"):
+        raise TypeError(f"{told}; got {short(steps)} as the number of steps")
+    if steps != int(steps) or steps < 0:
+        raise ValueError(f"steps must be a whole number, 0 or more; got {steps!r}")
+    if (rule is None) == (state is None):
+        raise TypeError(
+            "minimize takes a rule, or None in its place and the state to go on with, which holds "
+            f"rules; got rule={short(rule)}, state={type(state).__name__}"
+        )
+    if rule is not None and not isinstance(rule, Rule):
+        from ._mixups import no_rule
+
+        raise no_rule(told, rule)
 
 
 # --- value and gradient ----------------------------------------------------------------------
@@ -291,7 +321,7 @@ def _number(value: Any) -> float:
         return float(value.item() if hasattr(value, "item") else value)
     except (TypeError, ValueError, RuntimeError):
         pass
-    raise TypeError(f"minimize: the loss must be one real number; got {value!r:.60}")
+    raise TypeError(f"minimize: the loss must be one real number; got {short(value)}")
 
 
 def _stops(callback: Callable[..., Any] | None, step: int, model: Tree, value: float) -> bool:

@@ -23,6 +23,7 @@ import numpy as np
 from ._arraypath import checked_gradient
 from ._jax import Maybe, double, is_tracer
 from ._rule import Rule, applied, as_like, for_step, moved
+from ._text import short
 
 __all__ = ["RuleState", "from_optax", "to_optax"]
 
@@ -93,8 +94,9 @@ def to_optax(rule: Rule) -> Any:
     import optax
 
     if not isinstance(rule, Rule):
-        hint = f"; write {rule.__name__}()" if isinstance(rule, type) else ""
-        raise TypeError(f"to_optax takes a rule of this library; got {rule!r:.60}{hint}")
+        from ._mixups import no_rule
+
+        raise no_rule("to_optax takes a rule of this library", rule)
 
     def init(params: Tree) -> RuleState:
         places, structure = jax.tree_util.tree_flatten_with_path(params)
@@ -254,7 +256,9 @@ def from_optax(tx: Any) -> Rule:
     if isinstance(tx, type) or not (hasattr(tx, "init") and hasattr(tx, "update")):
         name = getattr(tx, "__name__", None)
         hint = f"; write optax.{name}(...)" if callable(tx) and name else ""
-        raise TypeError(f"from_optax takes an optax.GradientTransformation; got {tx!r:.60}{hint}")
+        if isinstance(tx, Rule):
+            hint = "; that is a rule already"
+        raise TypeError(f"from_optax takes an optax.GradientTransformation; got {short(tx)}{hint}")
     return _FromOptax(tx)
 
 

@@ -19,7 +19,9 @@ from typing import Any
 import numpy as np
 
 from ._arrays import refuse_masked
+from ._construct import explained
 from ._rule import Rule
+from ._text import short
 from .state import setup, update_
 
 __all__ = ["Method", "method"]
@@ -32,6 +34,11 @@ NOT_FINITE = "NaN or infinite result encountered."
 STOPPED = "`callback` raised `StopIteration`."
 
 
+def _hint(name: str) -> str:
+    return "" if name else "write method=optimisers.scipy.method(rule), called with the rule alone"
+
+
+@explained(_hint)
 def method(rule: Rule) -> Method:
     """Return a rule as a `method` for `scipy.optimize.minimize`.
 
@@ -60,8 +67,9 @@ def method(rule: Rule) -> Method:
     (array([2., 3.]), 'Optimization terminated successfully.')
     """
     if not isinstance(rule, Rule):
-        hint = f"; write {rule.__name__}()" if isinstance(rule, type) else ""
-        raise TypeError(f"method takes a rule of this library; got {rule!r:.60}{hint}")
+        from ._mixups import no_rule
+
+        raise no_rule("method takes a rule of this library", rule)
     return Method(rule)
 
 
@@ -340,7 +348,7 @@ class _Difference:
     def __post_init__(self) -> None:
         if self.scheme not in ("2-point", "3-point", "cs"):
             raise ValueError(
-                f'finite_diff must be "2-point", "3-point" or "cs"; got {self.scheme!r:.60}'
+                f'finite_diff must be "2-point", "3-point" or "cs"; got {short(self.scheme)}'
             )
 
     def __call__(self, value: Callable[[Array], Any], x: Array, f: Any) -> Array:

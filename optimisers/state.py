@@ -18,11 +18,13 @@ import numpy as np
 from . import _engine, _pytree
 from ._arraypath import Call, at_once, fresh, shown, writing
 from ._arrays import is_immutable, isnumeric, maywrite, of_class, plain
+from ._construct import explained
 from ._kernels import are_distinct
 from ._lockstep import gather, place, places
-from ._nodes import mirror, rebuild, register_leaf, trainable_keys
+from ._nodes import is_node, mirror, rebuild, register_leaf, trainable_keys
 from ._path import KeyPath
-from ._rule import Rule, class_names, read_only
+from ._rule import Rule, adjusted, read_only, refuse_unknown
+from ._text import short
 from ._ties import carry, laid_out, overlap, parameters, same_elements
 from ._torch import is_tensor, refuse_given_back
 from ._tree import fmap, fold, walk
@@ -95,14 +97,18 @@ class Leaf:
         self.tie = None
         self.crossed = None
 
-    if not TYPE_CHECKING:
+    if not TYPE_CHECKING:  # type checkers know what there is
 
         def __getattr__(self, name: str) -> Any:
             if name == "rule" and self.crossed is not None:
                 self.rule = rule = self.crossed.rule()
                 return rule
-            message = f"{type(self).__name__!r} object has no attribute {name!r}"
-            raise AttributeError(message, name=name, obj=self)
+            if name[0] == "_" or name in Leaf.__slots__:
+                message = f"{type(self).__name__!r} object has no attribute {name!r}"
+                raise AttributeError(message, name=name, obj=self)
+            from ._mixups import not_of_leaf
+
+            raise not_of_leaf(self, name)
 
     def renewed(self, rule: Rule, state: Any) -> Leaf:
         """Return another leaf for the same places."""
@@ -135,6 +141,11 @@ _pytree.announce(Leaf)
 # --- setup -----------------------------------------------------------------------------------
 
 
+def _setup_hint(name: str) -> str:
+    return "hyperparameters are the rule's" if name else "write setup(rule, model)"
+
+
+@explained(_setup_hint)
 def setup(rule: Rule, model: Tree) -> Tree:
     """Return a state tree for a model.
 
@@ -180,8 +191,9 @@ def setup(rule: Rule, model: Tree) -> Tree:
     {'w': Leaf(Descent(eta=0.1), ()), 'name': ()}
     """
     if not isinstance(rule, Rule):
-        hint = f"; write {rule.__name__}()" if isinstance(rule, type) else ""
-        raise TypeError(f"setup takes a rule first, then the model; got {rule!r:.60}{hint}")
+        from ._mixups import no_rule
+
+        raise no_rule("setup takes a rule first, then the model", rule)
     refuse_no_tree(model, "setup")
     unknown: list[tuple[KeyPath, Any]] = []
     arrays, owners = parameters(model, unknown)
@@ -558,7 +570,7 @@ class _Tied:
 
 def _kind(x: Any) -> str:
     if not isnumeric(x):
-        return f"{x!r:.40} ({type(x).__name__})"
+        return short(x)
     return f"of shape {tuple(x.shape)} and dtype {x.dtype}"
 
 
@@ -568,16 +580,26 @@ def _kind(x: Any) -> str:
 def _leaves(state: Tree) -> list[Leaf]:
     """Return the leaves of a state tree, each once."""
     _pytree.announce(Leaf)
+    if isinstance(state, Rule) or not (isinstance(state, Leaf) or is_node(state)):
+        raise _no_state(state)
     found: dict[int, Leaf] = {}
-    for path, x in walk(state):
+    for path, x in walk(state, is_leaf=_is_rule):
         if isinstance(x, Leaf):
             found[id(x)] = x
-        elif isnumeric(x):
-            raise TypeError(
-                f"expected a state tree, as setup returns it, got one with an array at {path}: "
-                "is this the model?"
-            )
+        elif x is not None:
+            raise _no_state(x, f" at {path}")
     return list(found.values())
+
+
+def _no_state(x: Any, at: str = "") -> TypeError:
+    from ._mixups import for_state
+
+    told = f"expected a state tree, as setup returns it, got {short(x)}{at}"
+    return TypeError(told + for_state(x))
+
+
+def _is_rule(x: Any) -> bool:
+    return isinstance(x, Rule)
 
 
 def _adjusted(leaves: list[Leaf], eta: Any, fields: dict[str, Any]) -> dict[int, Rule]:
@@ -586,18 +608,10 @@ def _adjusted(leaves: list[Leaf], eta: Any, fields: dict[str, Any]) -> dict[int,
         if "eta" in fields:
             raise TypeError("adjust got eta twice, by position and by name")
         fields = {"eta": eta, **fields}
-    known = {name for leaf in leaves for name, _ in leaf.rule.fields()}
-    unknown = [name for name in fields if name not in known]
-    if unknown and leaves:
-        from . import _names
-
-        rules = {name for leaf in leaves for name in class_names(leaf.rule)}
-        told = f"no rule here has the field {', '.join(map(repr, unknown))}"
-        raise TypeError(_names.unknown(told, unknown, sorted(known), rules))
-    made: dict[int, Rule] = {}  # rules that leaves share stay shared
-    for leaf in leaves:
-        if id(leaf.rule) not in made:
-            made[id(leaf.rule)] = leaf.rule.adjust(**fields)
+    rules = {id(leaf.rule): leaf.rule for leaf in leaves}  # rules that leaves share stay shared
+    if rules:
+        refuse_unknown([*rules.values()], fields)
+    made = {key: adjusted(rule, fields) for key, rule in rules.items()}
     return {id(leaf): made[id(leaf.rule)] for leaf in leaves}
 
 

@@ -15,6 +15,7 @@ except ImportError as error:  # pragma: no cover
 from . import _engine, _names
 from ._arraypath import Call
 from ._arrays import maywrite
+from ._construct import explained
 from ._rule import Rule, class_names
 from .compose import MixedPrecision, OptimiserChain
 from .rules import Descent
@@ -35,6 +36,13 @@ class _Leaf:
         self.job = None
         self.rule = rule
         self.state = state
+
+
+def _hint(name: str) -> str:
+    if not name:
+        return "write Optimizer(params, rule), with a rule such as Adam(eta=0.1)"
+    hint = _names.of_inner(name)
+    return f"{hint} in the rule: Optimizer(params, Adam(eta=0.1))" if hint[:2] != "le" else hint
 
 
 class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
@@ -108,10 +116,17 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
 
     rule: Rule
 
+    @explained(_hint)
     def __init__(self, params: Any, rule: Rule) -> None:
         if not isinstance(rule, Rule):
-            hint = f"; write {rule.__name__}()" if isinstance(rule, type) else ""
-            raise TypeError(f"Optimizer takes a rule after the parameters; got {rule!r:.60}{hint}")
+            from ._mixups import no_rule
+
+            raise no_rule("Optimizer takes a rule after the parameters", rule)
+        if isinstance(params, torch.nn.Module):
+            raise TypeError(
+                f"Optimizer takes parameters; got {type(params).__name__}, a module; write "
+                "module.parameters(), or module.named_parameters()"
+            )
         self.rule = rule if _rate(rule) is not None else _scaled(rule)
         self._names = {name for name, _ in self.rule.fields()} - {"eta"} | {"lr"}
         self._forget()

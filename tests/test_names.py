@@ -327,7 +327,8 @@ def test_the_tables_are_loaded_on_a_miss_only():
 def test_the_page_shows_the_tables():
     page = PAGE.read_text(encoding="utf-8")
     assert f"\n\n{_names.NAMES}\n" in page
-    assert page.endswith(_names.FIELDS)
+    assert f"\n\n{_names.FIELDS}\n" in page
+    assert page.endswith(_names.ARGUMENTS)
 
 
 def test_the_tables_name_what_there_is():

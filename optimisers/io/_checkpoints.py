@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .._text import short
 from ._atomic import sweep
-from ._files import File, load, save
+from ._files import File, file_path, load, save
 from ._safetensors import FileFormatError
 
 Tree = Any
@@ -84,7 +85,7 @@ class Checkpointer:
     """
 
     def __init__(self, folder: str | os.PathLike[str], keep: int = 3, every: int = 1) -> None:
-        self.folder = Path(folder)
+        self.folder = Path(file_path(folder, "Checkpointer(folder)"))
         self.keep = _at_least_one("keep", keep)
         self.every = _at_least_one("every", every)
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -120,6 +121,11 @@ class Checkpointer:
         path or None
             The file; None if it was not the turn of this step.
         """
+        if not hasattr(type(step), "__index__"):
+            raise TypeError(
+                "Checkpointer.save(step, state, model) takes the number of the step first; got "
+                f"{short(step)}"
+            )
         step = operator.index(step)
         if step < 0:
             raise ValueError(f"a step is at least 0; got {step}")
@@ -178,6 +184,8 @@ class Checkpointer:
 
 
 def _at_least_one(name: str, number: int) -> int:
+    if not hasattr(type(number), "__index__"):
+        raise TypeError(f"Checkpointer: {name} must be a whole number; got {short(number)}")
     number = operator.index(number)
     if number < 1:
         raise ValueError(f"Checkpointer: {name} must be at least 1; got {number}")

@@ -13,6 +13,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from .._text import short
 from .._tree import walk
 from ..state import Leaf
 from . import _safetensors as form
@@ -87,6 +88,7 @@ def save(
     {'epoch': 3}; state.layers.0.weight.m; state.layers.0.weight.v; state.layers.0.weight.t;
     model.layers.0.weight
     """
+    path = file_path(path, "save(path, state, model)")
     with _collector_paused():
         encoder = Encoder(leave_out)
         roots = {"state": encoder.add("state", state)}
@@ -95,7 +97,7 @@ def save(
         if metadata is not None:
             roots["metadata"] = encoder.add("metadata", metadata)
         tensors, text = encoder.finish(roots)
-        form.write(os.fsdecode(path), tensors, text)
+        form.write(path, tensors, text)
 
 
 def load(path: str | os.PathLike[str], like: Tree = None) -> Tree:
@@ -152,8 +154,20 @@ def load(path: str | os.PathLike[str], like: Tree = None) -> Tree:
       model.weight: the file has shape (2, 3), `like` (2, 4)
       model.bias: the file has shape (3,), `like` (4,)
     """
+    path = file_path(path, "load(path, like=...)")
     with _naming(path), contextlib.closing(form.Source(path)) as source, _collector_paused():
         return _loaded(Archive(source), like)
+
+
+def file_path(path: Any, call: str) -> str:
+    """Return a path as text; raise if it is none, with how the function is called."""
+    if isinstance(path, str | bytes) or hasattr(type(path), "__fspath__"):
+        return os.fsdecode(path)
+    if hasattr(path, "fileno") or isinstance(path, int):
+        mend = "a file is read and written by its path, not by a number or an open file"
+    else:
+        mend = "the path comes first"
+    raise TypeError(f"{call} takes a path, as text or a pathlib.Path; got {short(path)}; {mend}")
 
 
 @contextlib.contextmanager
@@ -173,6 +187,8 @@ def _collector_paused() -> Iterator[None]:
 
 def _loaded(archive: Archive, like: Tree) -> Tree:
     has_model = "model" in archive.roots
+    if _is_swapped(like):
+        raise ValueError("like takes (state, model), in this order; got the model first")
     if like is None:
         made = archive.build("state", "model") if has_model else archive.build("state")
     elif has_model and _is_pair(like):
@@ -191,6 +207,13 @@ def _is_pair(like: Tree) -> bool:
     for _, x in walk(like[1]):
         return not isinstance(x, Leaf)
     return not any(isinstance(x, Leaf) for _, x in walk(like[0]))
+
+
+def _is_swapped(like: Tree) -> bool:
+    if type(like) is not tuple or len(like) != 2:
+        return False
+    first, second = ([isinstance(x, Leaf) for _, x in walk(tree)] for tree in like)
+    return bool(first and second) and not any(first) and all(second)
 
 
 @contextlib.contextmanager
@@ -255,12 +278,12 @@ class File(Mapping[str, np.ndarray]):
     def __init__(
         self, path: str | os.PathLike[str], verify: bool = True, *, mapped: bool = False
     ) -> None:
-        self.path = Path(path)
+        self.path = Path(file_path(path, "File(path)"))
         self._verify = verify
         self._map: np.ndarray | None = None
         self._seen: set[int] = set()
-        with _naming(path):
-            self._source = form.Source(path)
+        with _naming(self.path):
+            self._source = form.Source(self.path)
             try:
                 self._archive = Archive(self._source)
                 if mapped:

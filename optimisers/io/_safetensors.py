@@ -30,6 +30,7 @@ from typing import Any, BinaryIO, NamedTuple, cast
 import numpy as np
 
 from .._fork import Turn
+from .._text import printable
 from ._atomic import opened, replacing
 
 MAX_HEADER = 100_000_000
@@ -49,10 +50,7 @@ def shown(text: str) -> str:
 
     A file could otherwise clear the screen, forge lines of a log, or fill it.
     """
-    text = shortened(text)
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return printable(shortened(text))
 
 
 def shortened(text: str) -> str:
