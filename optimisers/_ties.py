@@ -299,6 +299,8 @@ def owners(arrays: Sequence[Place]) -> list[int]:
     owner = [
         k if is_immutable(x) else first.setdefault(id(x), k) for k, (_, x) in enumerate(arrays)
     ]
+    if all(_has_own_memory(arrays[k][1]) for k in first.values()):
+        return owner
     for crowd in _crowds(arrays, first.values()):
         shown: dict[Any, int] = {}
         for k in sorted(crowd):
@@ -307,6 +309,11 @@ def owners(arrays: Sequence[Place]) -> list[int]:
         if found := len(shown) > 1 and _overlap([arrays[k] for k in shown.values()]):
             raise ValueError(_overlap_text(*found))
     return [owner[k] for k in owner]
+
+
+def _has_own_memory(x: Array) -> bool:
+    """Tell whether an array of NumPy is the one that gives its memory back: two never share it."""
+    return type(x) is np.ndarray and x.base is None and x.flags.owndata
 
 
 def overlap(arrays: Sequence[tuple[Named, Array]]) -> tuple[Named, Named] | None:

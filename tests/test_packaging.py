@@ -49,6 +49,7 @@ FLOORS = [
     {"io._contents", "io._array_reader"},
     {"io._rule_reader"},
     {"io._build", "io._differences"},
+    {"io._pairs"},
     {"io._fill"},
     {"io._archive"},
     {"io._files"},

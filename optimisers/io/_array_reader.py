@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import zlib
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -11,10 +12,9 @@ import numpy as np
 from .._arrays import library_of
 from .._ties import carry
 from . import _safetensors as form
-from ._entries import ArrayNode, StoredTensor, damaged
+from ._entries import ArrayNode, StoredTensor, c_order, damaged
 from ._revive import as_like, typed
 from ._safetensors import Source
-from ._tables import Said
 
 Array = Any
 
@@ -28,7 +28,10 @@ class ArrayReader:
     def __init__(self, source: Source, tensors: list[StoredTensor]) -> None:
         self.source = source
         self.tensors = tensors
-        self._bases: dict[tuple[int, str], Any] = {}
+        self.bases: dict[int, np.ndarray] = {}
+        """The arrays of NumPy that were read, each in the layout in which it was saved."""
+        self._tensors: dict[int, Any] = {}
+        """The tensors of PyTorch."""
         self._arrays: dict[tuple[int, str], tuple[Any, ArrayNode]] = {}
 
     def raw(self, k: int, verify: bool = True) -> np.ndarray:
@@ -55,61 +58,57 @@ class ArrayReader:
     def array(self, said: ArrayNode, like: Array) -> Array:
         """Return an array of the library of `like`; where `said` is shared, so is the array."""
         library = (library_of(type(like)) if like is not None else None) or "numpy"
-        own = "torch" if library == "torch" else "numpy"
-        tensor = self.tensors[said.tensor]
         mark = id(said), library
         if mark not in self._arrays:
-            base = self._bases.get((said.tensor, own))
-            if base is None:
-                raw = self.raw(said.tensor)
-                base = typed(raw, tensor.dtype, tensor.layout, own, like)
-                self._bases[said.tensor, own] = base
+            tensor = self.tensors[said.tensor]
+            base = self._base(said.tensor, "torch" if library == "torch" else "numpy", like)
             if said.view is not None:
                 base = carry(base, tensor.layout, said.view)
             self._arrays[mark] = as_like(base, library, like), said  # an id is good while it lives
         return self._arrays[mark][0]
 
-    def plain_array(self, said: Said) -> Array:
-        """Return the array of NumPy that a node stands for."""
-        base = self._bases.get((said[1], "numpy"))
-        if len(said) == 2 and base is not None:
-            return base
-        return self.array(ArrayNode(said[1], said[2] if len(said) == 3 else None), None)
+    def _base(self, k: int, library: str, like: Array) -> Array:
+        bases: dict[int, Any] = self._tensors if library == "torch" else self.bases
+        if k not in bases:
+            tensor = self.tensors[k]
+            bases[k] = typed(self.raw(k), tensor.dtype, tensor.layout, library, like)
+        return bases[k]
 
-    def read_small(self, wanted: list[int]) -> None:
-        """Read the small arrays among these, many at a time."""
-        small = sorted(
-            (tensor.entry.start, tensor.entry.stop, k)
+    def read_small(self, wanted: Iterable[int]) -> None:
+        """Read the small arrays among these as arrays of NumPy, many at a time."""
+        bases, tensors = self.bases, self.tensors
+        small = [
+            (entry.start, entry.stop, k)
             for k in {*wanted}
-            if (tensor := self.tensors[k]).entry.stop - tensor.entry.start <= _SMALL
-        )
-        dtypes: dict[str, Any] = {}
-        is_little = sys.byteorder == "little"
+            if (entry := tensors[k].entry).stop - entry.start <= _SMALL and k not in bases
+        ]
+        small.sort()
         at = 0
         while at < len(small):
-            begin = small[at][0]
-            end = at
+            begin, end = small[at][0], at
             while end < len(small) and small[end][1] - begin <= _BLOCK:
                 end += 1
-            block = np.empty(small[end - 1][1] - begin, np.uint8)
-            data = block.data
-            self.source.fill(data, begin)
-            for start, stop, k in small[at:end]:
-                tensor = self.tensors[k]
-                start, stop = start - begin, stop - begin
-                if tensor.check is not None and tensor.check != zlib.crc32(data[start:stop]):
-                    self.check(k, block[:0], tensor.check ^ 1)
-                if tensor.entry.tag == "BOOL":
-                    form.check_content(tensor.name, "BOOL", block[start:stop])
-                dtype = dtypes.get(tensor.dtype)
-                if dtype is None:
-                    dtype = dtypes[tensor.dtype] = form.numpy_dtype(tensor.dtype)
-                if tensor.layout.flips or tensor.layout.order != (*range(len(tensor.shape)),):
-                    raw = block[start:stop].copy()
-                    base = typed(raw, tensor.dtype, tensor.layout, "numpy", None)
-                elif is_little:
-                    base = np.array(np.ndarray(tensor.shape, dtype, block, start))
-                else:
-                    base = form.typed(block[start:stop].copy(), tensor.dtype, tensor.shape)
-                self._bases[k, "numpy"] = base
+            self._read_block([k for _, _, k in small[at:end]], begin)
             at = end
+
+    def _read_block(self, numbers: list[int], begin: int) -> None:
+        """Read arrays that lie one after another, and make each of its own bytes."""
+        bases, tensors, crc32, ndarray = self.bases, self.tensors, zlib.crc32, np.ndarray
+        data = memoryview(bytearray(tensors[numbers[-1]].entry.stop - begin))
+        self.source.fill(data, begin)
+        dtypes: dict[str, Any] = {}
+        for k in numbers:
+            _, name, shape, layout, entry, check = tensors[k]
+            piece = data[entry.start - begin : entry.stop - begin]
+            if check is not None and crc32(piece) != check:
+                self.check(k, np.empty(0, np.uint8), check ^ 1)
+            if name not in dtypes:
+                is_usual = sys.byteorder == "little" and name != "bool"
+                dtypes[name] = form.numpy_dtype(name) if is_usual else None
+            dtype = dtypes[name]
+            if dtype is not None and layout is c_order(shape):
+                bases[k] = ndarray(shape, dtype, piece).copy()
+            else:
+                raw = np.array(piece)
+                form.check_content(tensors[k].name, entry.tag, raw)
+                bases[k] = typed(raw, name, layout, "numpy", None)

@@ -11,7 +11,7 @@ from ..state import Leaf
 from . import _safetensors as form
 from ._array_reader import ArrayReader
 from ._contents import Contents
-from ._entries import ABSENT, damaged
+from ._entries import ABSENT, ArrayNode, damaged
 from ._revive import named_class, supplied
 from ._rule_reader import RuleReader
 from ._saved import CLASSES, at
@@ -37,20 +37,77 @@ def build(
     """
     made = contents.nodes
     needed = needed_nodes(made, [contents.roots[root] for root in roots])
+    leaves: dict[int, Rule] = {}
     classes: dict[int, Any] = {}
-    named: dict[Said, Any] = {}
-    unknown: set[int] = set()
-    made_rules: dict[int, Rule] = {}
-    wanted: list[int] = []
+    wanted = _looked_up(contents, rules, roots, needed, leaves, classes)
+    ties: list[tuple[int, list[str]]] = []
+    if contents.is_shared:
+        for root in roots:
+            ties += _ties(made, contents.roots[root], leaves).items()
+    arrays.read_small(wanted)
+    bases = arrays.bases
     for k in needed:
         said = made[k]
         kind = said[0]
-        if kind == "leaf":
-            made_rules[k] = rules.rule_of(said)
-        elif kind == "array":
-            wanted.append(said[1])
+        if kind == "array":
+            if len(said) == 2 and said[1] in bases:
+                made[k] = bases[said[1]]
+            else:
+                view = said[2] if len(said) == 3 else None
+                made[k] = arrays.array(ArrayNode(said[1], view), None)
+        elif kind == "leaf":
+            made[k] = Leaf(leaves[k], made[said[2]], said[3], said[4] if len(said) == 5 else 0)
+        elif kind == "value":
+            made[k] = said[1]
         elif kind == "named":
-            mark = (said[1], *keys_of(said))
+            made[k] = _named(made, said, classes[k])
+        elif kind == "list":
+            made[k] = [made[child] for child in said[1:]]
+        elif kind == "tuple":
+            made[k] = tuple([made[child] for child in said[1:]])
+        else:
+            pairs = zip(keys_of(said), [made[child] for child in children_of(said)], strict=True)
+            cls: Any = CLASSES[kind]
+            made[k] = cls(pairs) if issubclass(cls, dict) else cls(**dict(pairs))
+    for k, texts in ties:
+        made[k].tie = Tie(tuple(texts))
+    return {root: made[contents.roots[root]] for root in roots}
+
+
+def _named(made: list[Any], said: Said, cls: Any) -> Any:
+    """Return a named tuple of nodes that are made."""
+    below = said[len(said) // 2 + 1 :]
+    if ABSENT not in below:
+        return tuple.__new__(cls, [made[child] for child in below])
+    values = [ABSENT if child is ABSENT else made[child] for child in below]
+    return tuple.__new__(cls, supplied(cls, values))
+
+
+def _looked_up(
+    contents: Contents,
+    rules: RuleReader,
+    roots: Iterable[str],
+    needed: list[int],
+    leaves: dict[int, Rule],
+    classes: dict[int, Any],
+) -> list[int]:
+    """Note the rules of leaves and the classes of named tuples; return the numbers of the arrays.
+
+    Refuse nodes that cannot be made of what the file says alone.
+    """
+    named: dict[Said, Any] = {}
+    unknown: set[int] = set()
+    wanted: list[int] = []
+    nodes = contents.nodes
+    for k in needed:
+        said = nodes[k]
+        kind = said[0]
+        if kind == "array":
+            wanted.append(said[1])
+        elif kind == "leaf":
+            leaves[k] = rules.rule_of(said)
+        elif kind == "named":
+            mark = said[1 : len(said) // 2 + 1]
             if mark not in named:
                 named[mark] = named_class(said[1], [*mark[1:]])
             classes[k] = named[mark]
@@ -60,32 +117,7 @@ def build(
             unknown.add(k)
     if unknown:
         _refuse_unknown(contents, roots, unknown)
-    ties = {root: _ties(made, contents.roots[root], made_rules) for root in roots}
-    arrays.read_small(wanted)
-    for k in needed:
-        said = made[k]
-        kind = said[0]
-        if kind == "array":
-            made[k] = arrays.plain_array(said)
-        elif kind == "leaf":
-            made[k] = Leaf(made_rules[k], made[said[2]], said[3], said[4] if len(said) == 5 else 0)
-        elif kind == "value":
-            made[k] = said[1]
-        elif kind == "list":
-            made[k] = [made[child] for child in said[1:]]
-        elif kind == "tuple":
-            made[k] = tuple([made[child] for child in said[1:]])
-        elif kind == "named":
-            values = [ABSENT if c is ABSENT else made[c] for c in children_of(said)]
-            made[k] = tuple.__new__(classes[k], supplied(classes[k], values))
-        else:
-            pairs = zip(keys_of(said), [made[child] for child in children_of(said)], strict=True)
-            cls: Any = CLASSES[kind]
-            made[k] = cls(pairs) if issubclass(cls, dict) else cls(**dict(pairs))
-    for root in roots:
-        for k, texts in ties[root].items():
-            made[k].tie = Tie(tuple(texts))
-    return {root: made[contents.roots[root]] for root in roots}
+    return wanted
 
 
 def _ties(nodes: list[Any], root: int, leaves: Iterable[int]) -> dict[int, list[str]]:

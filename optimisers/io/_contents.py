@@ -17,6 +17,7 @@ from ._entries import (
     ArrayNode,
     StoredTensor,
     are_slow,
+    c_order,
     checked_tensor,
     checked_view,
     damaged,
@@ -24,7 +25,7 @@ from ._entries import (
     plain,
     usual_tensor,
 )
-from ._revive import c_order, newer_fields
+from ._revive import newer_fields
 from ._safetensors import FileFormatError
 from ._saved import (
     BY_POSITION,
@@ -35,9 +36,10 @@ from ._saved import (
     is_protocol,
     most_places,
 )
-from ._tables import KEYED, Said, children_at, children_of, keys_at, pairs_of
+from ._tables import ARRAY, KEYED, Said, children_at, children_of, keys_at, pairs_of
 
-_USUAL = ("name", "dtype", "shape")
+_MOST_HEADS = 1000
+"""Classes of nodes, with their keys, that are kept in mind: most states are of one."""
 _MOST_PARTS = 1000
 """Rules that one rule may be made of."""
 
@@ -55,7 +57,10 @@ class Contents:
         """Of which rules each rule is made."""
         self.is_open: list[bool] = []
         """Whether a rule may keep any state: one of a user's, or one that is made of such."""
+        self.is_shared = False
+        """Whether a node has more than one parent."""
         self._fields: dict[Said, list[str] | None] = {}
+        self._heads: dict[Said, Said] = {}
 
     def read_plain(self, header: form.Header) -> None:
         """Take the arrays of a file that `save` did not write: a dictionary of them by name."""
@@ -89,10 +94,10 @@ class Contents:
             damaged(f"it has {len(entries)} arrays and should have {len(told['tensors'])}")
         for said, check in zip(told["tensors"], checks, strict=True):
             tensor = None
-            if type(said) is tuple and said[1::2] == _USUAL:
-                tensor = usual_tensor(said[2], said[4], said[6], entries, check)
+            if type(said) is tuple and said and said[0] is ARRAY:
+                tensor = usual_tensor(said[1], said[2], said[3], entries, check)
             self.tensors.append(tensor or checked_tensor(pairs_of(said), entries, check))
-        if len({tensor.name for tensor in self.tensors}) != len(entries):
+        if len({tensor[0] for tensor in self.tensors}) != len(entries):
             damaged("an array is named twice")
         self._read_rules(told["rules"])
         self._read_nodes(told["nodes"], roots or {})
@@ -145,9 +150,10 @@ class Contents:
 
     def _read_nodes(self, nodes: list[Any], roots: dict[str, Any]) -> None:
         self.nodes = nodes
-        names: dict[str, str] = {}
-        tensors, small = len(self.tensors), (str, bool, type(None))
+        tensors, rules = len(self.tensors), len(self.rules)
+        small = (str, bool, type(None))
         sizes: list[int] = []
+        has_parent, is_shared = bytearray(len(nodes)), 0
         for number, said in enumerate(nodes):
             kind: Any = said[0] if type(said) is tuple and said else None
             if kind == "array":
@@ -166,38 +172,61 @@ class Contents:
             if type(kind) is not str:
                 damaged(f"a node is {said!r:.60}")
             if kind == "leaf" and len(said) in (4, 5):
-                index_of(said[1], self.rules)
+                if type(said[1]) is not int or not 0 <= said[1] < rules:
+                    damaged(f"{said[1]!r:.40} is no number of an entry")
                 skipped = said[4] if len(said) == 5 else 0
                 if type(said[3]) is not bool or type(skipped) is not int or skipped < 0:
                     damaged(f"a node is {said!r:.60}")
+                below = said[2:3]
             else:
-                said = nodes[number] = self._checked_inner(said, kind, number, names)
+                said = nodes[number] = self._checked_inner(said, kind)
+                below = said[children_at(said) :]
             size = 1
-            for child in children_of(said):
+            for child in below:
                 if child is not ABSENT:
                     if type(child) is not int or not 0 <= child < number:
                         damaged(f"{child!r:.40} is no number of an entry")
                     size += sizes[child]
+                    is_shared |= has_parent[child]
+                    has_parent[child] = 1
             sizes.append(size)
-        most = most_places(len(nodes))
+        self.is_shared = bool(is_shared)
+        self._read_roots(roots, sizes)
+
+    def _read_roots(self, roots: dict[str, Any], sizes: list[int]) -> None:
+        most = most_places(len(self.nodes))
         for name, k in roots.items():
-            self.roots[name] = index_of(k, nodes)
+            self.roots[name] = index_of(k, self.nodes)
             if sizes[k] > most:
-                damaged(f"its {name} has more than {most:,} places, made of {len(nodes)} nodes")
+                damaged(f"its {name} has more than {most:,} places, made of {len(sizes)} nodes")
         if "state" not in roots or not roots.keys() <= {"state", "model", "metadata"}:
             damaged(f"it holds {listed(roots)}")
 
-    def _checked_inner(self, said: Said, kind: str, number: int, names: dict[str, str]) -> Said:
+    def _checked_inner(self, said: Said, kind: str) -> Said:
         if kind in BY_POSITION:
             return said
         if kind in WITH_CLASS:
             if len(said) % 2 or type(said[1]) is not str:
                 damaged(f"a node is {said!r:.60}")
-            said = (kind, names.setdefault(said[1], said[1]), *said[2:])
         elif kind not in KEYED or not len(said) % 2:
             damaged(f"a node is {said!r:.60}")
         begin, end = keys_at(said), children_at(said)
-        keys = said[begin:end]
+        if kind not in WITH_CLASS:
+            keys = said[begin:end]
+            checked = self._checked_keys(said, kind, keys)
+            return said if checked is keys else (*said[:begin], *checked, *said[end:])
+        head = said[:end]
+        are_texts = {*map(type, head)} == {str}
+        known = self._heads.get(head) if are_texts else None
+        if known is None:
+            known = (*head[:begin], *self._checked_keys(said, kind, head[begin:]))
+            if are_texts and len(self._heads) < _MOST_HEADS:
+                self._heads[head] = known
+        said = (*known, *said[end:])
+        return said if kind == "object" or ":" in said[1] else self._completed(said, known[2:])
+
+    def _checked_keys(self, said: Said, kind: str, keys: Said) -> Said:
+        """Return the keys of a node as they are, made of what stands for them."""
         if not {*map(type, keys)} <= {str}:
             keys = tuple(key if isinstance(key, str) else plain(key) for key in keys)
             only_texts = kind in (*NAMESPACES, "named")
@@ -205,14 +234,11 @@ class Contents:
                 damaged(f"a node is {said!r:.60}")
             if are_slow(keys):
                 damaged(f"the keys of a node are made to be slow: {said!r:.60}")
-            said = (*said[:begin], *keys, *said[end:])
         if kind in (*NAMESPACES, "named") and any(map(is_protocol, keys)):
             damaged(f"a node has attributes that no file may give it: {said!r:.60}")
         if len(keys) > 1 and len(dict.fromkeys(keys)) < len(keys):
             damaged(f"a node has a key twice: {said!r:.60}")
-        if kind == "named" and ":" not in said[1]:
-            said = self._completed(said, keys)
-        return said
+        return keys
 
     def _completed(self, said: Said, keys: Said) -> Said:
         """Return a state with those fields too that the version which wrote it did not have."""

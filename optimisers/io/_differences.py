@@ -47,9 +47,9 @@ class Differences:
         seen: set[tuple[int, int]] = set()
         signatures: dict[int, Any] = {}
 
-        def signature(rule: Rule) -> Any:
+        def signature_of(rule: Rule) -> Any:
             if id(rule) not in signatures:
-                signatures[id(rule)] = _signature(rule), rule  # kept, so that its id is its own
+                signatures[id(rule)] = signature(rule), rule  # kept, so that its id is its own
             return signatures[id(rule)][0]
 
         while stack:
@@ -61,7 +61,7 @@ class Differences:
             if isinstance(x, Leaf) and kind == "leaf":
                 ties.append((path, id(x if x.tie is None else x.tie), k))
                 rule = self._rules.rule_of(said)
-                if rule is not x.rule and signature(rule) != signature(x.rule):
+                if rule is not x.rule and signature_of(rule) != signature_of(x.rule):
                     yield differ(path, partial(_told_rule, rule), partial(_has_rule, x.rule))
                 stack.append((path.step("state"), x.state, said[2], True))
             elif kind == "array" and library_of(type(x)) is not None:
@@ -94,7 +94,7 @@ class Differences:
                 for key in reversed(below):
                     if key in theirs:
                         stack.append((path.step(key, is_item), below[key], theirs[key], is_state))
-            elif not _may_replace(x, kind):
+            elif not may_replace(x, kind):
                 yield differ(path, partial(self._shown, k), partial(_has, x))
         owner = owners(cast(Any, [(_Place(root, path), x) for path, x, _ in arrays]))
         ties += [(path, owner[k], t) for k, (path, _, t) in enumerate(arrays)]
@@ -158,17 +158,17 @@ def _shown(x: Any) -> str:
 _REPLACEABLE = (bool, int, float, complex, str, bytes, type(None), np.generic, np.dtype)
 
 
-def _may_replace(x: Any, kind: str) -> bool:
+def may_replace(x: Any, kind: str) -> bool:
     """Tell whether a node of a file may stand where the structure given has `x`."""
     if kind == "left_out":
         return not is_node(x) and not isinstance(x, Leaf) and library_of(type(x)) is None
     return kind == "value" and isinstance(x, _REPLACEABLE)
 
 
-def _signature(rule: Any) -> tuple[Any, ...]:
+def signature(rule: Any) -> tuple[Any, ...]:
     """Return the class of a rule, and those of the rules that it is made of."""
     parts = [v for x in attributes(rule).values() for v in (x if isinstance(x, tuple) else (x,))]
-    return type(rule), *(_signature(part) for part in parts if isinstance(part, Rule))
+    return type(rule), *(signature(part) for part in parts if isinstance(part, Rule))
 
 
 def _tie_differences(root: str, ties: list[tuple[KeyPath, Any, Any]]) -> Iterator[Text]:

@@ -6,15 +6,16 @@ Whatever stands in a file, an entry comes out of here as one of the classes belo
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
 from .._ties import View
 from . import _safetensors as form
-from ._safetensors import FileFormatError
+from ._safetensors import FileFormatError, usual_tag
 
 # --- the entries -----------------------------------------------------------------------------
 
@@ -61,8 +62,7 @@ class Absent:
 ABSENT = Absent()
 
 
-@dataclasses.dataclass(eq=False, slots=True)
-class StoredTensor:
+class StoredTensor(NamedTuple):
     """An array of the file: what it is, where its bytes lie, their checksum if there is one."""
 
     name: str
@@ -170,7 +170,12 @@ def checked_view(shape: Any, order: Any, flips: Any, size: int) -> View:
 
 
 _TENSOR = {"name", "dtype", "shape"}
-_AXES = [tuple(range(n)) for n in range(form.MAX_AXES + 1)]
+
+
+@functools.lru_cache(maxsize=1024)
+def c_order(shape: tuple[int, ...]) -> View:
+    """Return how a C-contiguous array of this shape is seen."""
+    return View(shape, tuple(range(len(shape))), ())
 
 
 def usual_tensor(
@@ -180,13 +185,15 @@ def usual_tensor(
 
     This is the quick way for nearly all arrays; `checked_tensor` looks again at the others.
     """
-    entry = entries.get(name) if type(name) is str else None
-    if entry is None or type(shape) is not list or type(dtype) is not str:
+    try:
+        entry = entries[name]
+        tag, its_shape, _, _ = entry
+        if usual_tag(dtype) != tag or type(shape) is not list or tuple(shape) != its_shape:
+            return None
+    except (KeyError, TypeError):  # no name, no dtype
         return None
-    if form.usual_tag(dtype) != entry.tag or tuple(shape) != entry.shape:
-        return None
-    layout = View(entry.shape, _AXES[len(shape)], ())
-    return StoredTensor(name, dtype, entry.shape, layout, entry, check)
+    tensor = name, dtype, its_shape, c_order(its_shape), entry, check
+    return tuple.__new__(StoredTensor, tensor)
 
 
 def checked_tensor(
@@ -208,7 +215,7 @@ def checked_tensor(
             f"there as {entry.tag} of shape {list(entry.shape)!r:.80}"
         )
     if len(said) == 3:
-        layout = View(shape, tuple(range(len(shape))), ())
+        layout = c_order(shape)
     else:
         order = said.get("order", [*range(len(shape))])
         layout = checked_view([*shape], order, said.get("flips", []), math.prod(shape))

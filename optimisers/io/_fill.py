@@ -14,6 +14,7 @@ from ._array_reader import ArrayReader
 from ._contents import Contents
 from ._differences import Differences
 from ._entries import ABSENT, LEFT_OUT, ArrayNode, LeafNode, Node, ValueNode, damaged
+from ._pairs import Pairs
 from ._revive import supplied
 from ._rule_reader import RuleReader
 from ._tables import MOST_TEXT, children_of, keys_of, needed_nodes
@@ -35,19 +36,11 @@ def fill(
     ValueError
         If they differ; the message names every difference.
     """
-    differences = Differences(contents, rules)
-    lines: list[str] = []
-    more = 0
-    for root, tree in wanted.items():
-        for line in differences.of(root, tree):
-            if len(lines) < _MOST_LINES:
-                lines.append(f"  {form.shown(line())}")
-            else:
-                more += 1
-    if lines:
-        if more:
-            lines.append(f"  and {more:,} others")
-        raise ValueError("the file does not fit what was given as `like`:\n" + "\n".join(lines))
+    if not contents.is_shared:
+        pairs = Pairs(contents, rules)
+        if all(pairs.fit(root, tree) for root, tree in wanted.items()) and pairs.are_apart():
+            return pairs.filled(arrays, wanted)
+    _refuse_differences(contents, rules, wanted)
     made: dict[int, Leaf] = {}
 
     def leaf(path: Any, x: Any, y: Any) -> Any:
@@ -72,6 +65,22 @@ def fill(
     return {
         root: _with_ties(filled(tree, said[contents.roots[root]])) for root, tree in wanted.items()
     }
+
+
+def _refuse_differences(contents: Contents, rules: RuleReader, wanted: dict[str, Tree]) -> None:
+    differences = Differences(contents, rules)
+    lines: list[str] = []
+    more = 0
+    for root, tree in wanted.items():
+        for line in differences.of(root, tree):
+            if len(lines) < _MOST_LINES:
+                lines.append(f"  {form.shown(line())}")
+            else:
+                more += 1
+    if lines:
+        if more:
+            lines.append(f"  and {more:,} others")
+        raise ValueError("the file does not fit what was given as `like`:\n" + "\n".join(lines))
 
 
 def _objects(contents: Contents, roots: list[int]) -> dict[int, Any]:

@@ -24,7 +24,7 @@ from .._nodes import listed
 from .._rule import Rule
 from .._ties import View
 from . import _safetensors as form
-from ._entries import ABSENT
+from ._entries import ABSENT, c_order
 from ._safetensors import FileFormatError
 from ._saved import OURS, class_name, may_have
 
@@ -233,10 +233,10 @@ def typed(raw: np.ndarray, dtype: str, layout: View, library: str, like: Array) 
         kind = getattr(torch, dtype)
         flat = torch.from_numpy(raw).view(kind) if raw.size else torch.empty(0, dtype=kind)
         x = flat.reshape(layout.shape)
-        x = layout.seen(layout.unseen(x).contiguous()) if layout != c_order(x.shape) else x
+        x = layout.seen(layout.unseen(x).contiguous()) if layout != c_order(layout.shape) else x
         return x.to(like.device)
     x = form.typed(raw, dtype, layout.shape)
-    if layout == c_order(x.shape):
+    if layout == c_order(layout.shape):
         return x
     return layout.seen(np.array(layout.unseen(x), order="C"))
 
@@ -257,8 +257,3 @@ def as_like(x: Array, library: str, like: Array) -> Array:
     if library == "numba":
         return sys.modules["numba"].cuda.to_device(x)
     return x
-
-
-def c_order(shape: tuple[int, ...]) -> View:
-    """Return how a C-contiguous array of this shape is seen."""
-    return View(shape, tuple(range(len(shape))), ())

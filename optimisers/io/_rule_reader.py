@@ -12,8 +12,10 @@ from ._array_reader import ArrayReader
 from ._contents import Contents
 from ._entries import ABSENT, damaged, plain
 from ._revive import made_rule, rule_class
-from ._saved import BY_POSITION, kind_of
+from ._saved import BY_POSITION, class_name, kind_of
 from ._tables import Said, children_of, keys_of
+
+_SMALL = ("array", "value")
 
 
 class RuleReader:
@@ -25,10 +27,13 @@ class RuleReader:
         self._classes: dict[str, Any] = {}
         self._made: dict[int, Rule] = {}
         self._examples: dict[int, Any] = {}
+        self._heads: dict[int, tuple[Said, int] | None] = {}
         self._fitting: set[tuple[int, int]] = set()
 
     def rule(self, k: int) -> Rule:
         """Return a rule of the file."""
+        if k in self._made:
+            return self._made[k]
         needed, stack = {k}, [k]
         while stack:
             parts = self._contents.parts[stack.pop()]
@@ -46,14 +51,26 @@ class RuleReader:
     def rule_of(self, leaf: Said) -> Rule:
         """Return the rule of a leaf; if the library knows it, the state must be one it makes."""
         k, state = leaf[1], leaf[2]
-        rule = self.rule(k)
+        rule = self._made[k] if k in self._made else self.rule(k)
         if self._contents.is_open[k]:
             return rule
         if k not in self._examples:
             self._examples[k] = rule.init(np.zeros(()))
-        if not self._is_state(self._examples[k], state):
+            self._heads[k] = _head_of_flat(self._examples[k])
+        if not self._is_flat(k, state) and not self._is_state(self._examples[k], state):
             damaged(f"it has a state that is none of {rule!r:.80}")
         return rule
+
+    def _is_flat(self, rule: int, k: int) -> bool:
+        """Tell whether a node is the state of a rule that keeps arrays and numbers alone."""
+        nodes = self._contents.nodes
+        said, head = nodes[k], self._heads[rule]
+        if head is None or len(said) != head[1] or said[: len(head[0])] != head[0]:
+            return False
+        for child in said[len(head[0]) :]:
+            if child is ABSENT or nodes[child][0] not in _SMALL:
+                return False
+        return True
 
     def _is_state(self, example: Any, k: Any) -> bool:
         """Tell whether a node is made of tuples and arrays as a state that a rule makes.
@@ -64,7 +81,7 @@ class RuleReader:
             return not isinstance(example, tuple)
         said = self._contents.nodes[k]
         if not isinstance(example, tuple):
-            return said[0] in ("array", "value")
+            return said[0] in _SMALL
         if kind_of(example) != said[0]:
             return False
         pair = id(example), k
@@ -90,3 +107,15 @@ class RuleReader:
         if kind in BY_POSITION:
             return (list if kind == "list" else tuple)(map(self._value, value[1:]))
         return plain(value)
+
+
+def _head_of_flat(example: Any) -> tuple[Said, int] | None:
+    """Return how the node of a state like this begins, and how long it is, if it has one level."""
+    if not isinstance(example, tuple) or any(isinstance(x, tuple) for x in example):
+        return None
+    if type(example) is tuple:
+        return ("tuple",), 1 + len(example)
+    if kind_of(example) != "named":
+        return None
+    head = "named", class_name(type(example)), *children(example)
+    return head, len(head) + len(example)

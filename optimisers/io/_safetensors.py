@@ -425,18 +425,17 @@ class _HeaderObjects:
     def __init__(self, begin: int) -> None:
         self.begin = begin
         self.others = 0
+        self._known: dict[tuple[Any, ...], tuple[int, str, tuple[int, ...]]] = {}
 
     def __call__(self, pairs: list[tuple[str, Any]]) -> Any:
         if len(pairs) == 3:
             (a, tag), (b, shape), (c, offsets) = pairs
             if a != "dtype" or b != "shape" or c != "data_offsets":
                 found = dict(pairs)
-                if found.keys() != _ENTRY:
-                    tag = Entry
-                else:
-                    tag, shape, offsets = found["dtype"], found["shape"], found["data_offsets"]
-            if type(tag) is not Entry and tag is not Entry:
-                return _entry(tag, shape, offsets, self.begin)
+                if found.keys() == _ENTRY:
+                    return _entry(found["dtype"], found["shape"], found["data_offsets"], self.begin)
+            else:
+                return self._entry(tag, shape, offsets)
         self.others += 1
         if self.others > 3:
             raise FileFormatError("an array needs a dtype, a shape and data_offsets")
@@ -445,7 +444,29 @@ class _HeaderObjects:
             raise FileFormatError("it has a key twice")
         return found
 
+    def _entry(self, tag: Any, shape: Any, offsets: Any) -> Entry:
+        """Return an entry; arrays of one dtype and shape, as most are, need not be looked at twice.
 
+        The classes of the numbers are part of what is known, since True == 1 == 1.0.
+        """
+        try:
+            start, stop = offsets
+            size, known_tag, known_shape = self._known[(tag, *shape, *map(type, shape))]
+            is_known = type(shape) is list and type(start) is int and type(stop) is int
+            if is_known and start >= 0 and stop - start == size:
+                at = self.begin + start, self.begin + stop
+                return tuple.__new__(Entry, (known_tag, known_shape, *at))
+        except (KeyError, TypeError, ValueError):
+            pass
+        entry = _entry(tag, shape, offsets, self.begin)
+        if entry.tag in _BITS and len(self._known) < _MOST_KNOWN:
+            kind = (entry.tag, *entry.shape, *map(type, entry.shape))
+            self._known[kind] = entry.stop - entry.start, entry.tag, entry.shape
+        return entry
+
+
+_MOST_KNOWN = 1000
+"""Pairs of a dtype and a shape that are kept in mind while a header is read."""
 _ENTRY = {"dtype", "shape", "data_offsets"}
 
 
@@ -461,21 +482,31 @@ def _checked(header: dict[str, Any], begin: int, size: int) -> Header:
     is_dict = type(metadata) is dict
     if not is_dict or not all(isinstance(v, str) for v in metadata.values()):
         raise FileFormatError("__metadata__ must hold strings")
-    end = begin
     for name, entry in header.items():
         if type(entry) is not Entry:
             raise FileFormatError(f"the array {name!r} needs a dtype, a shape and data_offsets")
-    for name, entry in sorted(header.items(), key=lambda item: item[1][2:]):
-        if entry.start != end:
-            fault = "overlaps the one before it" if entry.start < end else "comes after a gap"
-            raise FileFormatError(f"the array {name!r} {fault}")
-        end = entry.stop
+    starts = [entry[2] for entry in header.values()]
+    stops = [begin, *(entry[3] for entry in header.values())]
+    end = stops.pop()
+    if starts != stops[: len(starts)]:
+        end = _end_of_sorted(header, begin)
     if end != size:
         raise FileFormatError(
             f"the file should have {end:,} bytes by its header, and has {size:,}: "
             f"{'cut short' if end > size else 'something was appended'}"
         )
     return Header(header, metadata)
+
+
+def _end_of_sorted(entries: dict[str, Entry], begin: int) -> int:
+    """Return where the last array ends; refuse arrays that do not lie one after another."""
+    end = begin
+    for name, entry in sorted(entries.items(), key=lambda item: item[1][2:]):
+        if entry.start != end:
+            fault = "overlaps the one before it" if entry.start < end else "comes after a gap"
+            raise FileFormatError(f"the array {name!r} {fault}")
+        end = entry.stop
+    return end
 
 
 def _entry(tag: Any, shape: Any, offsets: Any, begin: int) -> Entry:

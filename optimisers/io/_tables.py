@@ -10,6 +10,7 @@ parsed, a node one that is laid out like this, with the numbers of its children 
     ("leaf", rule, state, frozen)         with `skipped` behind it, if updates passed it by
     ("array", number)                     with its view behind it, if it is one
     (key, value)                          any other object of one pair: ("value", 1.5)
+    (ARRAY, name, dtype, shape)           an array, if that is all that is said of it
     (PAIRS, key, value, key, value, ...)  any other
 """
 
@@ -22,8 +23,18 @@ from .._path import KeyPath
 from ._entries import ABSENT, damaged
 from ._saved import BY_POSITION, CONTAINERS, NAMESPACES, WITH_CLASS
 
-PAIRS = object()
-"""What begins the tuple of an object that is no node."""
+
+class Mark:
+    """What begins the tuple of an object that is no node; no text of a file is equal to it."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+
+    def __repr__(self) -> str:
+        return self._text
+
+
+PAIRS, ARRAY = Mark("object"), Mark("array")
 KEYED = frozenset({*CONTAINERS.values()} - {*BY_POSITION})
 Said = tuple[Any, ...]
 CHILDLESS = frozenset(("array", "value", "left_out"))
@@ -59,7 +70,7 @@ def packed(pairs: list[tuple[str, Any]]) -> Said:
         if (a, b, c) == _LEAF:
             return (a, x, y, z)
         if a == "name" and b == "dtype" and c == "shape":
-            return (PAIRS, a, x, b, y, c, z)
+            return (ARRAY, x, y, z)
         if a in WITH_CLASS and {b, c} == {"class", "keys"}:
             name, keys = (y, z) if b == "class" else (z, y)
             if type(x) is list and type(keys) is list and len(x) == len(keys):
@@ -81,6 +92,8 @@ def pairs_of(said: Any) -> dict[str, Any] | None:
         return {}
     if said[0] is PAIRS:
         return dict(zip(said[1::2], said[2::2], strict=True))
+    if said[0] is ARRAY:
+        return dict(zip(("name", "dtype", "shape"), said[1:], strict=True))
     if len(said) == 2 and said[0] not in BY_POSITION:
         return {said[0]: said[1]}
     if said[0] == "leaf" and len(said) in (4, 5):
