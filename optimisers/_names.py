@@ -73,7 +73,8 @@ FIELDS = """\
 | `eta` | `eta` of `Descent` behind the rule in an `OptimiserChain` | `lr` | `learning_rate`, `step_size` | `learning_rate` | `η`, `alpha`, `eta0`, `stepsize`, `rate`, `learning_rate_init` |
 | `beta`, the pair of both | – | `betas` | `b1`, `b2` | `beta_1`, `beta_2` | `β`, `beta1`, `beta2` |
 | `rho` of `Momentum`, `Nesterov` | – | `momentum` | `momentum` | `momentum` | `ρ`, `mass`, `mu` |
-| `rho` of `RMSProp`, `AdaDelta` | – | `alpha` | `decay` | – | `ρ`, `gamma`, `decay_rate` |
+| `rho` of `RMSProp` | – | `alpha` | `decay` | `rho` | `ρ`, `gamma`, `decay_rate` |
+| `rho` of `AdaDelta` | – | `rho` | `rho` | `rho` | `ρ`, `alpha`, `gamma`, `decay`, `decay_rate` |
 | `epsilon` | – | `eps` | `eps` | – | `ϵ`, `ε` |
 | `lambda_` | `lambda_` of `AdamW`, or of `WeightDecay` ahead of the rule in an `OptimiserChain` | `weight_decay` | `weight_decay` | `weight_decay` | `λ`, `lambda`, `wd`, `l2` |
 | `centred` of `RMSProp` | – | `centered` | `centered` | `centered` | – |
@@ -230,6 +231,14 @@ def _argument(code: str) -> str:
 def in_torch(name: str) -> list[_Field]:
     """Return what a name in a parameter group means to PyTorch's optimisers, if it is a number."""
     return [row for row in _fields() if name in row.in_groups and row.text != "leave it out"]
+
+
+def torch_names(field: str = "", rules: Iterable[str] = ()) -> Iterator[str]:
+    """Yield the names that PyTorch has for a field of one of some rules; by default, for all."""
+    of = {*rules}
+    for row in _fields():
+        if row.text != "leave it out" and (not field or (row.name == field and of & row.rules)):
+            yield from sorted(row.in_groups)
 
 
 def of_inner(name: str) -> str:

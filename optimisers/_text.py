@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import sys
+import warnings
 from typing import Any
 
 import numpy as np
@@ -62,6 +64,23 @@ def _line(x: Any) -> str:
 
 def _cut(text: str) -> str:
     return text if len(text) <= _WIDTH else f"{text[: _WIDTH - 3]}..."
+
+
+def warn_caller(message: str, through: str = "") -> None:
+    """Warn, by a `UserWarning`, at the line that called this library.
+
+    Parameters
+    ----------
+    message : str
+        What to say.
+    through : str, optional
+        Another package that may stand between the caller and this library.
+    """
+    packages = {__name__.partition(".")[0], through}
+    level, frame = 1, sys._getframe()
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in packages:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, UserWarning, stacklevel=level)
 
 
 def printable(text: str) -> str:

@@ -15,7 +15,6 @@ import itertools
 import numbers
 import reprlib
 import sys
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from types import BuiltinFunctionType, FunctionType
 from typing import Any, cast
@@ -26,7 +25,7 @@ from ._arrays import dtype_name, isnumeric, library_of
 from ._jax import is_tracer
 from ._nodes import is_node, kind_of, trainable_keys
 from ._path import KeyPath
-from ._text import short
+from ._text import short, warn_caller
 from ._tree import fold, walk
 
 __all__ = [
@@ -85,9 +84,9 @@ def tell(model: Tree, trains: bool, unknown: Sequence[Place]) -> None:
     """
     if not trains:
         _refuse_ours(model)
-        _warn(f"nothing to train: {_why_nothing(model)}")
+        warn_caller(f"nothing to train: {_why_nothing(model)}")
     elif unknown:
-        _warn(f"not trained: {_places_text(unknown)}")
+        warn_caller(f"not trained: {_places_text(unknown)}")
 
 
 def _refuse_ours(model: Tree) -> None:
@@ -169,15 +168,6 @@ def _places_text(places: Sequence[Place]) -> str:
         for way in [_way_out(x)]
     ]
     return ". ".join(shown) + f". There are {len(places) - _SHOWN} more" * (len(places) > _SHOWN)
-
-
-def _warn(message: str) -> None:
-    """Warn at the line that called this library."""
-    package = __name__.partition(".")[0]
-    level, frame = 1, sys._getframe()
-    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] == package:
-        level, frame = level + 1, frame.f_back
-    warnings.warn(message, UserWarning, stacklevel=level)
 
 
 # --- what is there, and what to write ----------------------------------------------------------

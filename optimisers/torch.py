@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import copy
 import functools
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,11 +12,12 @@ try:
 except ImportError as error:  # pragma: no cover
     raise ImportError("optimisers.torch needs PyTorch: install the package torch") from error
 
-from . import _engine, _names
+from . import _engine, _groups, _names
 from ._arraypath import Call
 from ._arrays import maywrite
 from ._construct import explained
 from ._rule import Rule, class_names
+from ._text import warn_caller
 from .compose import MixedPrecision, OptimiserChain
 from .rules import Descent
 
@@ -57,7 +58,8 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
     params : iterable
         What `torch.optim` takes: tensors, ``module.named_parameters()``, or parameter groups. A
         group may have fields of the rule of its own, by their names here, and ``lr``, for which
-        ``eta`` may be written too.
+        ``eta`` may be written too. The ``rho`` of a rule is there by PyTorch's name, ``momentum``
+        or ``alpha``: `rho` is what sharpness-aware minimisation writes into groups.
     rule : Rule
         The rule for all parameters.
 
@@ -69,9 +71,15 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
     Raises
     ------
     TypeError
-        If `rule` is no rule, or if a group has a number that no rule has.
+        If `rule` is no rule, or if a group has a number that no rule has, by one of PyTorch's names
+        or by one that resembles a known name.
     ValueError
         If a rule does not take a group's number, or if a parameter is given twice.
+
+    Warns
+    -----
+    UserWarning
+        Once for each name, if a group has another number that no rule has. It is kept.
 
     Notes
     -----
@@ -80,11 +88,11 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
     step. Where no rule has an ``eta`` (`AdaDelta`), the step is multiplied by ``lr``, at first 1.
     A field on which the rules of a chain differ is not listed; in a group it is set for all of
     them. Fields that shape the state (`centred`, `n`, a dtype) stay as they are. Schedulers that
-    cycle a momentum too need ``cycle_momentum=False``.
+    cycle a momentum too need ``cycle_momentum=False``, but where a group has ``momentum``.
 
     ``state[p]`` maps names to tensors; in a chain, the name begins with the position of the rule.
     `load_state_dict` copies them exactly: it does not cast them to the parameter's dtype.
-    What others keep there under names of their own is left alone by `step`.
+    What others keep there under names of their own is left alone by `step`, saved and loaded.
 
     Unlike optimisers of PyTorch, `step` updates all parameters or, if it raises, none. Gradients
     must be dense, and `step` is not differentiable.
@@ -128,7 +136,8 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
                 "module.parameters(), or module.named_parameters()"
             )
         self.rule = rule if _rate(rule) is not None else _scaled(rule)
-        self._names = {name for name, _ in self.rule.fields()} - {"eta"} | {"lr"}
+        self._names = _groups.entries(self.rule)
+        self._told: set[str] = set()
         self._forget()
         super().__init__(params, {**_defaults(self.rule), "differentiable": False})
 
@@ -143,6 +152,7 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._forget()
+        self.__dict__.setdefault("_told", set())
         super().__setstate__(state)
 
     # --- groups ---
@@ -163,8 +173,8 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
         >>> from optimisers.torch import Optimizer
         >>> body, head = torch.nn.Linear(2, 2), torch.nn.Linear(2, 1)
         >>> optimizer = Optimizer(body.parameters(), Momentum(0.01))
-        >>> optimizer.add_param_group({"params": head.parameters(), "lr": 0.1, "rho": 0.5})
-        >>> [(group["lr"], group["rho"]) for group in optimizer.param_groups]
+        >>> optimizer.add_param_group({"params": head.parameters(), "lr": 0.1, "momentum": 0.5})
+        >>> [(group["lr"], group["momentum"]) for group in optimizer.param_groups]
         [(0.01, 0.9), (0.1, 0.5)]
         """
         if isinstance(param_group, dict):
@@ -178,10 +188,11 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
             group["lr"] = group.pop("eta")
         if group.get("differentiable"):
             raise TypeError("a step of these rules is not differentiable")
-        for name in filter(_names.in_torch, group.keys() - self._names):
+        for name in _groups.foreign(group, self._names):
             told = f"a parameter group has {name!r}, which no rule here has"
             names, rules = sorted(self._names), class_names(self.rule)
             raise TypeError(_names.unknown(told, [name], names, rules, _names.in_torch(name)))
+        self._look_at([group])
         self._adjusted(self._numbers(group))
         if not isinstance(group["params"], torch.Tensor | set):
             group["params"] = list(group["params"])
@@ -212,13 +223,15 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
         start = self._start[1]
         changed = {n: v for n, v in numbers.items() if n not in start or start[n] != v}
         rate = changed.pop("lr", None)
-        rule = self.rule.adjust(**changed) if changed else self.rule
+        fields = {self._names[name]: value for name, value in changed.items()}
+        rule = self.rule.adjust(**fields) if fields else self.rule
         return rule if rate is None else _with_rate(rule, rate)
 
     def _rule_of(self, number: int, group: Group) -> Rule:
         """Return the rule of a group; the same object as long as its numbers are the same."""
         if self._lengths.get(number) != len(group):  # somebody has added an entry
-            self._warn_of_unused(stacklevel=5)
+            self._look_at(self.param_groups)
+            self._warn_of_unused()
         numbers = self._numbers(group)
         known, rule = self._rules.get(number, (None, self.rule))
         if known != numbers:
@@ -310,6 +323,8 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
         ------
         ValueError
             If it does not fit the parameters or the rule; the optimiser is then as it was.
+        TypeError
+            If a group has a number that resembles a known name, and that no rule here has.
 
         Warns
         -----
@@ -332,8 +347,11 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
         given: dict[str, Any] = {}
 
         def look(_: Any, final: dict[str, Any]) -> None:
+            final["param_groups"] = [self._renamed(group) for group in final["param_groups"]]
             given.update(final)  # registered last, so that it sees what other hooks made of it
             self._check_saved(final)
+            for group in final["param_groups"]:
+                _groups.refuse_misspelt(group, self._names, self.rule)
 
         def restore(_: Any) -> None:  # what was cast to the dtypes of the parameters
             for index, p in self._indexed(given):
@@ -352,15 +370,27 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
         finally:
             for hook in hooks:
                 hook.remove()
-        self._warn_of_unused(stacklevel=3)
+        self._look_at(self.param_groups)
+        self._warn_of_unused()
 
-    def _warn_of_unused(self, stacklevel: int) -> None:
+    def _look_at(self, groups: list[Group]) -> None:
+        """Refuse numbers with misspelt names, and warn once of those that are somebody else's."""
+        for group in groups:
+            _groups.refuse_misspelt(group, self._names, self.rule)
+        for group in groups:
+            found = dict(_groups.others(group, self._names, self.rule))
+            if new := [text for name, text in found.items() if name not in self._told]:
+                warn_caller(f"a parameter group has numbers that do nothing here: {'; '.join(new)}",
+                            through="torch")  # fmt: skip
+                self._told.update(found)
+
+    def _warn_of_unused(self) -> None:
         """Warn of numbers of PyTorch's own optimisers in a group, which do nothing here."""
         self._lengths = dict(enumerate(map(len, self.param_groups)))
         unused = {
             name: group[name]
             for group in self.param_groups
-            for name in filter(_names.in_torch, group.keys() - self._names)
+            for name in _groups.foreign(group, self._names)
             if group[name]  # no decay and no momentum are what there is here
         }
         if unused:
@@ -369,11 +399,16 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
                 f"{name}={value!r:.40}: {_names.of_field(name, own, rules, _names.in_torch(name))}"
                 for name, value in sorted(unused.items())
             )
-            warnings.warn(
+            warn_caller(
                 f"the parameter groups have what does nothing here: {'; '.join(texts)}",
-                UserWarning,
-                stacklevel=stacklevel,
+                through="torch",
             )
+
+    def _renamed(self, group: Group) -> Group:
+        """Return a saved group with the names of today; once, it had fields under their own."""
+        old = {field: name for name, field in self._names.items() if field in _groups.OTHERS}
+        has_old = {field for field, name in old.items() if name not in group}
+        return {old[n] if n in has_old else n: value for n, value in group.items()}
 
     def _indexed(self, saved: dict[str, Any]) -> Iterator[tuple[Any, Tensor]]:
         """Yield the indices of a saved state beside the parameters."""
@@ -381,12 +416,19 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
             yield from zip(there["params"], group["params"], strict=False)
 
     def _check_saved(self, saved: dict[str, Any]) -> None:
+        theirs = {
+            index
+            for group in saved["param_groups"]
+            for index in group["params"]
+            if _groups.foreign(group, self._names)  # an optimiser of PyTorch has saved it
+        }
         for index, p in self._indexed(saved):
             found = saved["state"].get(index)
             if found is None:
                 continue
             expected = dict(_named(self.rule.init(p.detach())))
-            _check_names(expected, found, self.rule, self._path(p))
+            ours = {n: x for n, x in found.items() if n in expected or not _groups.is_guest(n)}
+            _check_names(expected, found if index in theirs else ours, self.rule, self._path(p))
             for name, value in expected.items():
                 shape, got = _shape(value), _shape(found[name])
                 if shape != got:
@@ -434,7 +476,7 @@ def _defaults(rule: Rule) -> Group:
                 rule.adjust(**{name: value})
             except TypeError:  # it shapes the state
                 continue
-            found[name] = value
+            found[_groups.entry(name, rule)] = value
     return found
 
 
@@ -508,7 +550,7 @@ def _check_names(expected: dict[str, Any], found: dict[str, Any], rule: Rule, pa
 def _copied(value: Any, p: Tensor) -> Any:
     """Return a copy for a parameter; numbers of floating point go to its device."""
     if not isinstance(value, torch.Tensor):
-        return value
+        return copy.deepcopy(value)
     device = p.device if value.is_floating_point() or value.is_complex() else value.device
     return value.detach().to(device, copy=True)
 

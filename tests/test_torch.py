@@ -889,7 +889,7 @@ def test_groups_have_numbers_of_their_own():
 def test_add_param_group():
     body, head = torch.nn.Linear(2, 2), torch.nn.Linear(2, 1)
     optimizer = Optimizer(body.parameters(), Momentum(0.1, 0.5))
-    optimizer.add_param_group({"params": head.bias, "lr": 1.0, "rho": 0.0})
+    optimizer.add_param_group({"params": head.bias, "lr": 1.0, "momentum": 0.0})
     for p in (body.bias, head.bias):
         p.grad = torch.ones_like(p)
     before = [p.detach().clone() for p in (body.bias, head.bias)]
