@@ -43,7 +43,7 @@ FLOORS = [
     {"_engine"},
     {"state", "destructure"},
     {"_info", "minimise", "optax", "scipy", "torch", "io._saved"},
-    {"io._entries"},
+    {"io._encoder", "io._entries"},
     {"io._tables"},
     {"io._revive"},
     {"io._contents", "io._array_reader"},

@@ -18,8 +18,8 @@ from .._tree import walk
 from ..state import Leaf
 from . import _safetensors as form
 from ._archive import Archive
+from ._encoder import Encoder, raw
 from ._safetensors import FileFormatError
-from ._saved import Encoder
 
 Tree = Any
 Name = str | os.PathLike[str]
@@ -97,7 +97,7 @@ def save(
         if metadata is not None:
             roots["metadata"] = encoder.add("metadata", metadata)
         tensors, text = encoder.finish(roots)
-        form.write(path, tensors, text)
+        form.write(path, tensors, text, raw)
 
 
 def load(path: str | os.PathLike[str], like: Tree = None) -> Tree:

@@ -25,7 +25,7 @@ import stat
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, BinaryIO, NamedTuple, cast
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -198,37 +198,62 @@ def _without_padding(x: np.ndarray) -> np.ndarray:
 # --- writing ---------------------------------------------------------------------------------
 
 
+class Form(NamedTuple):
+    """How arrays of one dtype and shape are written."""
+
+    size: int
+    """Bytes of the whole array."""
+    item: int
+    """Bytes of one item, as those who view it will want it aligned."""
+    entry: str
+    """What the header says of them."""
+    said: str
+    """What our text says of them."""
+
+
+@functools.lru_cache(maxsize=1024)
+def form_of(dtype: str, shape: tuple[int, ...]) -> Form:
+    """Return how arrays of this dtype and shape are written."""
+    tag, shape_there = stored(dtype, shape)
+    _, one = stored(dtype, ())
+    return Form(
+        _BYTES[tag] * math.prod(shape_there),
+        _BYTES[tag] * math.prod(one),
+        f'"dtype":"{tag}","shape":{listed_shape(shape_there)}',
+        f'"dtype":"{dtype}","shape":{listed_shape(shape)}',
+    )
+
+
 class Tensor(NamedTuple):
-    """An array to be written; `read` of it gives its bytes when its turn comes."""
+    """An array to be written; its name is as JSON has it."""
 
     name: str
-    dtype: str
-    shape: tuple[int, ...]
+    form: Form
     x: Any
-    read: Callable[[Any], np.ndarray | bytes]
 
 
 KEY, CHECKSUMS = "optimisers", "optimisers.crc32"
 """Where in the metadata our own text is, and the checksums of it and of each array."""
 
 
-def write(path: str, tensors: Sequence[Tensor], text: str) -> None:
-    """Write a file in one go: afterwards there is the new file or, after an error, the old one."""
+def write(
+    path: str, tensors: Sequence[Tensor], text: str, raw: Callable[[Any], np.ndarray]
+) -> None:
+    """Write a file in one go: afterwards there is the new file or, after an error, the old one.
+
+    `raw` gives the bytes of an array when its turn comes.
+    """
     count = len(tensors)
-    stored_as = [stored(t.dtype, t.shape) for t in tensors]
-    sizes = [_BYTES[tag] * math.prod(shape) for tag, shape in stored_as]
-    items = {dtype: _item_bytes(dtype) for dtype in {t.dtype for t in tensors}}
-    order = sorted(range(count), key=lambda k: -items[tensors[k].dtype])
+    order: Sequence[int] = range(count)
+    if len({tensor.form.item for tensor in tensors}) > 1:
+        order = sorted(order, key=lambda k: -tensors[k].form.item)
     blank = "0" * (8 * (count + 1))
     entries = [f'{{"__metadata__":{{"{CHECKSUMS}":"{blank}","{KEY}":{quoted(text)}}}']
     start = 0
     for k in order:
-        tag, shape = stored_as[k]
-        stop = start + sizes[k]
-        entries.append(
-            f'{quoted(tensors[k].name)}:{{"dtype":"{tag}","shape":{listed_shape(shape)},'
-            f'"data_offsets":[{start},{stop}]}}'
-        )
+        name, (size, _, entry, _), _ = tensors[k]
+        stop = start + size
+        entries.append(f'{name}:{{{entry},"data_offsets":[{start},{stop}]}}')
         start = stop
     encoded = f"{','.join(entries)}}}".encode("ascii")
     encoded += b" " * (-(8 + len(encoded)) % _ALIGNMENT)
@@ -242,9 +267,9 @@ def write(path: str, tensors: Sequence[Tensor], text: str) -> None:
         file.write(len(encoded).to_bytes(8, "little"))
         file.write(encoded)
         for k in order:
-            checks[k + 1] = _copied(tensors[k], sizes[k], file)
+            checks[k + 1] = _copied(tensors[k], raw, file)
         file.seek(8 + encoded.index(blank.encode("ascii")))
-        file.write("".join(f"{check:08x}" for check in checks).encode("ascii"))
+        file.write("".join([f"{check:08x}" for check in checks]).encode("ascii"))
 
 
 quoted = json.encoder.encode_basestring_ascii
@@ -257,31 +282,34 @@ def listed_shape(shape: tuple[int, ...]) -> str:
     return f"[{','.join(map(str, shape))}]"
 
 
-def _item_bytes(dtype: str) -> int:
-    """Return the bytes of one item of an array, as those who view it will want it aligned."""
-    tag, shape = stored(dtype, ())
-    return _BYTES[tag] * math.prod(shape)
-
-
-def _copied(tensor: Tensor, size: int, file: BinaryIO) -> int:
+def _copied(tensor: Tensor, raw: Callable[[Any], np.ndarray], file: BinaryIO) -> int:
     """Write the bytes of an array, and return their checksum.
 
     Another thread may change the array meanwhile. Each chunk is copied once, and what is summed up
     is what is written.
     """
-    read = tensor.read(tensor.x)
-    if type(read) is bytes:  # a small array, copied already
-        assert len(read) == size
-        file.write(read)
-        return zlib.crc32(read)
-    data = cast(np.ndarray, read).data
-    assert data.nbytes == size
+    name, (size, _, _, _), x = tensor
+    if size <= CHUNK and type(x) is np.ndarray and lies_as_in_files(x.dtype):
+        chunk = x.tobytes()
+        _refuse_other_size(name, len(chunk), size)
+        file.write(chunk)
+        return zlib.crc32(chunk)
+    data = raw(x).data
+    _refuse_other_size(name, data.nbytes, size)
     check = 0
     for at in range(0, size, CHUNK):
         chunk = bytes(data[at : at + CHUNK])
         check = zlib.crc32(chunk, check)
         file.write(chunk)
     return check
+
+
+def _refuse_other_size(name: str, found: int, size: int) -> None:
+    if found != size:
+        raise ValueError(
+            f"the array {shown(name)} had {size:,} bytes when the save began, and then {found:,}: "
+            "do not resize arrays while they are saved"
+        )
 
 
 # --- reading ---------------------------------------------------------------------------------
