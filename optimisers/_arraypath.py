@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 
 from . import _device, _torch
-from ._arrays import is_narrow, isnumeric, maywrite, refuse_masked
+from ._arrays import is_narrow, isnumeric, library_of, maywrite, refuse_masked
 from ._jax import Number, is_jax, is_tracer, with_attributes
 from ._nodes import children, rebuild
-from ._rule import ElementwiseRule, Rule, for_step, moved, read_only
+from ._rule import ElementwiseRule, Rule, for_step, is_traced, moved, read_only
 from ._text import short
 from ._ties import carry, overlap
 from .words import is_complex, namespace
@@ -64,8 +64,9 @@ def checked_gradient(g: Any, x: Array, where: Callable[[], str]) -> Array | None
         _device.refuse_for_host(g, x, where)
     if is_jax(x) or is_tracer(g):
         return _jax_gradient(g, x, wanted, where)
+    is_boxed = library_of(type(g)) == "autograd"  # which records what is done to it
     if isinstance(x, np.ndarray):
-        a = _torch.as_numpy(g, where) if _torch.is_tensor(g) else _as_numpy(g)
+        a = _torch.as_numpy(g, where) if _torch.is_tensor(g) else g if is_boxed else _as_numpy(g)
         if a.dtype.kind not in "biufc" and not isnumeric(a):
             raise TypeError(f"gradient at {where()}: {wanted}, got dtype {a.dtype}")
         if a.dtype.kind == "c" and x.dtype.kind != "c":
@@ -78,7 +79,7 @@ def checked_gradient(g: Any, x: Array, where: Callable[[], str]) -> Array | None
         a = g if hasattr(g, "shape") and hasattr(g, "dtype") else xp.asarray(g, dtype=x.dtype)
     if tuple(a.shape) != tuple(x.shape):
         raise ValueError(f"gradient at {where()}: {wanted}, got shape {tuple(a.shape)}")
-    if isinstance(x, np.ndarray):
+    if isinstance(x, np.ndarray) and not is_boxed:
         return _plain(a, np.dtype(np.float32) if is_narrow(x) else x.dtype.newbyteorder("="))
     return for_step(x, a)
 
@@ -152,7 +153,7 @@ def evaluate(
                 f"{type(rule).__name__}.apply returned a step that makes the parameter's shape "
                 f"{tuple(new.shape)} out of {tuple(x.shape)}"
             )
-        if isinstance(given, np.ndarray) and not is_tracer(new):
+        if isinstance(given, np.ndarray) and not is_traced(new):
             new = np.asarray(new, given.dtype)  # its byte order too
     return _apart(state, [given, *gs]), new
 

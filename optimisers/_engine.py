@@ -42,7 +42,7 @@ from ._arraypath import (
 )
 from ._arrays import isnumeric, library_of, maywrite, of_class, refuse_masked_parameter
 from ._jax import attributes, holds_traced, is_jax, is_tracer, settled, with_attributes
-from ._rule import ANEW, ElementwiseRule, Rule, widened
+from ._rule import ANEW, ElementwiseRule, Rule, is_traced, widened
 from ._text import short
 from ._ties import overlap, span
 from .compose import AccumGrad, ClipNorm, MixedPrecision, MixedPrecisionState, OptimiserChain
@@ -380,7 +380,7 @@ def advance(
         elif _take(batch, k, leaf, x, g):
             continue
         made, new = _evaluated(k, leaf, x, g, higher, where)
-        if in_place and new is not None and maywrite(x) and not is_tracer(new):
+        if in_place and new is not None and maywrite(x) and not is_traced(new):
             stored.append((k, x, new))
         elif new is not None:
             new_x[k] = new
@@ -548,7 +548,7 @@ def _note(error: Exception, leaf: Any, path: str) -> None:
 
 def _take(batch: Any, k: int, leaf: Any, x: Array, g: Array) -> bool:
     """Let the kernels have a leaf after all, now that its gradient is plain; tell whether."""
-    plan = None if is_jax(x) or is_jax(g) else lower(leaf.rule)
+    plan = None if is_jax(x) or is_jax(g) or is_traced(g) else lower(leaf.rule)
     if plan is None:
         return False
     sight: tuple[Any, np.ndarray, np.ndarray] | None

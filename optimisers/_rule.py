@@ -17,7 +17,7 @@ from typing import Annotated, Any, ClassVar, NamedTuple, Self
 import numpy as np
 
 from . import _device, _jax, _torch
-from ._arrays import is_narrow, isnumeric
+from ._arrays import is_narrow, isnumeric, library_of
 from ._construct import refuse, takes
 from ._jax import (
     Maybe,
@@ -158,25 +158,45 @@ def _checked(where: str, limits: Limits, value: Any) -> Any:
 # --- higher derivatives ----------------------------------------------------------------------
 
 
-def _most_arguments(method: FunctionType) -> int | None:
-    """Return how many arguments a method takes by position; None if any number."""
-    parameters = inspect.signature(method, follow_wrapped=False).parameters.values()
-    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
-        return None
-    return sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
-
-
-def _taking_higher(method: FunctionType, most: int) -> Callable[..., Any]:
+def _taking_higher(method: Any) -> Any:
     """Return a user's `apply` or `move` as one that takes higher derivatives, and drops them.
 
-    What it has names for it is handed.
+    What it has names for it is handed. None where it takes any number of arguments already.
     """
+    kind = type(method)
+    if issubclass(kind, staticmethod | classmethod):
+        # A static method has no self before the others.
+        made = _dropping(method.__func__, _FIRST_ORDER - issubclass(kind, staticmethod))
+        return made and kind(made)
+    return _dropping(method, _FIRST_ORDER) if isinstance(method, FunctionType) else None
 
-    @functools.wraps(method)
+
+def _dropping(function: Any, least: int) -> Any:
+    """Return a function that hands another only as many arguments as that takes, or None."""
+    most = _most_arguments(function)
+    if most is None:
+        return None
+
+    @functools.wraps(function)
     def taking_higher(*args: Any, **named: Any) -> Any:
-        return method(*args[: max(most, _FIRST_ORDER)], **named)
+        return function(*args[: max(most, least)], **named)
 
     return taking_higher
+
+
+def _most_arguments(function: Any) -> int | None:
+    """Return how many arguments a function takes by position; None if any number.
+
+    One that names none of those hands all on to the function that it wraps, if it does.
+    """
+    while True:
+        parameters = inspect.signature(function, follow_wrapped=False).parameters.values()
+        named = sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
+        if not any(p.kind is p.VAR_POSITIONAL for p in parameters):
+            return named
+        function = getattr(function, "__wrapped__", None)
+        if function is None or named >= _FIRST_ORDER:
+            return None
 
 
 _FIRST_ORDER = 4
@@ -264,9 +284,10 @@ class Rule(ABC):
         super().__init_subclass__(**kwargs)
         cls._shown_as = cls.__dict__.get("_shown_as", cls.__name__)
         for name in ("apply", "move"):
-            method = inspect.getattr_static(cls, name)
-            if isinstance(method, FunctionType) and (n := _most_arguments(method)) is not None:
-                setattr(cls, name, _taking_higher(method, n))
+            owner: type = next(c for c in cls.__mro__ if name in vars(c))
+            is_new = owner is cls or not issubclass(owner, Rule)  # else it was seen to there
+            if is_new and (made := _taking_higher(vars(owner)[name])):
+                setattr(cls, name, made)
         if cls.__module__.startswith(f"{__package__}."):
             _registry.append(cls)
 
@@ -589,8 +610,10 @@ def for_step(x: Any, g: Any) -> Any:
 
 
 def _narrowed(old: Any, new: Any) -> Any:
-    is_array = hasattr(old, "dtype") and hasattr(new, "dtype")
-    return kept_as(old, new) if is_array and is_narrow(old) and isnumeric(new) else new
+    if not (hasattr(old, "dtype") and hasattr(new, "dtype") and is_narrow(old)):
+        return new
+    # NumPy makes scalars of what is calculated with 0-d arrays.
+    return kept_as(old, new) if isinstance(new, np.inexact) or isnumeric(new) else new
 
 
 def kept_as(old: Any, new: Any) -> Any:
@@ -657,7 +680,9 @@ def _each(change: Callable[..., Any], *states: Any) -> Any:
 
 
 def _copy(x: Any) -> Any:
-    return x.copy() if isinstance(x, np.ndarray) else namespace(x).asarray(x, copy=True)
+    if isinstance(x, np.ndarray):
+        return x.copy()
+    return x * 1 if library_of(type(x)) == "autograd" else namespace(x).asarray(x, copy=True)
 
 
 def read_only(x: Any) -> Any:
@@ -719,7 +744,7 @@ def cast_like(x: Any, numbers: Iterable[Any]) -> tuple[Any, ...]:
         return tuple(_cast(n, real) if is_traced(n) else real.type(n) for n in numbers)
     if not any(map(is_traced, numbers := tuple(numbers))):
         return tuple(map(float, numbers))
-    real = x.real.dtype if is_complex(x) else x.dtype
+    real = namespace(x).real(x).dtype if is_complex(x) else x.dtype
     return tuple(_cast(n, real) if is_traced(n) else float(n) for n in numbers)
 
 

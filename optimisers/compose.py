@@ -23,15 +23,18 @@ from ._rule import (
     as_like,
     checked_state,
     count_like,
+    counted,
     for_step,
     full_like,
     is_traced,
+    largest_count,
     misfit,
     moved,
     refuse_unknown,
     widened,
 )
 from ._text import short
+from ._torch import is_tensor
 from .rules import _Hold, _Release, _Scale
 from .words import absolute, is_complex, namespace, where
 
@@ -188,7 +191,7 @@ class ClipNorm(Rule):
         if is_traced(norm) or is_traced(self.omega):
             passes = (norm <= self.omega) | (self.omega == math.inf)
             return where(passes, 1.0, self.omega / where(passes, 1.0, norm))
-        if self.throw and not math.isfinite(norm):
+        if self.throw and not math.isfinite(norm.detach() if is_tensor(norm) else norm):
             raise FloatingPointError(
                 f"ClipNorm: the gradient has {self.p:g}-norm {norm}; "
                 "ClipNorm(..., throw=False) lets such gradients through"
@@ -296,19 +299,23 @@ class AccumGrad(Rule):
         state = state._replace(sum=widened(state.sum))  # as earlier versions kept it
         if is_tracer(state.count):
             return self._traced(state, x, dx)
-        if int(state.count) + 1 < self.n:
+        if int(state.count) < self._last(state.count):
             (total,), _ = _Hold().apply((state.sum,), x, dx)
-            return AccumGradState(total, as_like(state.count, state.count + 1)), None
+            return AccumGradState(total, as_like(state.count, counted(state.count))), None
         (total,), mean = _Release(self.n).apply((state.sum,), x, dx)
         return AccumGradState(total, as_like(state.count, state.count * 0)), mean
 
+    def _last(self, count: Array) -> int:
+        """Return how many gradients are held when the next one makes the step."""
+        return min(self.n - 1, largest_count(count))
+
     def _traced(self, state: AccumGradState, x: Array, dx: Array) -> tuple[AccumGradState, Maybe]:
-        made = state.count >= self.n - 1
+        made = state.count >= self._last(state.count)
         (total,), _ = _Hold().apply((state.sum,), x, dx)
         (zero,), mean = _Release(self.n).apply((state.sum,), x, dx)
-        counted = AccumGradState(total, as_like(state.count, state.count + 1))
+        held = AccumGradState(total, as_like(state.count, counted(state.count)))
         emptied = AccumGradState(zero, as_like(state.count, state.count * 0))
-        return chosen(made, emptied, counted), Maybe(step=mean, made=made)
+        return chosen(made, emptied, held), Maybe(step=mean, made=made)
 
 
 class MixedPrecisionState(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import numpy as np
@@ -160,6 +161,64 @@ def test_higher_derivatives_reach_every_rule(call):
     state = setup(MixedPrecision(rule), low)
     state, low = call(state, low, np.array([4.0, 8.0]), np.array([2.0, 8.0]))
     assert low.tolist() == [0.5, 1.75]
+
+
+def logged(method):
+    @functools.wraps(method)
+    def call(*args, **named):
+        return method(*args, **named)
+
+    return call
+
+
+class Halving(Rule):
+    def apply(self, state, x, dx):
+        return state, dx / 2
+
+
+class Mixin:
+    def apply(self, state, x, dx):
+        return state, dx / 2
+
+
+def half(state, x, dx):
+    return state, dx / 2
+
+
+FIRST_ORDER = {
+    "method": Halving,
+    "inherited": type("Inherited", (Halving,), {}),
+    "mixed in": type("MixedIn", (Mixin, Rule), {}),
+    "static": type("Static", (Rule,), {"apply": staticmethod(half)}),
+    "of the class": type("OfClass", (Rule,), {"apply": classmethod(Mixin.apply)}),
+    "decorated": type("Decorated", (Rule,), {"apply": logged(Mixin.apply)}),
+    "decorated again": type("Again", (Rule,), {"apply": logged(logged(Halving.apply))}),
+    "decorated and static": type("Both", (Rule,), {"apply": staticmethod(logged(half))}),
+    "by another name": type("Named", (Rule,), {"halved": Mixin.apply, "apply": Mixin.apply}),
+}  # fmt: skip
+
+
+@BOTH
+@pytest.mark.parametrize("kind", FIRST_ORDER)
+def test_higher_derivatives_are_not_handed_to_what_takes_none(call, kind):
+    rule, one = FIRST_ORDER[kind](), np.array([1.0])
+    for each in rule, OptimiserChain(rule), MixedPrecision(rule):
+        x = np.array([4.0])
+        _, x = call(setup(each, x), x, np.array([2.0]), one, one)
+        assert x == 3
+
+
+def test_a_decorator_that_takes_higher_derivatives_is_handed_them():
+    def dividing(method):
+        @functools.wraps(method)
+        def apply(self, state, x, dx, *higher):
+            return method(self, state, x, dx / higher[0])
+
+        return apply
+
+    rule = type("Dividing", (Rule,), {"apply": dividing(Mixin.apply)})()
+    x = np.array([4.0])
+    assert update(setup(rule, x), x, np.array([2.0]), np.array([2.0]))[1] == 3.5
 
 
 # --- norms -----------------------------------------------------------------------------------
@@ -496,6 +555,23 @@ def test_accumulation_with_arrays_of_jax():
     assert dx is None
     state, dx = rule.apply(state, x, 3 * x)
     assert dx.tolist() == [2, 2]
+
+
+@pytest.mark.parametrize("n", [2**31, 2**63, 2**80])
+def test_a_window_longer_than_a_count_can_be(n):
+    jax = pytest.importorskip("jax")
+    x = jax.numpy.zeros(1)
+    state = setup(OptimiserChain(AccumGrad(n), Descent(1.0)), x)
+    for call in update, update_, jax.jit(update):
+        state, x = call(state, x, jax.numpy.ones(1))
+    held, _ = state.state
+    assert (float(held.sum[0]), int(held.count), float(x[0])) == (3, 3, 0)
+
+    full = held._replace(count=jax.numpy.asarray(2**31 - 1, held.count.dtype))
+    for call in update, jax.jit(update):
+        state.state = full, ()
+        after, x = call(state, x, jax.numpy.ones(1))
+        assert int(after.state[0].count) == 0  # the largest is the last, it does not go negative
 
 
 # --- mixed precision -------------------------------------------------------------------------

@@ -386,3 +386,29 @@ def test_tensors_of_narrow_numbers(rule, of_x):
 def test_registered_rules_are_all_widened():
     assert [cls.__name__ for cls in PUBLIC if not cls._widens] == ["MixedPrecision"]
     assert issubclass(PUBLIC[0], _rule.Rule)
+
+
+class Averaging(Rule):
+    def init(self, x):
+        return np.zeros_like(x), [np.zeros_like(x)]
+
+    def apply(self, state, x, dx):
+        mean, (largest,) = state
+        mean = 0.9 * mean + 0.1 * dx  # NumPy makes a scalar of it, if it was 0-d
+        return (mean, [np.maximum(largest, abs(dx))]), mean
+
+
+@BOTH
+@pytest.mark.parametrize("shape", [(), (1,), (2, 3)], ids=str)
+@dtypes
+def test_a_users_state_keeps_its_dtype_and_its_arrays(dtype, shape, call):
+    x = np.ones(shape, dtype)
+    state = setup(Averaging(), x)
+    mean, (largest,) = state.state
+    for _ in range(2):
+        state, x = call(state, x, np.full(shape, 0.5, dtype))
+    new_mean, (new_largest,) = state.state
+    assert (type(new_mean), new_mean.dtype, new_mean.shape) == (np.ndarray, dtype, shape)
+    assert (type(new_largest), new_largest.dtype, new_largest.shape) == (np.ndarray, dtype, shape)
+    assert (new_mean is mean) == (new_largest is largest) == (call is update_)
+    assert (new_largest.astype(float) == 0.5).all()
