@@ -365,6 +365,19 @@ class Rule(ABC):
             raise no_attribute(self, name)
 
 
+def started(rule: Rule, x: Any, index: int) -> Any:
+    """Return the first state of a rule for the parameter of this number in the tree.
+
+    It is told to an `init` that names `index`: what is random differs from parameter to parameter.
+    """
+    return rule.init(x, index=index) if _takes_index(type(rule)) else rule.init(x)  # type: ignore[call-arg]
+
+
+@functools.cache
+def _takes_index(cls: type[Rule]) -> bool:
+    return "index" in inspect.signature(cls.init).parameters
+
+
 def adjusted(rule: Rule, changes: dict[str, Any]) -> Rule:
     """Return a rule with those of the changes that it has fields for."""
     own = {name: changes[name] for name, _ in rule.fields() if name in changes}

@@ -31,6 +31,7 @@ from ._rule import (
     misfit,
     moved,
     refuse_unknown,
+    started,
     widened,
 )
 from ._text import short
@@ -88,8 +89,8 @@ class OptimiserChain(Rule):
     def __repr__(self) -> str:
         return f"OptimiserChain({', '.join(map(repr, self.rules))})"
 
-    def init(self, x: Array) -> tuple[Any, ...]:
-        return tuple(rule.init(x) for rule in self.rules)
+    def init(self, x: Array, *, index: int = 0) -> tuple[Any, ...]:
+        return tuple(started(rule, x, index) for rule in self.rules)
 
     def apply(
         self, state: tuple[Any, ...], x: Array, dx: Array, *higher: Array
@@ -385,9 +386,9 @@ class MixedPrecision(Rule):
     def __repr__(self) -> str:
         return f"MixedPrecision({self.dtype.name!r}, {self.rule!r})"
 
-    def init(self, x: Array) -> MixedPrecisionState:
+    def init(self, x: Array, *, index: int = 0) -> MixedPrecisionState:
         master = self._lift(x)
-        return MixedPrecisionState(master, self.rule.init(master))
+        return MixedPrecisionState(master, started(self.rule, master, index))
 
     def apply(
         self, state: MixedPrecisionState, x: Array, dx: Array, *higher: Array

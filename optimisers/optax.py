@@ -22,8 +22,8 @@ import numpy as np
 
 from ._arraypath import checked_gradient
 from ._jax import Maybe, double, is_tracer
-from ._rule import Rule, applied, as_like, for_step, moved
-from ._text import short
+from ._rule import Rule, applied, as_like, for_step, moved, started
+from ._text import short, warn_caller
 
 __all__ = ["RuleState", "from_optax", "to_optax"]
 
@@ -100,7 +100,9 @@ def to_optax(rule: Rule) -> Any:
 
     def init(params: Tree) -> RuleState:
         places, structure = jax.tree_util.tree_flatten_with_path(params)
-        return RuleState(structure.unflatten([_init(rule, path, x) for path, x in places]))
+        return RuleState(
+            structure.unflatten([_init(rule, k, *place) for k, place in enumerate(places)])
+        )
 
     def update(
         grads: Tree, state: RuleState, params: Tree = None, **extra: Any
@@ -128,13 +130,13 @@ def _is_parameter(x: Any) -> bool:
     return bool(jnp.issubdtype(jnp.result_type(x), jnp.inexact))
 
 
-def _init(rule: Rule, path: Any, x: Array) -> Any:
+def _init(rule: Rule, index: int, path: Any, x: Array) -> Any:
     import jax
 
     if not _is_parameter(x):
         return ()
     try:
-        return rule.init(jax.numpy.asarray(x))
+        return started(rule, jax.numpy.asarray(x), index)
     except TypeError as error:
         raise TypeError(f"at {jax.tree_util.keystr(path)}: {error}") from error
 
@@ -183,12 +185,12 @@ class _FromOptax(Rule):
     def __repr__(self) -> str:
         return f"from_optax({type(self.tx).__name__})"
 
-    def init(self, x: Array) -> Any:
+    def init(self, x: Array, *, index: int = 0) -> Any:
         import jax
 
         with _at_precision_of(x):
             x = _as_jax(x)
-            state = self.tx.init(x)
+            state = _with_keys_of_its_own(self.tx.init(x), index)
             try:
                 jax.eval_shape(self.tx.update, x, state, x)
             except TypeError as error:
@@ -198,6 +200,12 @@ class _FromOptax(Rule):
                     f"from_optax: this transformation asks for more than a gradient ({error}), as "
                     "line searches do, which no update hands over; use it with optax alone"
                 ) from error
+            if index == 1 and not _has_keys(state) and _is_random(self.tx.update, x, state):
+                warn_caller(
+                    "from_optax: this transformation draws random numbers from a key that is not "
+                    "in its state, and so the same for each array of one shape; over the vector of "
+                    "`destructure` there is one array"
+                )
             return state
 
     def apply(self, state: Any, x: Array, dx: Array, *higher: Array) -> tuple[Any, Array]:
@@ -236,7 +244,8 @@ def from_optax(tx: Any) -> Rule:
     **A rule sees one array at a time.** A transformation that looks at the whole tree, such as
     `optax.clip_by_global_norm`, `optax.apply_if_finite`, or a mask given as a tree,
     here looks at each array for itself. Over the flat vector of `destructure` each array is the
-    whole model.
+    whole model. Each array has a random key of its own, made of that of `tx` and of the number of
+    the parameter in the tree that `setup` was given; the first has that of `tx`.
 
     Hyperparameters are inside `tx`, where `adjust` does not reach them: schedule them as optax
     does. An array costs a call of a compiled JAX function, some ten microseconds. Pickling works
@@ -260,6 +269,43 @@ def from_optax(tx: Any) -> Rule:
             hint = "; that is a rule already"
         raise TypeError(f"from_optax takes an optax.GradientTransformation; got {short(tx)}{hint}")
     return _FromOptax(tx)
+
+
+def _with_keys_of_its_own(state: Any, index: int) -> Any:
+    """Return a state whose random keys are those of the array of this number; 0 keeps optax's."""
+    import jax
+
+    def own(path: Any, x: Any) -> Any:
+        return jax.random.fold_in(x, index) if _is_key(path, x) else x
+
+    return jax.tree_util.tree_map_with_path(own, state) if index else state
+
+
+def _has_keys(state: Any) -> bool:
+    from jax import tree_util
+
+    return any(_is_key(path, x) for path, x in tree_util.tree_flatten_with_path(state)[0])
+
+
+def _is_key(path: Any, x: Any) -> bool:
+    """Tell whether a part of a state is a random key, of today's kind or of bare numbers."""
+    import jax
+
+    if not isinstance(x, jax.Array):
+        return False
+    if jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key):
+        return bool(x.shape == ())
+    named = str(path[-1]).lower() if path else ""
+    is_bare = x.dtype == np.uint32 and x.shape == jax.random.PRNGKey(0).shape
+    return bool(is_bare) and ("key" in named or "rng" in named)
+
+
+def _is_random(update: Any, x: Array, state: Any) -> bool:
+    """Tell whether an update draws random numbers."""
+    import jax
+
+    text = str(jax.make_jaxpr(update)(x, state, x))
+    return any(f"{word}[" in text for word in ("random_bits", "threefry2x32", "rng_bit_generator"))
 
 
 @functools.lru_cache(maxsize=64)

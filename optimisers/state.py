@@ -23,7 +23,7 @@ from ._kernels import are_distinct
 from ._lockstep import gather, place, places
 from ._nodes import is_node, mirror, rebuild, register_leaf, trainable_keys
 from ._path import KeyPath
-from ._rule import Rule, adjusted, read_only, refuse_unknown
+from ._rule import Rule, adjusted, read_only, refuse_unknown, started
 from ._text import short
 from ._ties import carry, laid_out, overlap, parameters, same_elements
 from ._torch import is_tensor, refuse_given_back
@@ -199,8 +199,10 @@ def setup(rule: Rule, model: Tree) -> Tree:
     arrays, owners = parameters(model, unknown)
     tell(model, bool(arrays), unknown)
     made: list[Leaf] = []
+    index = 0  # of the parameter, which ties make one of several places
     for k, owner in enumerate(owners):
-        made.append(_new_leaf(rule, *arrays[k]) if owner == k else made[owner])
+        made.append(_new_leaf(rule, index, *arrays[k]) if owner == k else made[owner])
+        index += owner == k
     for owner, times in Counter(owners).items():
         if times > 1:
             places = (str(arrays[k][0]) for k, first in enumerate(owners) if first == owner)
@@ -216,11 +218,11 @@ def setup(rule: Rule, model: Tree) -> Tree:
     )
 
 
-def _new_leaf(rule: Rule, path: KeyPath, x: Array) -> Leaf:
+def _new_leaf(rule: Rule, index: int, path: KeyPath, x: Array) -> Leaf:
     if is_tensor(x):
         refuse_given_back(x, (), path.__str__)
     try:
-        return Leaf(rule, rule.init(x.detach() if is_tensor(x) else plain(x)))
+        return Leaf(rule, started(rule, x.detach() if is_tensor(x) else plain(x), index))
     except TypeError as error:
         raise TypeError(f"at {path}: {error}") from error
 

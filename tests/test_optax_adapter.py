@@ -329,3 +329,88 @@ def test_a_transformation_that_asks_for_the_value_is_refused_in_setup(name):
     rule = from_optax(getattr(optax, name)())
     with pytest.raises(TypeError, match=r"root.*asks for more than a gradient.*value"):
         opt.setup(rule, jnp.zeros(4))
+
+
+# --- random numbers ---------------------------------------------------------------------------
+
+NOISE = {
+    "noise": lambda: optax.add_noise(0.1, 0.5, 3),
+    "chain": lambda: optax.chain(optax.scale(2.0), optax.add_noise(0.1, 0.5, 3)),
+    "injected": lambda: optax.inject_hyperparams(_noisy)(eta=0.1),
+    "bare key": lambda: keyed(lambda: jax.random.PRNGKey(3)),
+    "typed key": lambda: keyed(lambda: jax.random.key(3)),
+}
+
+
+def _noisy(eta: float) -> Any:
+    return optax.chain(optax.add_noise(0.1, 0.5, 3), optax.scale(eta))
+
+
+def keyed(make: Any) -> Any:
+    """Return a transformation of noise alone, with a key in its state."""
+
+    def update(grads: Any, state: Any, params: Any = None) -> Any:
+        key, own = jax.random.split(state["rng_key"])
+        leaves, structure = jax.tree.flatten(grads)
+        keys = jax.random.split(own, len(leaves))
+        drawn = [jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
+        return structure.unflatten(drawn), {"rng_key": key}
+
+    return optax.GradientTransformation(lambda params: {"rng_key": make()}, update)
+
+
+@parametrize("name", [*NOISE])
+@parametrize("around", [lambda rule: rule, opt.OptimiserChain, opt.MixedPrecision])
+def test_each_array_has_random_numbers_of_its_own(name: str, around: Any) -> None:
+    model = {"a": jnp.zeros(100), "b": [jnp.zeros(100), jnp.zeros(3), np.zeros(100, np.float32)]}
+    state = opt.setup(around(opt.optax.from_optax(NOISE[name]())), model)
+    zeros = jax.tree.map(jnp.zeros_like, model)
+    for _ in range(2):
+        state, new = opt.update(state, model, zeros)
+        steps = [np.asarray(new["a"]), np.asarray(new["b"][0]), np.asarray(new["b"][2])]
+        assert np.abs(np.corrcoef(steps) - np.eye(3)).max() < 0.5
+    again = opt.setup(around(opt.optax.from_optax(NOISE[name]())), model)
+    for _ in range(2):
+        again, twin = opt.update(again, model, zeros)
+    assert np.array_equal(twin["b"][0], new["b"][0])
+
+
+def test_one_array_has_the_random_numbers_of_optax() -> None:
+    x = jnp.zeros(5)
+    tx = NOISE["chain"]()
+    updates, _ = tx.update(x, tx.init(x), x)
+    _, new = opt.update(opt.setup(opt.optax.from_optax(tx), x), x, x)
+    np.testing.assert_allclose(new, x + updates, rtol=1e-6)
+
+
+def test_random_numbers_from_a_hidden_key_are_told_of() -> None:
+    def update(grads: Any, state: Any, params: Any = None) -> Any:
+        key = jax.random.fold_in(jax.random.key(0), state)
+        return jax.tree.map(lambda g: g + jax.random.normal(key, g.shape), grads), state + 1
+
+    tx = optax.GradientTransformation(lambda params: jnp.zeros((), int), update)
+    with pytest.warns(UserWarning, match="random numbers from a key") as seen:
+        opt.setup(opt.optax.from_optax(tx), [jnp.zeros(2), jnp.zeros(2), jnp.zeros(2)])
+    assert len(seen) == 1
+    assert seen[0].filename == __file__
+    opt.setup(opt.optax.from_optax(tx), [jnp.zeros(2)])
+    opt.setup(opt.optax.from_optax(optax.adam(0.1)), [jnp.zeros(2), jnp.zeros(2)])
+
+
+def test_a_rule_is_told_the_number_of_its_parameter() -> None:
+    @dataclass(frozen=True)
+    class Numbered(opt.Rule):
+        def init(self, x: Any, *, index: int = 0) -> Any:
+            return index
+
+        def apply(self, state: Any, x: Any, dx: Any) -> Any:
+            return state, dx
+
+    w = np.ones(2)
+    model = {"a": w, "b": [np.ones(1), w], "c": np.ones(3)}
+    state = opt.setup(opt.OptimiserChain(opt.MixedPrecision(Numbered()).rule), model)
+    found = [state["a"].state[0], state["b"][0].state[0], state["b"][1].state[0]]
+    assert [*found, state["c"].state[0]] == [0, 1, 0, 2]
+    assert opt.setup(opt.MixedPrecision(Numbered()), model)["c"].state.state == 2
+    tx = opt.optax.to_optax(Numbered())
+    assert tx.init({"a": jnp.ones(1), "b": jnp.ones(1)}).leaves == {"a": 0, "b": 1}
