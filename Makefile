@@ -13,7 +13,7 @@ args ?=
 .DELETE_ON_ERROR:
 .PHONY: help demo test coverage docs-test docs docs-serve examples bench asv asv-check lint format types oracles
 .PHONY: build wheel portable oldest newest reproducible audit clean distclean
-.PHONY: sanitize sanitize-threads attack-files fuzz fuzz-guided big
+.PHONY: sanitize sanitize-threads attack attack-files fuzz fuzz-guided big
 .PHONY: test-cuda test-gpu bench-gpu
 
 help: ## show this list
@@ -93,12 +93,14 @@ sanitize-threads: build/thread/built ## look for races: first where there are so
 	@grep -q "ThreadSanitizer: data race .*_loop$$" build/thread/races
 	@$(RACES) $(or $(args),tests/test_threads.py tests/test_engine.py -k "threads and not no_harm and not threadpoolctl and not environment")
 
-fuzz: $(VENV)/test ## throw 20,000 random trees, states and gradients at the engine
-	@$(BIN)/python -m pytest $(PARALLEL) --hypothesis-profile=long tests/test_fuzz.py $(args)
+attack: $(VENV)/test ## repeat many times what may break things: damaged files, code of users, threads, forks, kills, ...
+	@$(BIN)/python -m pytest $(PARALLEL) --attack -m attack $(args)
 
-attack-files: $(VENV)/test ## damage and forge files 20,000 times, kill and interrupt 2,000 saves
-	@$(BIN)/python -m pytest $(PARALLEL) --hypothesis-profile=long --kills=2000 \
-	    $(addprefix tests/test_,$(addsuffix .py,io_hostile io_attacks io_writers checkpointer)) $(args)
+fuzz: $(VENV)/test ## of these: throw 20,000 random trees, states and gradients at the engine
+	@$(BIN)/python -m pytest $(PARALLEL) --attack tests/test_fuzz.py $(args)
+
+attack-files: $(VENV)/test ## of these: damage and forge files 20,000 times, kill and interrupt 2,000 saves
+	@$(BIN)/python -m pytest $(PARALLEL) --attack -m attack -k "test_io or checkpointer" $(args)
 
 FUZZED := what_is_refused_changes_nothing_and_what_is_taken_is_right flat_vectors_of_such_models changes_of_such_states
 fuzz-guided: $(VENV)/test $(VENV)/fuzz ## the same for some minutes, chosen by atheris by what code they reach

@@ -11,23 +11,49 @@
 
 #include <xmmintrin.h>
 
+/* The register of SSE; above it, that of the older unit, in which `long double` is computed. */
 typedef unsigned float_environment;
 
 enum {
     ENVIRONMENT_FLAGS = 0x3f,       /* what happened so far, such as an overflow */
-    ENVIRONMENT_USUAL = 0x1f80      /* nothing traps, flushes, or rounds elsewhere */
+    ENVIRONMENT_USUAL = 0x1f80,     /* nothing traps, flushes, or rounds elsewhere */
+    ENVIRONMENT_OLD_USUAL = 0x37f   /* nor here, where all digits are kept */
 };
 
+#if defined(__GNUC__)
+
+static inline unsigned environment_old(void) {
+    unsigned short now;
+    __asm__ __volatile__("fnstcw %0" : "=m"(now));
+    return now;
+}
+
+static inline void environment_set_old(unsigned to) {
+    unsigned short word = (unsigned short) to;
+    __asm__ __volatile__("fldcw %0" : : "m"(word) : "memory");
+}
+
+#else                               /* where `long double` is double */
+
+static inline unsigned environment_old(void) { return ENVIRONMENT_OLD_USUAL; }
+static inline void environment_set_old(unsigned to) { (void) to; }
+
+#endif
+
 static inline float_environment environment_enter(void) {
-    unsigned before = _mm_getcsr();
+    unsigned before = _mm_getcsr(), old = environment_old();
     if ((before & ~(unsigned) ENVIRONMENT_FLAGS) != ENVIRONMENT_USUAL)
         _mm_setcsr(ENVIRONMENT_USUAL);
-    return before;
+    if (old != ENVIRONMENT_OLD_USUAL)
+        environment_set_old(ENVIRONMENT_OLD_USUAL);
+    return (before & 0xffff) | old << 16;
 }
 
 static inline void environment_leave(float_environment before) {
-    if ((_mm_getcsr() ^ before) & ~(unsigned) ENVIRONMENT_FLAGS)
-        _mm_setcsr(before);
+    if ((_mm_getcsr() ^ before) & 0xffff & ~(unsigned) ENVIRONMENT_FLAGS)
+        _mm_setcsr(before & 0xffff);
+    if (environment_old() != before >> 16)
+        environment_set_old(before >> 16);
 }
 
 #elif defined(__aarch64__) && defined(__GNUC__)

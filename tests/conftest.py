@@ -7,11 +7,24 @@ import importlib.util
 import re
 from collections import Counter
 from collections.abc import Generator
+from typing import Any
 
 import pytest
 from hypothesis import settings
 
-settings.register_profile("long", max_examples=20_000)  # for `make fuzz`
+settings.register_profile("long", max_examples=20_000)  # for `make attack` and `make fuzz`
+
+COUNTS: dict[str, tuple[int, int, str]] = {
+    "kills": (100, 2000, "how many saves are killed or interrupted"),
+    "interrupts": (40, 400, "how many instructions of a call are interrupted, of its last as many"),
+    "forks": (4, 60, "how many times a process forks while something is compiled"),
+    "scenarios": (200, 20_000, "how many models are updated while code of users meddles with them"),
+    "seconds": (1, 20, "how long the tests of threads go on"),
+}
+"""What tests repeat: how often in `make test`, how often in `make attack`, and what it is.
+
+Each is an option, and a fixture; a test that asks for one is an attack.
+"""
 
 MISSING = re.compile(r"could not import '([\w.]+)'")
 
@@ -24,29 +37,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="whether a test whose library is not installed is skipped or fails",
     )
     parser.addoption(
-        "--threads-seconds",
-        type=float,
-        default=1.0,
-        help="how long the tests of threads train",
+        "--attack",
+        action="store_true",
+        help="take the large counts, and Hypothesis's profile `long`",
     )
-    parser.addoption(
-        "--kills",
-        type=int,
-        default=100,
-        help="how many saves are killed or interrupted",
-    )
-    parser.addoption(
-        "--interrupts",
-        type=int,
-        default=40,
-        help="how many instructions of a call are interrupted, and of its last ones as many",
-    )
-    parser.addoption(
-        "--forks",
-        type=int,
-        default=4,
-        help="how many times a process forks while something is compiled",
-    )
+    for name, (usual, large, meaning) in COUNTS.items():
+        text = f"{meaning} (default: {usual}, with --attack {large})"
+        parser.addoption(f"--{name}", type=int, default=None, help=text)
     parser.addoption(
         "--big",
         action="store_true",
@@ -54,22 +51,24 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-@pytest.fixture
-def kills(pytestconfig: pytest.Config) -> int:
-    """Return how many saves a test kills or interrupts."""
-    return int(pytestconfig.getoption("--kills"))
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--attack"):
+        settings.load_profile("long")
 
 
-@pytest.fixture
-def interrupts(pytestconfig: pytest.Config) -> int:
-    """Return how many instructions of a call a test interrupts."""
-    return int(pytestconfig.getoption("--interrupts"))
+def _count(name: str) -> Any:
+    """Return a fixture that says how often a test repeats something."""
+    usual, large, meaning = COUNTS[name]
+
+    def count(pytestconfig: pytest.Config) -> int:
+        given = pytestconfig.getoption(f"--{name}")
+        return (large if pytestconfig.getoption("--attack") else usual) if given is None else given
+
+    count.__doc__ = f"Return {meaning}."
+    return pytest.fixture(name=name)(count)
 
 
-@pytest.fixture
-def forks(pytestconfig: pytest.Config) -> int:
-    """Return how many times a process forks in a test."""
-    return int(pytestconfig.getoption("--forks"))
+kills, interrupts, forks, scenarios, seconds = map(_count, COUNTS)
 
 
 def skip_reason(report: pytest.TestReport | pytest.CollectReport) -> str:
@@ -87,9 +86,12 @@ def demand_peers(report: pytest.TestReport | pytest.CollectReport, config: pytes
             report.longrepr = f"{missing[1]} is required here; `make oracles` installs it"
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Leave out the examples in the docstrings of a module named like a library not installed."""
+    """Mark attacks; leave out examples in the docstring of a module that needs a library."""
     for item in items:
+        if not COUNTS.keys().isdisjoint(getattr(item, "fixturenames", ())):
+            item.add_marker("attack")
         name = item.path.stem
         of_a_peer = isinstance(item, pytest.DoctestItem) and name in ("optax", "scipy", "torch")
         if of_a_peer and importlib.util.find_spec(name) is None:

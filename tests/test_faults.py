@@ -11,9 +11,11 @@ import copy
 import importlib.util
 import os
 import re
+import signal
 import subprocess
 import sys
 import textwrap
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -167,6 +169,7 @@ def test_an_interrupted_step_counts_in_each_leaf_that_jax_has_made_of_one(interr
         w = np.ones(3)
         model = {"one": w, "other": np.ones(2), "again": w}
         state = jax.tree_util.tree_map(np.array, setup(Adam(0.1), model))
+        assert state["one"].rule == state["again"].rule  # put together when it is looked at
         assert state["one"] is not state["again"]
         grad = {"one": np.full(3, np.nan), "other": np.ones(2), "again": None}
         return state, model, grad
@@ -193,6 +196,46 @@ def test_an_interrupted_step_of_an_optimizer_is_whole_or_not_begun(dtype, interr
 
     sweep(make, lambda ps, optimizer: optimizer.step(), interrupts, seen)
     torch.set_grad_enabled(True)
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="this system has no such timer")
+@parametrize("on_nonfinite", ["ignore", "skip"])
+def test_a_timer_interrupts_steps_that_are_whole_or_not_begun(on_nonfinite, kills):
+    """Wherever it is: in Python, in the kernels, on the way from one to the other."""
+
+    def make():
+        state, model, grad = trainable()
+        model["large"], grad["large"] = np.ones(100_000), np.ones(100_000)
+        state["large"] = setup(Momentum(), model["large"])
+        if on_nonfinite == "skip":
+            grad["large"][-1] = grad["mixed"][-1] = np.nan
+        return state, model, grad
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    whole = make()
+    untouched = content(whole)
+    start = time.perf_counter()
+    update_(*whole, on_nonfinite=on_nonfinite)
+    most = 2 * (time.perf_counter() - start)
+    draw, stopped = np.random.default_rng(0), 0
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        for _ in range(kills):
+            objects = make()
+            try:
+                signal.setitimer(signal.ITIMER_REAL, draw.uniform(1e-6, most))
+                update_(*objects, on_nonfinite=on_nonfinite)
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            except KeyboardInterrupt:
+                stopped += 1
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            assert content(objects) in (untouched, content(whole))
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert stopped
 
 
 def test_an_interrupted_pure_update_touches_nothing(interrupts):

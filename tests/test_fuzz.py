@@ -14,9 +14,9 @@ from unittest.mock import patch
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from util import LAYOUTS, PUBLIC, arrays_in, assert_same_bits, bits, example, native
+from util import LAYOUTS, PUBLIC, arrays_in, assert_same_bits, bits, example, many, native
 
 from optimisers import (
     AccumGrad,
@@ -37,13 +37,6 @@ from optimisers import (
     thaw_,
     update,
     update_,
-)
-
-many = settings(  # more with --hypothesis-profile=long
-    max_examples=max(300, settings.default.max_examples),
-    deadline=None,
-    suppress_health_check=list(HealthCheck),
-    print_blob=True,
 )
 
 

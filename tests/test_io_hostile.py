@@ -19,9 +19,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from test_io import assert_equal, tied_model
+from util import many
 
 from optimisers import (
     AccumGrad,
@@ -494,13 +495,7 @@ edits = st.lists(
 )
 
 
-MANY = max(300, settings.default.max_examples)
-"""Files that are made up for each test below; more by `make attack-files`."""
-
-
-@settings(
-    max_examples=MANY, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@many
 @given(edits=edits, in_header=st.booleans())
 @example(edits=[("set", 0.0, 0.0, b"\xff" * 8)], in_header=False)
 def test_mutations_are_found_or_change_nothing(
@@ -564,9 +559,7 @@ OBJECTS = [
 odd = st.sampled_from([None, True, False, *NUMBERS, *TEXTS, *LISTS, *OBJECTS])
 
 
-@settings(
-    max_examples=MANY, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@many
 @given(data=st.data())
 def test_a_text_with_right_checksums_makes_a_tree_or_one_clear_error(
     data: st.DataObject, content: bytes, tmp_path: Path
@@ -595,7 +588,7 @@ def test_a_text_with_right_checksums_makes_a_tree_or_one_clear_error(
             load_or_unfit(path, like)
 
 
-@settings(max_examples=MANY, deadline=None)
+@many
 @given(text=st.recursive(
     st.one_of(st.none(), st.integers(), st.text(max_size=3), st.sampled_from(["F32", "I8"])),
     lambda below: st.one_of(
@@ -618,7 +611,7 @@ def test_any_json_is_a_file_or_refused(
     assert all(isinstance(x, np.ndarray) for x in got.values())
 
 
-@settings(max_examples=MANY, deadline=None)
+@many
 @given(content=st.binary(max_size=64))
 def test_any_bytes_are_a_file_or_refused(
     content: bytes, tmp_path_factory: pytest.TempPathFactory

@@ -1,6 +1,6 @@
 """Threads of Python, threads of the kernels, forks: on models of their own, on one, in the middle.
 
-`--threads-seconds=60` lets the long ones go on for that long.
+`--seconds=60` lets the long ones go on for that long.
 """
 
 from __future__ import annotations
@@ -41,11 +41,6 @@ def _settings():
     yield
     _engine.kernels.set_work_per_thread(traffic)
     set_num_threads(0)
-
-
-@pytest.fixture
-def seconds(request):
-    return request.config.getoption("--threads-seconds")
 
 
 def model_of(k):

@@ -7,9 +7,7 @@ taken or refused. What could end the process is tried in one of its own.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
-import platform
 import subprocess
 import sys
 import textwrap
@@ -20,7 +18,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from util import BOTH, assert_same_bits, normal, parametrize
+from util import BOTH, assert_same_bits, parametrize
 
 from optimisers import (
     AccumGrad,
@@ -31,14 +29,12 @@ from optimisers import (
     MixedPrecision,
     Momentum,
     OptimiserChain,
-    _engine,
     adjust,
     adjust_,
     destructure,
     fmap,
     freeze_,
     functor,
-    set_num_threads,
     setup,
     thaw_,
     trainables,
@@ -219,8 +215,8 @@ def test_keys_whose_comparison_empties_a_tree(call, which):
         call(state, model, grad)
 
 
-def test_gradients_cleared_by_another_thread(request):
-    end = time.monotonic() + request.config.getoption("--threads-seconds")
+def test_gradients_cleared_by_another_thread(seconds):
+    end = time.monotonic() + seconds
     model = {f"k{k}": np.ones(5) for k in range(40)}
     state = setup(Momentum(), model)
     full = {name: np.ones(5) for name in model}
@@ -470,64 +466,3 @@ def test_tensors_without_axes_or_without_numbers(call, shape):
     x = torch.ones(shape)
     _, new = call(setup(Descent(0.5), x), x, torch.ones(shape))
     assert torch.equal(new, torch.full(shape, 0.5))
-
-
-# --- floating-point environments --------------------------------------------------------------
-
-X86 = sys.platform == "linux" and platform.machine() == "x86_64"
-FLUSH, UPWARD = 0x8040, 0x4000  # bits of MXCSR
-
-
-class environment:  # noqa: N801, a context
-    """Sets bits of MXCSR in this thread."""
-
-    def __init__(self, bits):
-        self.bits, self.libm = bits, ctypes.CDLL("libm.so.6")
-
-    def __enter__(self):
-        self.before = (ctypes.c_uint32 * 8)()
-        self.libm.fegetenv(self.before)
-        odd = (ctypes.c_uint32 * 8)(*self.before)
-        odd[7] |= self.bits
-        self.libm.fesetenv(odd)
-
-    def __exit__(self, *error):
-        now = (ctypes.c_uint32 * 8)()
-        self.libm.fegetenv(now)
-        self.libm.fesetenv(self.before)
-        assert now[7] & 0xE040 == self.bits | (self.before[7] & 0xE040), "not given back"
-
-
-@pytest.mark.skipif(not X86, reason="knows the registers of x86 alone")
-@parametrize("bits", [FLUSH, UPWARD, FLUSH | UPWARD])
-@parametrize("threads", [1, 2, 4])
-@parametrize("dtype", ["float32", "float64", "float16"])
-@BOTH
-def test_the_bits_are_the_usual_ones_in_any_floating_point_environment(call, dtype, threads, bits):
-    *_, traffic = _engine.kernels.settings()
-    set_num_threads(threads)
-    _engine.kernels.set_work_per_thread(1000)
-    tiny = np.finfo(dtype).smallest_subnormal
-    rule = OptimiserChain(ClipNorm(3.0), Adam(0.1))
-
-    def made(seed, scale=100):
-        return (normal(20_000, np.float64, seed) * scale * float(tiny)).astype(dtype)
-
-    def trained(rule, odd, names=None):
-        model = {name: made(1) for name in names} if names else made(1)
-        state = setup(rule, model)
-        for k in range(3):
-            grad = {name: made(k, 50) for name in names} if names else made(k, 50)
-            with environment(bits) if odd else contextlib.nullcontext():
-                state, model = call(state, model, grad)
-        return [state, model]
-
-    results = []
-    try:
-        for odd in (False, True):
-            rules = rule, Momentum(), MixedPrecision(rule), AccumGrad(2)
-            results.append([trained(each, odd) for each in rules] + [trained(rule, odd, "ab")])
-    finally:
-        set_num_threads(0)
-        _engine.kernels.set_work_per_thread(traffic)
-    assert_same_bits(*results)

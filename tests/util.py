@@ -14,6 +14,7 @@ from typing import Any
 import emit_steps
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, settings
 
 from optimisers import (
     AccumGrad,
@@ -118,6 +119,19 @@ def name_of(x: Any) -> str:
 def parametrize(name: str, values: Iterable[Any]) -> pytest.MarkDecorator:
     """Do what `pytest.mark.parametrize` does, with readable names."""
     return pytest.mark.parametrize(name, list(values), ids=name_of)
+
+
+# --- attacks ---------------------------------------------------------------------------------
+
+
+def many(test: Callable[..., None]) -> Callable[..., None]:
+    """Make some hundred examples for a test of Hypothesis, and 20,000 in `make attack`."""
+    count = max(300, settings.default.max_examples)
+    checks = list(HealthCheck)
+    setting = settings(
+        max_examples=count, deadline=None, suppress_health_check=checks, print_blob=True
+    )
+    return pytest.mark.attack(setting(test))
 
 
 # --- numbers ---------------------------------------------------------------------------------
