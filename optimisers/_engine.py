@@ -22,6 +22,7 @@ import operator
 import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from numbers import Real
 from types import FunctionType
 from typing import Any, NamedTuple
 
@@ -93,8 +94,11 @@ def set_num_threads(n: int) -> None:
     system has put aside: the others do its share. Updates may be called from several threads of
     Python; while one uses the threads, the others run on their own.
     """
+    told = "the number of threads must be a whole number, 0 or more"
+    if not isinstance(n, Real):
+        raise TypeError(f"{told}; got {short(n)}")
     if n != int(n) or n < 0:
-        raise ValueError(f"the number of threads must be a whole number, 0 or more; got {n!r}")
+        raise ValueError(f"{told}; got {n!r}")
     kernels.set_num_threads(int(n))
 
 
@@ -329,7 +333,7 @@ def advance(
     judges = on_nonfinite != "ignore"
     if judges and on_nonfinite not in NONFINITE:
         known = ", ".join(map(repr, NONFINITE))
-        raise ValueError(f"on_nonfinite must be one of {known}; got {on_nonfinite!r}")
+        raise ValueError(f"on_nonfinite must be one of {known}; got {short(on_nonfinite)}")
     _check_higher(leaves, xs, higher, where)
     batch = kernels.Batch(None if in_place else blank)
     try:

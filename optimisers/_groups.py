@@ -23,6 +23,7 @@ from typing import Any
 
 from . import _names
 from ._rule import Rule, class_names, registry
+from ._text import plain
 from .compose import AccumGradState, MixedPrecisionState
 
 OTHERS = frozenset({"rho"})
@@ -93,7 +94,7 @@ def others(group: Mapping[str, Any], own: Collection[str], rule: Rule) -> Iterat
         elif name not in OTHERS:
             means = _names.of_known(name, sorted(own), class_names(rule))
             means = f"; for {name}, {means}" if means else ""
-        yield name, f"{name}={group[name]!r:.40}{means}"
+        yield name, f"{name}={plain(group[name])}{means}"
 
 
 def _unknown(group: Mapping[str, Any], own: Collection[str]) -> Iterator[str]:

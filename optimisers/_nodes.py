@@ -26,6 +26,7 @@ from typing import Any, TypeVar, cast, overload
 import numpy as np
 
 from ._arrays import library_of
+from ._text import short
 
 __all__ = [
     "Kind",
@@ -430,7 +431,9 @@ def _register(
     kind: Kind | None = None,
 ) -> Any:
     if not isinstance(cls, type):
-        raise TypeError(f"expected a class, got {cls!r}; use @functor(children=..., trainable=...)")
+        raise TypeError(
+            f"expected a class, got {short(cls)}; use @functor(children=..., trainable=...)"
+        )
     if issubclass(cls, (dict, list, tuple, SimpleNamespace, *_LEAVES)) or library_of(cls):
         raise TypeError(
             f"{cls.__name__} is a built-in container, an array or a number: what those are "

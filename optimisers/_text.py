@@ -44,6 +44,11 @@ def short(x: Any) -> str:
     return f"{_cut(text)} ({kind})"
 
 
+def plain(x: Any) -> str:
+    """Return what a message shows of a value whose class is of no interest."""
+    return _cut(_line(x))
+
+
 def _array_parts(x: Any) -> tuple[tuple[int, ...], str | None]:
     """Return the shape and the dtype of an array; anything else has no dtype."""
     if isinstance(x, type | np.generic):

@@ -42,6 +42,7 @@ from ._lockstep import gather, place
 from ._lockstep import places as walk_places
 from ._nodes import mirror, rebuild, register_leaf, trainable_keys
 from ._path import KeyPath
+from ._text import short
 from ._ties import View, carry, owners, parameters, span
 from ._torch import is_given_back
 from ._tree import fold, walk
@@ -575,7 +576,7 @@ class Restructure(Generic[Model]):
                 continue
             refuse_masked_parameter(x, functools.partial(place, _Slot, self._template, model, i))
             if not isnumeric(x):
-                fault, got = TypeError, f"{x!r:.60} ({type(x).__name__})"
+                fault, got = TypeError, short(x)
             elif tuple(x.shape) != shape:
                 fault, got = ValueError, f"shape {tuple(x.shape)}"
             elif not p.is_complex and _is_complex(x.dtype):

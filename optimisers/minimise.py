@@ -66,7 +66,7 @@ class History:
         matplotlib.axes.Axes
         """
         if against not in ("step", "time"):
-            raise ValueError(f'against must be "step" or "time"; got {against!r}')
+            raise ValueError(f'against must be "step" or "time"; got {short(against)}')
         if axes is None:
             from matplotlib import pyplot
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from . import _engine, _pytree
 from ._arraypath import Call, at_once, fresh, shown, writing
-from ._arrays import is_immutable, isnumeric, maywrite, of_class, plain
+from ._arrays import is_immutable, isnumeric, maywrite, of_class, plain, refuse_masked_parameter
 from ._construct import explained
 from ._kernels import are_distinct
 from ._lockstep import gather, place, places
@@ -561,6 +561,7 @@ class _Tied:
     def _refuse_misfit(self, first: int, k: int) -> None:
         """Raise if two places are not views of one array, nor can have the same numbers."""
         x, other = self.xs[first], self.xs[k]
+        refuse_masked_parameter(other, partial(self.where, k))
         if other is x or (isnumeric(other) and same_elements(x, other)):
             return
         if not isnumeric(other) or other.shape != x.shape or other.dtype != x.dtype:

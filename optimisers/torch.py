@@ -17,7 +17,7 @@ from ._arraypath import Call
 from ._arrays import maywrite
 from ._construct import explained
 from ._rule import Rule, class_names
-from ._text import warn_caller
+from ._text import plain, warn_caller
 from .compose import MixedPrecision, OptimiserChain
 from .rules import Descent
 
@@ -396,7 +396,7 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
         if unused:
             own, rules = sorted(self._names), [*class_names(self.rule)]
             texts = (
-                f"{name}={value!r:.40}: {_names.of_field(name, own, rules, _names.in_torch(name))}"
+                f"{name}={plain(value)}: {_names.of_field(name, own, rules, _names.in_torch(name))}"
                 for name, value in sorted(unused.items())
             )
             warn_caller(

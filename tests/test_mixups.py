@@ -170,6 +170,8 @@ def test_a_rule_for_a_number(wrong):
 
 
 def test_numbers_of_the_wrong_kind():
+    assert "the number of threads must be a whole number" in said(opt.set_num_threads, "4")
+    assert "the number of threads must be a whole number" in said(opt.set_num_threads, None)
     assert "beta must hold 2 numbers; got 0.9 (float)" in said(Adam, 0.1, 0.9)
     assert "give the gradient with the other sign" in said(Descent, -0.1, error=ValueError)
     assert "sign" not in said(opt.Adam, 0.1, (0.9, 0.99), -1.0, error=ValueError)

@@ -203,6 +203,17 @@ def test_masked_parameters_are_refused():
     assert snapshot([state, model]) == before
 
 
+@pytest.mark.parametrize("grad", [None, np.ones(3)])
+def test_a_masked_array_at_another_place_of_a_parameter_is_refused(grad):
+    leaf = setup(Momentum(), np.ones(3))
+    model = {"a": np.ones(3), "b": masked(3)}
+    state, before = {"a": leaf, "b": leaf}, snapshot(model)
+    for call in (update, update_):
+        with pytest.raises(TypeError, match=r"\['b'\].*masked"):
+            call(state, model, {"a": np.ones(3), "b": grad})
+        assert snapshot(model) == before
+
+
 def test_masked_vectors_are_refused():
     _, re = destructure([np.ones(3)])
     for call in (

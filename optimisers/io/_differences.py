@@ -14,6 +14,7 @@ from .._jax import attributes
 from .._nodes import children, is_node
 from .._path import KeyPath
 from .._rule import Rule
+from .._text import plain
 from .._ties import owners
 from ..state import Leaf
 from . import _safetensors as form
@@ -151,7 +152,7 @@ def _shown(x: Any) -> str:
     if isinstance(x, Leaf):
         return f"a Leaf with {x.rule!r:.60}"
     with contextlib.suppress(Exception):  # whole numbers can be too long for a text
-        return f"a {type(x).__name__}" if is_node(x) else f"{x!r:.40}"
+        return f"a {type(x).__name__}" if is_node(x) else plain(x)
     return f"a {type(x).__name__}"
 
 

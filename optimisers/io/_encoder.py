@@ -18,6 +18,7 @@ from .._jax import Number, attributes, is_tracer
 from .._nodes import children, is_node
 from .._path import KeyPath
 from .._rule import Rule
+from .._text import plain
 from .._ties import View, owners
 from .._tree import fold
 from ..state import Leaf
@@ -280,7 +281,7 @@ class Encoder:
 
     def _rule(self, place: object, name: str, rule: Any, depth: int = 0) -> int:
         if not isinstance(rule, Rule):
-            raise TypeError(f"{place} is no rule: {rule!r:.60}")
+            raise TypeError(f"{place} is no rule: {plain(rule)}")
         if ("rule", id(rule)) in self._numbers:
             return self._numbers["rule", id(rule)][0]
         for key in attributes(rule):
@@ -339,7 +340,7 @@ class Encoder:
             self._in_fields.append({"array": k})
             return self._in_fields[-1]
         raise TypeError(
-            f"cannot save the {cls.__name__} at {place}: {x!r:.60}. Arrays, numbers, strings, "
+            f"cannot save the {cls.__name__} at {place}: {plain(x)}. Arrays, numbers, strings, "
             "truth values and None can be saved"
         )
 
@@ -350,7 +351,7 @@ def _key(place: object, key: Any) -> Any:
     if type(key) is int:
         return key if abs(key) < 2**63 else {"int": hex(key)}
     raise TypeError(
-        f"cannot save {place}: its key {key!r:.60} is of class {type(key).__name__}; "
+        f"cannot save {place}: its key {plain(key)} is of class {type(key).__name__}; "
         "strings and whole numbers can be saved as keys"
     )
 
