@@ -1,12 +1,12 @@
 """The engine: updates leaves, all or none, each by the backend that suits it.
 
 This is the only place that chooses a backend. The CPU kernels (`_kernels.pyx`) take what is a
-plain float32 or float64 NumPy array, or a tensor that can be seen as one, with a rule whose steps
-they hold or can have compiled; the CUDA kernels (`_device_batch`) take what is that on a device;
-everything else goes the array path (`_arraypath`), with the same steps. Whatever can be refused is
-refused before anything is written: first everything is gathered and checked, then the leaves on
-the array path are evaluated into new arrays, then the kernels run (a norm that throws does so
-before they write), and only then is the rest stored.
+plain NumPy array of float32, float64, float16 or bfloat16, or a tensor that can be seen as one,
+with a rule whose steps they hold or can have compiled; the CUDA kernels (`_device_batch`) take what
+is float32 or float64 on a device; everything else goes the array path (`_arraypath`), with the same
+steps. Whatever can be refused is refused before anything is written: first everything is gathered
+and checked, then the leaves on the array path are evaluated into new arrays, then the kernels run
+(a norm that throws does so before they write), and only then is the rest stored.
 
 A single array, such as the flat vector of a model, goes straight to the kernels (`advance_one`);
 what is out of the ordinary about it, `advance` finds out.

@@ -18,8 +18,10 @@
 #endif
 #if defined(_MSC_VER)
 #define HALVES_APART __restrict
+#define HALVES_BLOCK static __declspec(noinline) void
 #else
 #define HALVES_APART __restrict__
+#define HALVES_BLOCK static __attribute__((noinline)) void
 #endif
 
 static inline uint32_t bits_of(float x) { uint32_t b; memcpy(&b, &x, 4); return b; }
@@ -72,33 +74,39 @@ static inline float finite_bounded(float x, uint32_t most) {
 static inline float eightfold(float before, float x) { return before + 8.0f * (x - before); }
 
 /* What is added to the nearest number, `before`, where it loses a change: a unit, as x goes. */
-static inline uint32_t unit_on(float before, float x, float near, float far, uint32_t unit) {
-    uint32_t step = size_of(x) > size_of(before) ? unit : 0u - unit;
+static inline uint32_t unit_on(float before, float x, float near, float far) {
+    uint32_t step = size_of(x) > size_of(before) ? 1u : 0xffffffffu;
     step = near == before ? step : 0u;
     step = x != before ? step : 0u;
     return far != before ? step : 0u;
 }
 
-static inline uint16_t keep_float16(uint16_t old, float x) {
-    float before = widen_float16(old);
-    uint16_t near = narrow_float16(finite_bounded(x, MOST_FLOAT16));
-    uint16_t far = narrow_float16(bounded(eightfold(before, x), MOST_FLOAT16));
-    return (uint16_t) (
-        near + unit_on(before, x, widen_float16(near), widen_float16(far), 1u));
+/* The narrow number that is nearest to a finite one, as bits of a float. */
+static inline uint32_t nearest_float16(float x) {
+    uint32_t size = size_of(x), normal = (size + 0xfffu + ((size >> 13) & 1u)) & 0xffffe000u;
+    uint32_t tiny = bits_of((float_of(size) + 0.5f) - 0.5f);       /* the sum rounds */
+    return (bits_of(x) ^ size) | (size < 0x38800000u ? tiny : normal);
 }
 
-/* The nearest bfloat16 as bits of a float: fewer instructions until the last line of `keep`. */
 static inline uint32_t nearest_bfloat16(float x) {
-    uint32_t b = bits_of(x), near = (b + 0x7fffu + ((b >> 16) & 1u)) & 0xffff0000u;
-    return size_of(x) > 0x7f800000u ? 0x7fc00000u : near;
+    uint32_t b = bits_of(x);
+    return (b + 0x7fffu + ((b >> 16) & 1u)) & 0xffff0000u;
+}
+
+static inline uint16_t keep_float16(uint16_t old, float x) {
+    float before = widen_float16(old);
+    float near = float_of(nearest_float16(bounded(x, MOST_FLOAT16)));
+    float far = float_of(nearest_float16(bounded(eightfold(before, x), MOST_FLOAT16)));
+    uint16_t kept = narrow_float16(finite_bounded(x, MOST_FLOAT16));
+    return (uint16_t) (kept + unit_on(before, x, near, far));
 }
 
 static inline uint16_t keep_bfloat16(uint16_t old, float x) {
     float before = widen_bfloat16(old);
-    uint32_t near = nearest_bfloat16(finite_bounded(x, MOST_BFLOAT16));
-    uint32_t far = nearest_bfloat16(bounded(eightfold(before, x), MOST_BFLOAT16));
-    near += unit_on(before, x, float_of(near), float_of(far), 0x10000u);
-    return (uint16_t) (near >> 16);
+    float near = float_of(nearest_bfloat16(bounded(x, MOST_BFLOAT16)));
+    float far = float_of(nearest_bfloat16(bounded(eightfold(before, x), MOST_BFLOAT16)));
+    uint16_t kept = narrow_bfloat16(finite_bounded(x, MOST_BFLOAT16));
+    return (uint16_t) (kept + unit_on(before, x, near, far));
 }
 
 #if defined(__F16C__) && defined(__AVX2__)
@@ -134,7 +142,9 @@ static inline __m128i keep_float16_8(__m128i old, __m256 x) {
 
 /* --- blocks ----------------------------------------------------------------------------------- */
 
-static inline void widen_float16s(const uint16_t *from, float *HALVES_APART to, ptrdiff_t n) {
+/* Not inline: the driver, which calls them for few leaves, would be slower for all others. */
+
+HALVES_BLOCK widen_float16s(const uint16_t *from, float *HALVES_APART to, ptrdiff_t n) {
     ptrdiff_t i = 0;
 #if defined(__F16C__)
     for (; i + 8 <= n; i += 8)
@@ -144,13 +154,13 @@ static inline void widen_float16s(const uint16_t *from, float *HALVES_APART to, 
         to[i] = widen_float16(from[i]);
 }
 
-static inline void widen_bfloat16s(const uint16_t *from, float *HALVES_APART to, ptrdiff_t n) {
+HALVES_BLOCK widen_bfloat16s(const uint16_t *from, float *HALVES_APART to, ptrdiff_t n) {
     ptrdiff_t i;
     for (i = 0; i < n; i++)
         to[i] = widen_bfloat16(from[i]);
 }
 
-static inline void narrow_float16s(const float *HALVES_APART from, uint16_t *to, ptrdiff_t n) {
+HALVES_BLOCK narrow_float16s(const float *HALVES_APART from, uint16_t *to, ptrdiff_t n) {
     ptrdiff_t i = 0;
 #if defined(__F16C__)
     for (; i + 8 <= n; i += 8)
@@ -160,14 +170,14 @@ static inline void narrow_float16s(const float *HALVES_APART from, uint16_t *to,
         to[i] = narrow_float16(from[i]);
 }
 
-static inline void narrow_bfloat16s(const float *HALVES_APART from, uint16_t *to, ptrdiff_t n) {
+HALVES_BLOCK narrow_bfloat16s(const float *HALVES_APART from, uint16_t *to, ptrdiff_t n) {
     ptrdiff_t i;
     for (i = 0; i < n; i++)
         to[i] = narrow_bfloat16(from[i]);
 }
 
 /* The old numbers lie where the new ones go. */
-static inline void keep_float16s(const float *HALVES_APART from, uint16_t *to, ptrdiff_t n) {
+HALVES_BLOCK keep_float16s(const float *HALVES_APART from, uint16_t *to, ptrdiff_t n) {
     ptrdiff_t i = 0;
 #if defined(__F16C__) && defined(__AVX2__)
     for (; i + 8 <= n; i += 8) {
@@ -179,7 +189,7 @@ static inline void keep_float16s(const float *HALVES_APART from, uint16_t *to, p
         to[i] = keep_float16(to[i], from[i]);
 }
 
-static inline void keep_bfloat16s(const float *HALVES_APART from, uint16_t *to, ptrdiff_t n) {
+HALVES_BLOCK keep_bfloat16s(const float *HALVES_APART from, uint16_t *to, ptrdiff_t n) {
     ptrdiff_t i;
     for (i = 0; i < n; i++)
         to[i] = keep_bfloat16(to[i], from[i]);

@@ -32,7 +32,11 @@ f) *What user code can do meanwhile.* Between taking a leaf and running, code of
    the arrays, for those who go behind NumPy's back (`refcheck=False`, `__setstate__`). After that
    check no Python runs until the numbers are written. `asked` says how many were held when Python
    last ran, which is all unless a batch does everything at one call.
-g) A run computes in the usual floating-point environment (_environment.h), in all threads: the bits
+g) *Narrow numbers*, float16 and bfloat16, are computed with in float. Blocks of the parameter, the
+   gradient and the slots are widened into scratch memory, the same steps run there, and then each
+   slot and the parameter is rounded, once (`keep`, `round_into`). A gradient and a slot may also be
+   float beside a narrow parameter, and a slot narrow beside one that is float.
+h) A run computes in the usual floating-point environment (_environment.h), in all threads: the bits
    do not depend on the caller's, which it has again afterwards.
 """
 
@@ -178,7 +182,7 @@ cdef enum:
     MAX_BLOCK = 4096        # numbers; more would not fit the first cache
     MAX_SLOTS = 8
     RUNNING = 3             # blocks of scratch memory that `chain` needs ...
-    REDUCING = 3 + MAX_SLOTS    # ... and that it needs in a dry run
+    WIDENING = 4 + MAX_SLOTS    # ... and that it needs in a dry run, and for narrow numbers
     STRETCHES = 256         # most partial sums of a norm
     STRETCH = 16384         # fewest numbers in one of them
     LINE = 64               # bytes in a line of the caches
@@ -307,25 +311,28 @@ fill_table()
 
 # --- what a batch is made of -----------------------------------------------------------------
 
-cdef struct Stage:          # one step on one leaf
-    Step run
-    Step finish             # may be NULL
-    int index               # of the step in the table, or -1
-    int slots
-    char* old[MAX_SLOTS]    # where the slots are read ...
-    char* new[MAX_SLOTS]    # ... and where they are written; the same for an update in place
-    Py_ssize_t coefs        # where its numbers stand among the batch's
-
 cdef enum Kind:             # of numbers, as seen from a leaf that is updated in float or double
     SAME                    # those in which it is updated
     FLOAT16                 # narrower: read through `widen`, written through `round_into`
     BFLOAT16
     FLOAT32
 
+cdef struct Stage:          # one step on one leaf
+    Step run
+    Step finish             # may be NULL
+    int index               # of the step in the table, or -1
+    int slots
+    Py_ssize_t coefs        # where its numbers stand among the batch's
+    unsigned char of[MAX_SLOTS]     # their kinds
+    char* old[MAX_SLOTS]    # where the slots are read ...
+    char* new[MAX_SLOTS]    # ... and where they are written; the same for an update in place
+
 cdef struct Segment:        # one leaf
     const char* x           # what the rule updates: the parameter, or a master copy of it
     const char* g
     char* out               # where x - dx goes; x itself for an update in place
+    Kind of_x               # also that of out
+    bint narrow             # whether x or one of the slots is not SAME
     Kind of_g
     bint is_copy            # whether x is a master copy of the parameter; if so:
     Kind of_parameter
@@ -747,7 +754,8 @@ cdef class ChainPlan(Plan):
             if not PyTuple_Check(item(old, k)):
                 return False
             if leaf.swallowed:
-                batch.carry_over(item(old, k), item(new, k))
+                if not batch.carry_over(item(old, k), item(new, k)):
+                    return False
             elif not part.stack(batch, leaf, item(old, k), item(new, k)):
                 return False
         return True
@@ -797,10 +805,13 @@ cdef class AccumulatePlan(Plan):
         leaf.swallowed = held + 1 < self.n
         batch.asked = batch.work.held.length    # a new object may be the one that garbage waits for
         old_sum, new_sum = PyTuple_GetSlice(old, 0, 1), PyTuple_GetSlice(new, 0, 1)
+        if not leaf.is_double and not is_single(item(old, 0)):     # a narrow one goes on as float
+            return False
         batch.store_count(new, 1, held + 1 if leaf.swallowed else 0, leaf)
         return (self.hold if leaf.swallowed else self.release).stack(
             batch, leaf, old_sum, new_sum
         )
+
 
 cdef class MixedPlan(Plan):
     """A rule that updates a master copy of a parameter, which may be narrower."""
@@ -819,7 +830,16 @@ cdef class MixedPlan(Plan):
 cdef int bfloat16 = -1      # NumPy's number of it; to ask for names takes as long as an update
 
 
-cdef int kind_beside(cnp.ndarray a, int updated):
+cdef inline bint is_single(a) noexcept:
+    return cnp.PyArray_Check(a) and cnp.PyArray_TYPE(<cnp.ndarray> a) == cnp.NPY_FLOAT
+
+
+cdef inline int updated_in(cnp.ndarray x) noexcept:
+    """Return the NumPy type in which a step on a parameter is computed, if it is computed here."""
+    return cnp.NPY_DOUBLE if cnp.PyArray_TYPE(x) == cnp.NPY_DOUBLE else cnp.NPY_FLOAT
+
+
+cdef int kind_beside(cnp.ndarray a, int updated) except -2:
     """Return the `Kind` of an array where this NumPy type is updated; -1 if there is none."""
     global bfloat16
     cdef int kind = cnp.PyArray_TYPE(a)
@@ -995,6 +1015,7 @@ cdef class Batch:
     cdef Py_ssize_t asked       # how many were held when code of users may have run
     cdef bint busy              # something is under way, or has failed
     cdef bint settled
+    cdef bint widens            # whether a leaf has narrow numbers, but for gradient and master
     cdef object clash           # what `settle` found
     cdef list norm_rules
     cdef cnp.ndarray like       # the parameter that is being taken
@@ -1013,7 +1034,7 @@ cdef class Batch:
         self.norm_rules = []
         self.new_x, self.new_state = {}, {}
         self.failed = self.led.last = -1
-        self.busy = self.ran = self.settled = False
+        self.busy = self.ran = self.settled = self.widens = False
         self.asked = self.blocks = self.longest = self.bytes = self.gradients = 0
 
     def __dealloc__(self):
@@ -1150,19 +1171,21 @@ cdef class Batch:
         xa, ga = <cnp.ndarray> x, <cnp.ndarray> g
         leaf.c_order = cnp.PyArray_IS_C_CONTIGUOUS(xa)
         leaf.is_copy = isinstance(plan, MixedPlan)
-        kind = (<MixedPlan> plan).kind if leaf.is_copy else cnp.PyArray_TYPE(xa)
-        of_x, of_g = kind_beside(xa, kind), kind_beside(ga, kind)
+        kind = (<MixedPlan> plan).kind if leaf.is_copy else updated_in(xa)
+        of_x, of_g = self.kind_of(xa, kind), self.kind_of(ga, kind)
         if of_x < 0 or of_g < 0:
             return False
         leaf.of_parameter, leaf.of_g = <Kind> of_x, <Kind> of_g
+        leaf.of_x = SAME if leaf.is_copy else leaf.of_parameter
+        leaf.narrow = leaf.of_x != SAME
         if not ready(xa, cnp.PyArray_TYPE(xa), leaf.c_order):
             return False
         if not ready(ga, cnp.PyArray_TYPE(ga), leaf.c_order):
             return False
         if not PyTuple_Check(state) or not same_shape(xa, ga):
             return False
-        if self.blank is not None or cnp.PyArray_TYPE(xa) >= NPY_USERDEF:
-            self.asked = self.work.held.length      # Python may run: a name of a dtype is its own
+        if self.blank is not None:
+            self.asked = self.work.held.length
         made = state if self.blank is None else self.blank_like(state)
 
         old_state, new_state, old, new = state, made, xa, xa
@@ -1224,6 +1247,7 @@ cdef class Batch:
         leaf.out = cnp.PyArray_BYTES(new if leaf.is_copy else xa)
         leaf.rounded = cnp.PyArray_BYTES(xa)
         leaf.held_end = self.work.held.length
+        self.widens |= leaf.narrow
         self.cut(&leaf)
         (<Segment*> push(&self.work.segments, sizeof(Segment)))[0] = leaf
         return True
@@ -1234,9 +1258,11 @@ cdef class Batch:
         cdef Py_ssize_t bytes = traffic(stages, leaf, leaf.first + leaf.stages)
         cdef bint at_once = (
             leaf.stages == 1 and stages[leaf.first].finish is not NULL
-            and leaf.of_g == SAME and not leaf.is_copy
+            and leaf.of_g == SAME and not leaf.is_copy and not leaf.narrow
         )
         leaf.block = block if at_once else chain_block
+        if leaf.narrow:
+            leaf.block = min(2 * leaf.block, <Py_ssize_t> MAX_BLOCK)    # half as many bytes come
         if self.blank is not None:
             leaf.block = min(leaf.block, <Py_ssize_t> (COPIED_FAR if bytes >= FAR else COPIED))
         leaf.short_by = shortage(leaf)
@@ -1270,20 +1296,29 @@ cdef class Batch:
         """Add a stage whose slots stand at the head of `old` and `new`; NULL if they cannot."""
         cdef Stage* stage = <Stage*> push(&self.work.stages, sizeof(Stage))
         cdef cnp.ndarray a, b
-        cdef int k
+        cdef int k, own, of
         cdef bint alone
         cdef int kind = cnp.NPY_DOUBLE if leaf.is_double else cnp.NPY_FLOAT
-        cdef Py_ssize_t size = leaf.n * number_size(leaf, SAME)
+        cdef Py_ssize_t whole = leaf.n * number_size(leaf, SAME), size
         stage.run, stage.finish = step.run[leaf.is_double], step.finish[leaf.is_double]
         stage.index, stage.slots = step.index, step.slots
         reserve(&self.work.held, sizeof(Held), 2 * step.slots)
         for k in range(step.slots):
             if not cnp.PyArray_CheckExact(item(old, k)):
                 return NULL
+            own = cnp.PyArray_TYPE(<cnp.ndarray> PyTuple_GET_ITEM(old, k))
+            of, size = SAME, whole
+            if own != kind:
+                of = self.kind_of(<cnp.ndarray> item(old, k), kind)
+                if of != FLOAT16 and of != BFLOAT16:
+                    return NULL
+                leaf.narrow = True
+                size = 2 * leaf.n
             alone = leaf.alone and owns(PyTuple_GET_ITEM(old, k))
             a, b = <cnp.ndarray> item(old, k), <cnp.ndarray> item(new, k)
-            if not ready(a, kind, leaf.c_order) or not same_shape(a, self.like):
+            if not ready(a, own, leaf.c_order) or not same_shape(a, self.like):
                 return NULL
+            stage.of[k] = of
             if a is b:
                 if not cnp.PyArray_ISWRITEABLE(a):
                     return NULL
@@ -1294,6 +1329,16 @@ cdef class Batch:
             if a is not b:
                 hold(self.work, b, size)
         return stage
+
+    @cython.final
+    cdef inline int kind_of(self, cnp.ndarray a, int updated) except -2:
+        """Return the `Kind` of an array where this NumPy type is updated; -1 if there is none."""
+        cdef int of = SAME
+        if cnp.PyArray_TYPE(a) != updated or updated > cnp.NPY_DOUBLE:
+            of = kind_beside(a, updated)
+            if cnp.PyArray_TYPE(a) >= NPY_USERDEF:
+                self.asked = self.work.held.length      # Python may run: a dtype's name is its own
+        return of
 
     cdef int draw_in(self, Segment* leaf, Py_ssize_t norms) except -1:
         """Let the last step's loop do those ahead of it too, if there is one that does.
@@ -1397,21 +1442,24 @@ cdef class Batch:
             self.add_span(&self.work.spans, a, 1, leaf.place)
         return 0
 
-    cdef int carry_over(self, old, new) except -1:
-        """Copy a state that this step leaves alone."""
+    cdef bint carry_over(self, old, new) except -1:
+        """Copy a state that this step leaves alone, if it is made of arrays; tell whether it is."""
         cdef Py_ssize_t k
         if old is new:
-            return 0
-        if PyTuple_Check(old):
-            Py_EnterRecursiveCall(b" while a state is copied")
-            try:
-                for k in range(min(PyTuple_GET_SIZE(old), PyTuple_GET_SIZE(new))):
-                    self.carry_over(item(old, k), item(new, k))
-            finally:
-                Py_LeaveRecursiveCall()
-        elif cnp.PyArray_Check(old):
+            return True
+        if cnp.PyArray_Check(old):
             new[...] = old
-        return 0
+            return True
+        if not PyTuple_Check(old):
+            return False
+        Py_EnterRecursiveCall(b" while a state is copied")
+        try:
+            for k in range(min(PyTuple_GET_SIZE(old), PyTuple_GET_SIZE(new))):
+                if not self.carry_over(item(old, k), item(new, k)):
+                    return False
+        finally:
+            Py_LeaveRecursiveCall()
+        return True
 
     cdef inline int add_span(self, Vector* spans, cnp.ndarray a, Py_ssize_t n,
                              Py_ssize_t place) except -1:
@@ -1581,7 +1629,7 @@ cdef class Batch:
 
         It does not lie on their stacks, which Python lets users make small.
         """
-        cdef Py_ssize_t blocks = REDUCING if self.work.norms.length else RUNNING
+        cdef Py_ssize_t blocks = WIDENING if self.work.norms.length or self.widens else RUNNING
         cdef uintptr_t start
         run.room = blocks * self.longest
         self.work.scratch.length = 0
@@ -1662,7 +1710,7 @@ cdef inline Py_ssize_t shortage(Segment* leaf) noexcept nogil:
     cdef Py_ssize_t ahead
     if leaf.n < LINED_UP:
         return 0
-    ahead = (-<uintptr_t> leaf.out % LINE) // number_size(leaf, SAME)
+    ahead = (-<uintptr_t> leaf.out % LINE) // number_size(leaf, leaf.of_x)
     return leaf.block - ahead if ahead else 0
 
 
@@ -1727,7 +1775,9 @@ cdef void update_piece(void* job, int64_t k, int member) noexcept nogil:
             start = start_of(leaf, first - before)
             n = min(leaf.block - (0 if start else leaf.short_by), leaf.n - start)
             dx = chain(run, leaf, leaf.first + leaf.stages, start, n, scratch, False)
-            if dx is NULL:
+            if leaf.of_x != SAME:
+                narrow_parameter(leaf, dx, start, n, scratch)
+            elif dx is NULL:
                 pass
             elif leaf.is_double:
                 subtract[double](leaf.x, leaf.out, dx, start, n, leaf.swallowed)
@@ -1753,17 +1803,28 @@ cdef Py_ssize_t segment_of(Segment* segments, Py_ssize_t n, Py_ssize_t wanted) n
 
 cdef const char* chain(Run* run, Segment* leaf, Py_ssize_t end, Py_ssize_t start, Py_ssize_t n,
                        char* scratch, bint dry) noexcept nogil:
+    """Run the stages before `end` on one block; return where the step then lies."""
+    if leaf.narrow:     # in a copy of the code, so that the usual one asks nothing of slots
+        return chain_of(run, leaf, end, start, n, scratch, dry, True)
+    return chain_of(run, leaf, end, start, n, scratch, dry, False)
+
+
+cdef inline const char* chain_of(Run* run, Segment* leaf, Py_ssize_t end, Py_ssize_t start,
+                                 Py_ssize_t n, char* scratch, bint dry, bint narrow) noexcept nogil:
     """Run the stages before `end` on one block; return where the step then lies.
 
     That is NULL if the last stage has subtracted it from the parameter.
 
     `scratch` holds three blocks: two that the stages use by turns and one for a gradient made
-    wider. A dry run stores no slots; it needs MAX_SLOTS blocks more.
+    wider. A dry run stores no slots; for these, and for others made wider, there are MAX_SLOTS
+    blocks more, behind one for a parameter made wider, where what is left of it then lies.
     """
     cdef Py_ssize_t size = number_size(leaf, SAME)
     cdef Py_ssize_t offset = start * size
     cdef Py_ssize_t room = leaf.block * size
     cdef const char* g = leaf.g + start * number_size(leaf, leaf.of_g)
+    cdef const char* x = leaf.x + offset
+    cdef char* out = leaf.out + offset
     cdef char* dx = scratch
     cdef void* slots[MAX_SLOTS]
     cdef double* coefs
@@ -1774,22 +1835,59 @@ cdef const char* chain(Run* run, Segment* leaf, Py_ssize_t end, Py_ssize_t start
     if leaf.of_g != SAME:
         widen(leaf.of_g, g, scratch + 2 * room, n)
         g = scratch + 2 * room
+    if narrow and leaf.of_x != SAME and leaf.first < end:
+        x = out = scratch + 3 * room
+        widen(leaf.of_x, leaf.x + start * number_size(leaf, leaf.of_x), out, n)
     for k in range(leaf.first, end):
         stage = run.stages + k
         for j in range(stage.slots):
-            slots[j] = scratch + (3 + j) * room if dry else stage.new[j] + offset
+            if narrow and stage.of[j] != SAME:
+                slots[j] = scratch + (4 + j) * room
+                widen(<Kind> stage.of[j], stage.old[j] + 2 * start, slots[j], n)
+                continue
+            slots[j] = scratch + (4 + j) * room if dry else stage.new[j] + offset
             if slots[j] != stage.old[j] + offset:
                 copy(slots[j], stage.old[j] + offset, n * size)
         coefs = run.numbers + stage.coefs
         if k == last and stage.finish is not NULL:
-            if leaf.out != leaf.x:
-                copy(leaf.out + offset, leaf.x + offset, n * size)
-            stage.finish(NULL, g, leaf.out + offset, slots, coefs, n)
+            if out != x:
+                copy(out, x, n * size)
+            stage.finish(NULL, g, out, slots, coefs, n)
+            if narrow:
+                keep_slots(stage, slots, start, n)
             return NULL
-        stage.run(leaf.x + offset, g, dx, slots, coefs, n)
+        stage.run(x, g, dx, slots, coefs, n)
+        if narrow and not dry:
+            keep_slots(stage, slots, start, n)
         g = dx
         dx = scratch + room if dx == scratch else scratch
     return g
+
+
+cdef void keep_slots(Stage* stage, void** slots, Py_ssize_t start, Py_ssize_t n) noexcept nogil:
+    """Round what a stage has made of its narrow slots."""
+    cdef int j
+    for j in range(stage.slots):
+        if stage.of[j] != SAME:
+            if stage.new[j] != stage.old[j]:
+                memcpy(stage.new[j] + 2 * start, stage.old[j] + 2 * start, 2 * n)
+            keep(<Kind> stage.of[j], slots[j], stage.new[j] + 2 * start, n)
+
+
+cdef void narrow_parameter(Segment* leaf, const char* dx, Py_ssize_t start, Py_ssize_t n,
+                           char* scratch) noexcept nogil:
+    """Round a block of a narrow parameter, less the step if `chain` has not subtracted it yet."""
+    cdef char* wide = scratch + 3 * leaf.block * sizeof(float)
+    cdef char* out = leaf.out + 2 * start
+    if leaf.swallowed:
+        if leaf.out != leaf.x:
+            memcpy(out, leaf.x + 2 * start, 2 * n)
+        return
+    if leaf.stages == 0:
+        widen(leaf.of_x, leaf.x + 2 * start, wide, n)
+    if dx is not NULL:
+        subtract[float](wide, wide, dx, 0, n, False)
+    round_into(leaf.of_x, wide, out, n, 2)
 
 # --- norms -----------------------------------------------------------------------------------
 

@@ -420,9 +420,9 @@ class ElementwiseRule(Rule):
     Raises
     ------
     ValueError
-        By `update`, where a step is not in this language and meets a float32 or float64 array of
-        NumPy or PyTorch. The message shows the line and says what to write instead. What does not
-        fit into the language is a `Rule` with `apply`.
+        By `update`, where a step is not in this language and meets an array of NumPy or PyTorch of
+        float32, float64, float16 or bfloat16. The message shows the line and says what to write
+        instead. What does not fit into the language is a `Rule` with `apply`.
 
     Notes
     -----

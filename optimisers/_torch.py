@@ -117,8 +117,6 @@ def _bfloat16() -> np.dtype[Any] | None:
 
 def _view_state(state: Any) -> Any:
     """Return a state with views in place of its tensors; what has none is None."""
-    if (quick := _viewer()) is not None:
-        return quick.view_state(state)
     if isinstance(state, tuple):
         return tuple(map(_view_state, state))
     return view(state) if is_tensor(state) else state

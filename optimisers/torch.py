@@ -49,8 +49,8 @@ def _hint(name: str) -> str:
 class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
     """Any rule or chain of this library, in place of an optimiser of `torch.optim`.
 
-    A dense float32 or float64 parameter on the CPU is updated by the compiled kernels, in place;
-    so is a float16 one under `MixedPrecision`, and a bfloat16 one where `ml_dtypes` is installed.
+    A dense float32, float64 or float16 parameter on the CPU is updated by the compiled kernels, in
+    place; so is a bfloat16 one where `ml_dtypes` is installed.
     Every other parameter is updated by PyTorch's own operations, on its device.
 
     Parameters

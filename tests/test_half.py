@@ -243,6 +243,8 @@ def results(dtype):
         near += [draw.integers(0, 2**32, 2**16, np.uint32).view(np.float32) for _ in range(3)]
         extreme = np.array([np.inf, -np.inf, np.nan, 3.4e38, -3.4e38, 65520, 0, -0.0, 1e-45])
         near += [np.full(2**16, number, np.float32) for number in extreme]
+        patterns = np.array([0x7F800001, 0x7FFF8000, 0x7FFFFFFF, 0xFFFFFFFF], np.uint32)
+        near += [np.full(2**16, pattern).view(np.float32) for pattern in patterns]
     return slots, near
 
 
