@@ -17,6 +17,7 @@ __all__ = [
     "dtype_name",
     "is_immutable",
     "is_narrow",
+    "is_narrow_dtype",
     "isnumeric",
     "library_of",
     "maywrite",
@@ -65,11 +66,12 @@ def is_narrow(x: Any) -> bool:
 
     A step on these is computed in float32, and its results are rounded once: see `_rule.moved`.
     """
-    return _is_narrow(x.dtype)
+    return is_narrow_dtype(x.dtype)
 
 
 @functools.lru_cache(maxsize=256)
-def _is_narrow(dtype: Any) -> bool:
+def is_narrow_dtype(dtype: Any) -> bool:
+    """Tell whether floating numbers of a dtype have fewer bits than those of float32."""
     found = re.match(r"b?float(\d+)", dtype_name(dtype))
     return found is not None and int(found[1]) < 32
 

@@ -30,6 +30,7 @@ from ._arraypath import at_once, checked_gradient, fresh, writing
 from ._arrays import (
     dtype_name,
     is_immutable,
+    is_narrow_dtype,
     isnumeric,
     library_of,
     maywrite,
@@ -503,7 +504,9 @@ class Restructure(Generic[Model]):
         Returns
         -------
         array
-            `out`, or a new vector of the dtype of ``destructure(model)[0]``.
+            `out`, or a new vector of the dtype of ``destructure(model)[0]``; of float32 where that
+            is narrower and a gradient is not, or gradients were summed. It is for `update` with
+            the flat vector as it is: nothing of it was rounded.
 
         Raises
         ------
@@ -534,7 +537,15 @@ class Restructure(Generic[Model]):
                     continue
             g = slot.unseen(g)
             pieces[slot.k] = g if pieces[slot.k] is None else _sum(pieces[slot.k], g)
-        return self._joined(pieces, out)
+        return self._joined(pieces, out, self._dtype_of_step(pieces))
+
+    def _dtype_of_step(self, pieces: list[Any]) -> Any:
+        """Return the dtype of a vector of gradients: one in which none of them is rounded."""
+        if not is_narrow_dtype(self._dtype):
+            return self._dtype
+        own = dtype_name(self._dtype)
+        are_own = all(piece is None or dtype_name(piece.dtype) == own for piece in pieces)
+        return self._dtype if are_own else np.dtype(np.float32)
 
     def _counted(self, slots: list[_Slot], gs: list[Any]) -> set[int]:
         """Return the places whose gradient is counted already.
@@ -590,21 +601,25 @@ class Restructure(Generic[Model]):
             raise fault(f"at {where}: {wanted}, got {got}")
         return slots, xs
 
-    def _joined(self, pieces: list[Any], out: Any) -> Any:
-        """Write the pieces of the vector into `out`, or into a new vector; None is zeros."""
+    def _joined(self, pieces: list[Any], out: Any, dtype: Any = None) -> Any:
+        """Write the pieces of the vector into `out`, or into a new vector; None is zeros.
+
+        A new one has the dtype given, or else that of the flat model.
+        """
         if out is not None:
             _check_out(out, self._size, self._dtype, self._libraries)
         if _is_foreign(out):
-            at_once([writing(out, self._concatenated(pieces, out))])
+            at_once([writing(out, self._concatenated(pieces, out, out.dtype))])
             return out
+        dtype = self._dtype if dtype is None else dtype
         are_numpy = {*map(type, pieces)} <= {np.ndarray}
         if out is None and not are_numpy:
             foreign = [piece for piece in pieces if _is_foreign(piece)]
             if foreign:
-                return self._concatenated(pieces, foreign[0])
+                return self._concatenated(pieces, foreign[0], dtype)
         fresh = out is None
         if fresh:
-            out = np.empty(self._size, _numpy_dtype(self._dtype))
+            out = np.empty(self._size, _numpy_dtype(dtype))
         if are_numpy:
             parts = pieces
         else:
@@ -624,15 +639,15 @@ class Restructure(Generic[Model]):
             memory[...] = target
         return out
 
-    def _concatenated(self, pieces: list[Any], like: Array) -> Array:
+    def _concatenated(self, pieces: list[Any], like: Array, dtype: Any) -> Array:
         """Return the vector as an array of the library of `like`, which may be traced."""
         if _device.is_numba(like):
-            out = _device.vector(self._size, self._dtype, like)
+            out = _device.vector(self._size, dtype, like)
             for x, p in zip(pieces, self._parameters, strict=True):
                 _device.assign(_device.piece(out, p.start, p.shape), 0.0 if x is None else x)
             return out
         xp = namespace(like)
-        dtype = _dtype_for(like, self._dtype)
+        dtype = _dtype_for(like, dtype)
         place = {"device": like.device} if _is_torch(like) else {}
         parts = []
         for piece, p in zip(pieces, self._parameters, strict=True):

@@ -37,6 +37,7 @@ from optimisers import (
     OptimiserChain,
     WeightDecay,
     _engine,
+    destructure,
     set_num_threads,
     setup,
     update,
@@ -395,3 +396,57 @@ def test_a_gradient_beyond_float16_but_within_float32(dtype, call):
     x, g = np.zeros(3, dtype), np.full(3, 1e6)
     _, x = call(setup(Descent(2.0**-20), x), x, g, on_nonfinite="raise")
     assert_same_bits(x, np.full(3, -1e6 * 2.0**-20, np.float32).astype(dtype))
+
+
+# --- flat vectors ------------------------------------------------------------------------------
+
+
+@halves
+def test_a_flat_gradient_is_not_rounded_to_the_dtype_of_the_parameters(dtype):
+    model = {"a": np.zeros(3, dtype), "b": np.zeros((2, 2), dtype)}
+    flat_model, re = destructure(model)
+    grad = {"a": np.full(3, 1 + 2.0**-20, np.float32), "b": np.full((2, 2), 1e6)}
+    g = re.flatten_gradient(grad)
+    assert_same_bits(g, np.array([*[1 + 2.0**-20] * 3, *[1e6] * 4], np.float32))
+    rule = OptimiserChain(WeightDecay(0.1), Descent(2.0**-20))
+    _, new, used = step(update_, setup(rule, flat_model), flat_model, g)
+    assert used == {"(root)": "kernels"}
+    _, by_tree = update_(setup(rule, model), model, grad)
+    assert_same_bits(re(new), by_tree)
+
+
+@halves
+def test_a_flat_gradient_of_the_dtype_of_the_parameters_stays_so(dtype):
+    model = {"a": normal(3, dtype, 1), "b": normal(2, dtype, 2)}
+    _, re = destructure(model)
+    assert_same_bits(re.flatten_gradient(model), re.flatten(model))
+    assert re.flatten_gradient({"b": model["b"]}).dtype == dtype
+    assert re.flatten_gradient(None).dtype == dtype
+    out = np.zeros(5, dtype)
+    assert re.flatten_gradient({"a": np.full(3, 1 / 3)}, out=out) is out
+    assert_same_bits(out[:3], np.full(3, np.float32(1 / 3)).astype(dtype))
+
+
+@halves
+def test_flat_gradients_of_tied_parameters_are_summed_in_float32(dtype):
+    w = np.zeros(2, dtype)
+    _, re = destructure([w, w])
+    g = np.full(2, 60000).astype(dtype)
+    assert_same_bits(re.flatten_gradient([g, g]), 2 * g.astype(np.float32))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("library", ["torch", "jax"])
+def test_flat_gradients_of_other_libraries(library, dtype):
+    xp = pytest.importorskip("jax.numpy" if library == "jax" else "torch")
+    half, single = getattr(xp, dtype), xp.float32
+    model = {"a": xp.zeros(3, dtype=half), "b": xp.zeros(2, dtype=half)}
+    flat_model, re = destructure(model)
+    assert flat_model.dtype == half
+    exact = {key: xp.asarray([1 + 2.0**-20] * len(x), dtype=single) for key, x in model.items()}
+    g = re.flatten_gradient(exact)
+    assert g.dtype == single
+    assert g.tolist() == [1 + 2.0**-20] * 5
+    assert re.flatten_gradient(model).dtype == half
+    _, new = update(setup(Descent(1.0), flat_model), flat_model, g)
+    assert new.dtype == half
