@@ -26,13 +26,20 @@ Step = Callable[[], Any]
 
 
 class Run:
-    """A state of Adam and its model, in a file of ours and in one of the package."""
+    """A state of Adam and its model, in a file of ours and in one of the package.
 
-    def __init__(self, model: Any) -> None:
+    Parameters
+    ----------
+    model : tree
+        The model.
+    alone : bool
+        Whether it is saved by itself, as any tree of arrays, without a state.
+    """
+
+    def __init__(self, model: Any, alone: bool = False) -> None:
         self.folder = Path(tempfile.mkdtemp())
         self.ours, self.theirs = self.folder / "ours", self.folder / "theirs"
-        self.model = model
-        self.state = opt.setup(opt.Adam(), model)
+        self.trees = (model,) if alone else (opt.setup(opt.Adam(), model), model)
 
     def steps(self) -> dict[str, Step]:
         """Return what saves and loads; the package's two are missing where it is not installed."""
@@ -52,13 +59,13 @@ class Run:
         return found
 
     def save(self) -> None:
-        save(self.ours, self.state, self.model)
+        save(self.ours, *self.trees)
 
     def load(self) -> Any:
         return load(self.ours)
 
     def load_like(self) -> Any:
-        return load(self.ours, like=(self.state, self.model))
+        return load(self.ours, like=self.trees if len(self.trees) > 1 else self.trees[0])
 
     def save_by(self, package: Any) -> None:
         package.save_file(self.arrays(), self.theirs)
@@ -68,16 +75,18 @@ class Run:
     def arrays(self) -> dict[str, np.ndarray]:
         """Return the same arrays by name."""
         leaves: list[Any] = []
-        opt.fmap(leaves.append, self.state)
-        xs = [*(x for leaf in leaves for x in leaf.state), *opt.trainables(self.model)]
+        for tree in self.trees:
+            opt.fmap(leaves.append, tree)
+        xs = [x for leaf in leaves for x in (leaf.state if isinstance(leaf, opt.Leaf) else [leaf])]
         return {f"{k}": x for k, x in enumerate(xs)}
 
     def remove(self) -> None:
         shutil.rmtree(self.folder)
 
 
-MODELS = {
+MODELS: dict[str, Callable[[], Any]] = {
     "1,000 arrays of 64": lambda: many_arrays(1_000),
+    "20,000 arrays of 64": lambda: many_arrays(20_000),
     "20,000 arrays of 8": lambda: many_arrays(20_000, 8),
     "one array of 3M": lambda: normal(3_000_000),
 }

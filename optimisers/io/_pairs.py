@@ -6,13 +6,15 @@ all. Of any other it makes nothing and says nothing: `_fill` looks again, with p
 
 from __future__ import annotations
 
-from typing import Any, cast
+from collections.abc import Collection
+from typing import Any
 
 import numpy as np
 
 from .._arrays import isnumeric, library_of
 from .._nodes import children, is_node, rebuild
 from .._path import KeyPath
+from .._rule import Rule
 from .._ties import owners
 from ..state import Leaf
 from . import _safetensors as form
@@ -22,8 +24,8 @@ from ._differences import may_replace, signature
 from ._entries import ABSENT, ArrayNode
 from ._revive import supplied
 from ._rule_reader import RuleReader
-from ._saved import kind_of
-from ._tables import INNER, children_of, keys_of
+from ._saved import BY_POSITION, kind_of
+from ._tables import INNER, Said, children_of, keys_of
 
 Tree = Any
 
@@ -36,10 +38,13 @@ class Pairs:
         self._rules = rules
         self._beside: dict[int, Any] = {}
         """By the number of its node, children behind their parents: what stands there."""
+        self._below: dict[int, Said] = {}
+        """The children of a node, in the order of the object beside it."""
         self._arrays: list[Any] = []
         """The parameters, outside of states."""
         self._leaves: set[int] = set()
-        self._tensors: set[int] = set()
+        self._dtypes: dict[str, Any] = {}
+        self._is_taken = bytearray(len(contents.tensors))
         self._alike: set[tuple[int, int]] = set()
 
     def fit(self, root: str, tree: Tree) -> bool:
@@ -53,38 +58,52 @@ class Pairs:
             said = nodes[k]
             kind = said[0]
             beside[k] = x
+            if kind == "leaf":
+                if not isinstance(x, Leaf) or said[2] in beside or not self._fits_leaf(said, x):
+                    return False
+                k, x, is_state = said[2], x.state, True
+                said = nodes[k]
+                kind = said[0]
+                beside[k] = x
             if kind == "array":
                 if not self._fits_array(said, x, is_state):
                     return False
-            elif kind == "leaf":
-                if not isinstance(x, Leaf) or not self._fits_leaf(said, x):
+            elif kind in INNER:
+                found = _values(said, x)
+                if found is None:
                     return False
-                stack.append((said[2], x.state, True))
-            elif kind in INNER and is_node(x) and kind_of(x) == kind:
-                found = children(x)
-                below = children_of(said)
-                if (*found,) != keys_of(said):
-                    theirs = dict(zip(keys_of(said), below, strict=True))
-                    if found.keys() != theirs.keys():
-                        return False
-                    below = tuple([theirs[key] for key in found])
-                for child, value in zip(below, found.values(), strict=True):
-                    if child is not ABSENT:
+                self._below[k] = below = found[0]
+                for child, value in zip(below, found[1], strict=True):
+                    if child is ABSENT:
+                        continue
+                    if nodes[child][0] == "array" and child not in beside:
+                        if not self._fits_array(nodes[child], value, is_state):
+                            return False
+                        beside[child] = value
+                    else:
                         stack.append((child, value, is_state))
             elif not may_replace(x, kind):
                 return False
         return True
 
     def _fits_array(self, said: Any, x: Any, is_state: bool) -> bool:
-        if len(said) != 2 or library_of(type(x)) is None:
+        if len(said) != 2 or self._is_taken[said[1]]:
             return False
-        k = said[1]
-        tensor = self._contents.tensors[k]
-        if tensor[2] != tuple(x.shape) or tensor[1] != form.dtype_name(x.dtype):
+        self._is_taken[said[1]] = 1
+        _, dtype, shape, _, _, _ = self._contents.tensors[said[1]]
+        if type(x) is np.ndarray:
+            if shape != x.shape:
+                return False
+            if x.dtype is not self._dtypes.get(dtype):
+                if dtype != form.dtype_name(x.dtype):
+                    return False
+                self._dtypes[dtype] = x.dtype
+        elif (
+            library_of(type(x)) is None
+            or shape != tuple(x.shape)
+            or dtype != form.dtype_name(x.dtype)
+        ):
             return False
-        if k in self._tensors:
-            return False
-        self._tensors.add(k)
         if not is_state and isnumeric(x):
             self._arrays.append(x)
         return True
@@ -104,15 +123,15 @@ class Pairs:
 
     def are_apart(self) -> bool:
         """Tell whether no two of the parameters given are one."""
-        places = [(KeyPath(), x) for x in self._arrays]
-        return owners(cast(Any, places)) == [*range(len(places))]
+        root = KeyPath()
+        return owners([(root, x) for x in self._arrays]) == [*range(len(self._arrays))]
 
     def filled(self, arrays: ArrayReader, wanted: dict[str, Tree]) -> dict[str, Tree]:
         """Return the trees, made of the objects and the numbers of the file."""
         nodes, made = self._contents.nodes, dict[Any, Any]()
         of_numpy = [k for k, x in self._beside.items() if type(x) is np.ndarray]
         arrays.read_small([nodes[k][1] for k in of_numpy])
-        bases = arrays.bases
+        bases, rules = arrays.bases, dict[int, Rule]()
         made[ABSENT] = ABSENT
         for k, x in reversed(self._beside.items()):
             said = nodes[k]
@@ -123,18 +142,40 @@ class Pairs:
                 else:
                     made[k] = arrays.array(ArrayNode(said[1], None), x)
             elif kind == "leaf":
-                rule, skipped = self._rules.rule(said[1]), said[4] if len(said) == 5 else 0
-                made[k] = Leaf(rule, made[said[2]], said[3], skipped)
+                if said[1] not in rules:
+                    rules[said[1]] = self._rules.rule(said[1])
+                skipped = said[4] if len(said) == 5 else 0
+                made[k] = Leaf(rules[said[1]], made[said[2]], said[3], skipped)
             elif kind == "value":
                 made[k] = said[1]
             elif kind == "left_out":
                 made[k] = x
             else:
-                found, keys = children(x), keys_of(said)
-                below = children_of(said)
-                if (*found,) != keys:
-                    theirs = dict(zip(keys, below, strict=True))
-                    below = tuple([theirs[key] for key in found])
+                below = self._below[k]
                 values = [made[child] for child in below]
-                made[k] = rebuild(x, values if ABSENT not in below else supplied(type(x), values))
+                if kind == "tuple" and type(x) is tuple:
+                    made[k] = tuple(values)
+                else:
+                    is_whole = kind != "named" or ABSENT not in below
+                    made[k] = rebuild(x, values if is_whole else supplied(type(x), values))
         return {root: made[self._contents.roots[root]] for root in wanted}
+
+
+def _values(said: Said, x: Any) -> tuple[Said, Collection[Any]] | None:
+    """Return the children of a node, and beside them those of an object; None if these differ."""
+    kind, cls = said[0], type(x)
+    if kind in BY_POSITION and (cls is tuple or cls is list):
+        return (said[1:], x) if cls.__name__ == kind and len(x) == len(said) - 1 else None
+    if not is_node(x) or kind_of(x) != kind:
+        return None
+    if kind == "named":
+        end = len(said) // 2 + 1
+        return (said[end:], x) if cls._fields == said[2:end] else None
+    found = x if cls is dict else children(x)
+    keys, below = keys_of(said), children_of(said)
+    if (*found,) != keys:
+        theirs = dict(zip(keys, below, strict=True))
+        if found.keys() != theirs.keys():
+            return None
+        below = tuple([theirs[key] for key in found])
+    return below, found.values()

@@ -463,6 +463,15 @@ class _HeaderObjects:
                 if found.keys() == _ENTRY:
                     return _entry(found["dtype"], found["shape"], found["data_offsets"], self.begin)
             else:
+                try:
+                    start, stop = offsets
+                    size, its_tag, its_shape = self._known[(tag, *shape, *map(type, shape))]
+                    is_known = type(shape) is list and type(start) is int and type(stop) is int
+                    if is_known and start >= 0 and stop - start == size:
+                        begin = self.begin
+                        return _new(Entry, (its_tag, its_shape, begin + start, begin + stop))
+                except (KeyError, TypeError, ValueError):
+                    pass
                 return self._entry(tag, shape, offsets)
         self.others += 1
         if self.others > 3:
@@ -477,15 +486,6 @@ class _HeaderObjects:
 
         The classes of the numbers are part of what is known, since True == 1 == 1.0.
         """
-        try:
-            start, stop = offsets
-            size, known_tag, known_shape = self._known[(tag, *shape, *map(type, shape))]
-            is_known = type(shape) is list and type(start) is int and type(stop) is int
-            if is_known and start >= 0 and stop - start == size:
-                at = self.begin + start, self.begin + stop
-                return tuple.__new__(Entry, (known_tag, known_shape, *at))
-        except (KeyError, TypeError, ValueError):
-            pass
         entry = _entry(tag, shape, offsets, self.begin)
         if entry.tag in _BITS and len(self._known) < _MOST_KNOWN:
             kind = (entry.tag, *entry.shape, *map(type, entry.shape))
@@ -493,6 +493,7 @@ class _HeaderObjects:
         return entry
 
 
+_new = tuple.__new__
 _MOST_KNOWN = 1000
 """Pairs of a dtype and a shape that are kept in mind while a header is read."""
 _ENTRY = {"dtype", "shape", "data_offsets"}

@@ -148,7 +148,10 @@ def needed_nodes(nodes: list[Any], roots: list[int]) -> list[int]:
         needed[k] = 1
     for k in range(len(needed) - 1, -1, -1):
         if needed[k] and (said := nodes[k])[0] not in CHILDLESS:
-            for child in children_of(said):
+            if said[0] == "leaf":
+                needed[said[2]] = 1
+                continue
+            for child in said[children_at(said) :]:
                 if child is not ABSENT:
                     needed[child] = 1
     return [k for k, is_needed in enumerate(needed) if is_needed]
