@@ -313,6 +313,8 @@ def _any_complex(model: Tree) -> bool:
 
 def _is_of_autograd(function: Any) -> bool:
     """Tell whether HIPS autograd made the function."""
+    while isinstance(function, functools.partial):
+        function = function.func
     return str(getattr(function, "__globals__", {}).get("__name__")).startswith("autograd.")
 
 

@@ -332,6 +332,11 @@ class _Problem:
             )
         if f.dtype.kind == "c" and x.dtype.kind != "c":
             raise TypeError(f"fun must return a real number; got {f.item()!r}")
+        if x.dtype.kind == "c" and f.dtype.kind != "c":
+            raise TypeError(
+                "fun dropped the imaginary part of x, which complex steps carry the derivative in "
+                f'(it returned {f.item()!r}); finite_diff="3-point" does without'
+            )
         return f.reshape(())[()] if f.dtype.kind in "fc" else np.float64(f.item())
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import sys
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -177,7 +178,7 @@ def test_complex_parameters_go_downhill_where_the_loss_is_of_jax() -> None:
     np.testing.assert_allclose(found.model["z"], COMPLEX, atol=1e-2)
 
 
-@pytest.mark.parametrize("kind", ["transformation", "wrapped", "function", "loss"])
+@pytest.mark.parametrize("kind", ["transformation", "wrapped", "function", "loss", "partial"])
 def test_complex_parameters_go_downhill_by_autograd(kind: str) -> None:
     autograd = pytest.importorskip("autograd")
     anp = autograd.numpy
@@ -193,6 +194,7 @@ def test_complex_parameters_go_downhill_by_autograd(kind: str) -> None:
         "wrapped": (loss, wrapped),
         "function": (loss, autograd.value_and_grad(loss)),
         "loss": (autograd.value_and_grad(loss), None),
+        "partial": (partial(autograd.value_and_grad(lambda scale, m: scale * loss(m), 1), 2), None),
     }
     function, vg = arguments[kind]
     model = {"z": np.array([1 + 2j, 0.5])}

@@ -138,6 +138,20 @@ def test_no_scheme_is_less_precise_than_what_was_asked_for(jac: str) -> None:
     assert direct.nfev == {"2-point": 3, "3-point": 5, "cs": 3}[jac]
 
 
+@pytest.mark.parametrize("drop", [np.real, np.abs, lambda x: x.astype(float)])
+def test_complex_steps_of_a_function_that_drops_them_are_refused(drop: Any) -> None:
+    """It would have the derivative 0 everywhere, and so be at a minimum."""
+
+    def fun(x: Any) -> Any:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return (drop(x) ** 4).sum()
+
+    with pytest.raises(TypeError, match=r'dropped the imaginary part of x.*finite_diff="3-point"'):
+        minimize(fun, [1.0, 2.0], method=ADAM, options={"finite_diff": "cs"})
+    assert minimize(fun, [1.0, 2.0], method=ADAM, options={"maxiter": 9}).nit == 9
+
+
 def test_finite_differences_of_an_unknown_scheme_are_refused() -> None:
     with pytest.raises(ValueError, match='finite_diff must be "2-point", "3-point" or "cs"'):
         minimize(bowl, np.zeros(3), method=ADAM, options={"finite_diff": "5-point"})
