@@ -11,7 +11,7 @@ args ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test coverage docs-test docs docs-serve examples bench asv asv-check lint format types oracles
+.PHONY: help demo test test-all docs-test docs docs-serve examples bench asv asv-check lint format types oracles
 .PHONY: build wheel portable oldest newest reproducible audit clean distclean
 .PHONY: sanitize sanitize-threads attack attack-files fuzz fuzz-guided big
 .PHONY: test-cuda test-gpu bench-gpu
@@ -22,8 +22,13 @@ help: ## show this list
 demo: $(VENV)/demo ## train a network on handwritten digits, over the tree and over the flat vector
 	@$(BIN)/python examples/digits.py $(args)
 
-test: $(VENV)/test ## run the tests
-	@$(BIN)/python -m pytest $(PARALLEL) $(args)
+test: $(VENV)/test ## run the tests, but for those that build the library anew
+	@$(BIN)/python -m pytest $(PARALLEL) -m "not slow" $(args)
+
+test-all: $(VENV)/oracles $(VENV)/test $(VENV)/cuda ## run all tests, beside the libraries we compare with and with CUDA simulated; measure what they reach
+	@$(SIMULATED) -q $(PARALLEL) --cov --cov-report= --cov-fail-under=0 -k "not test_every_rule and not test_chains and not test_special"
+	@$(BIN)/python -m pytest tests/cuda/test_ptx.py -q $(PARALLEL) --cov --cov-append --cov-report= --cov-fail-under=0 -k "three or masters"
+	@$(BIN)/python -m pytest $(PARALLEL) --peers=required --cov --cov-append --cov-report=term $(args)
 
 test-cuda: $(VENV)/test $(VENV)/cuda ## run the tests of CUDA kernels without a GPU: simulated, and compiled
 	@$(SIMULATED) $(PARALLEL) $(args)
@@ -32,11 +37,6 @@ test-cuda: $(VENV)/test $(VENV)/cuda ## run the tests of CUDA kernels without a 
 
 test-gpu: $(VENV)/test ## run the tests of CUDA kernels on a GPU, with the extra cuda12 or cuda13
 	@$(BIN)/python -m pytest $(addprefix tests/cuda/test_,parity.py trees.py page.py gpu.py) $(args)
-
-coverage: $(VENV)/test $(VENV)/cuda ## run the tests and measure what of the Python code they reach
-	@$(SIMULATED) -q $(PARALLEL) --cov --cov-report= --cov-fail-under=0 -k "not test_every_rule and not test_chains and not test_special"
-	@$(BIN)/python -m pytest tests/cuda/test_ptx.py -q $(PARALLEL) --cov --cov-append --cov-report= --cov-fail-under=0 -k "three or masters"
-	@$(BIN)/python -m pytest $(PARALLEL) --cov --cov-append --cov-report=term $(args)
 
 docs-test: $(VENV)/test ## run the examples in the docstrings, in README.md and in docs/
 	@$(BIN)/python -m pytest --doctest-modules --doctest-ignore-import-errors optimisers tests/test_readme.py $(args)

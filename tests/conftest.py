@@ -18,7 +18,7 @@ COUNTS: dict[str, tuple[int, int, str]] = {
     "kills": (100, 2000, "how many saves are killed or interrupted"),
     "interrupts": (40, 400, "how many instructions of a call are interrupted, of its last as many"),
     "forks": (4, 60, "how many times a process forks while something is compiled"),
-    "scenarios": (200, 20_000, "how many models are updated while code of users meddles with them"),
+    "scenarios": (100, 20_000, "how many models are updated while code of users meddles with them"),
     "seconds": (1, 20, "how long the tests of threads go on"),
 }
 """What tests repeat: how often in `make test`, how often in `make attack`, and what it is.

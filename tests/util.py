@@ -248,10 +248,22 @@ def bits(a: Any) -> tuple[Any, ...]:
     for part in (a.real, a.imag) if a.dtype.kind == "c" else (a,):
         flat = part.astype(part.dtype.newbyteorder("=")).reshape(-1)
         flat[flat != flat] = 0
-        # An extended number has bytes that mean nothing, but its digits are unique.
-        digits = [*map(str, flat)] if flat.dtype == np.longdouble else flat.tobytes()
-        content += [digits, (part != part).tobytes()]
+        content += [_digits(flat), (part != part).tobytes()]
     return tuple(content)
+
+
+def _digits(a: np.ndarray) -> bytes:
+    """Return bytes in which no two different numbers agree."""
+    if a.dtype != np.longdouble:
+        return a.tobytes()
+    found = b""  # a wider number has bytes that mean nothing, but its parts in double are unique
+    with np.errstate(invalid="ignore"):
+        part, exponent = np.frexp(a)
+        for _ in range(3):
+            double = part.astype(np.float64)
+            found += double.tobytes()
+            part = part - double
+    return found + exponent.tobytes()
 
 
 def arrays_alone(tree: Tree) -> Tree:
