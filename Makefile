@@ -73,7 +73,7 @@ bench-gpu: $(VENV)/built ## time updates on a GPU, beside a copy and PyTorch's A
 lint: $(VENV)/dev ## check style: ruff, cython-lint
 	@$(BIN)/ruff check
 	@$(BIN)/ruff format --check
-	@PATH="$(CURDIR)/$(BIN):$$PATH" cython-lint optimisers/*.pyx
+	@PATH="$(CURDIR)/$(BIN):$$PATH" cython-lint optimisers/*.pyx optimisers/_cpu/*.pxi
 
 format: $(VENV)/dev ## mend style where ruff can
 	@$(BIN)/ruff check --fix
@@ -181,7 +181,7 @@ optimisers/_steps.pxi: optimisers/rules.py optimisers/_language.py tools/emit_st
 	@$(PYTHON) tools/emit_steps.py $< $@.new
 	@cmp -s $@ $@.new && rm $@.new || mv $@.new $@
 
-$(VENV)/built: $(VENV)/made pyproject.toml setup.py optimisers/_steps.pxi $(wildcard optimisers/*.pyx optimisers/*.h)
+$(VENV)/built: $(VENV)/made pyproject.toml setup.py optimisers/_steps.pxi $(wildcard optimisers/*.pyx optimisers/_cpu/*)
 	@echo "building optimisers, which takes about a minute"
 	@$(PIP) --no-build-isolation --check-build-dependencies --editable .
 	@touch $@
@@ -193,7 +193,7 @@ RACES = $(ALONE) PYTHONPATH=build/thread TSAN_OPTIONS=die_after_fork=0 \
     LD_PRELOAD="$$(gcc -print-file-name=libtsan.so)" \
     $(BIN)/python -m pytest -s -p no:cacheprovider
 
-build/%/built: setup.py $(wildcard optimisers/*.py optimisers/*/*.py optimisers/*.pyx optimisers/*.h) optimisers/_steps.pxi | $(VENV)/test
+build/%/built: setup.py $(wildcard optimisers/*.py optimisers/*/*.py optimisers/*.pyx optimisers/_cpu/*) optimisers/_steps.pxi | $(VENV)/test
 	@echo "building optimisers under -fsanitize=$*"
 	@OPTIMISERS_SANITIZE=$* $(BIN)/python -W ignore setup.py -q build --build-lib build/$* --build-temp build/$*/temp
 	@grep -q "__asan_init\|__tsan_init" build/$*/optimisers/_kernels*.so

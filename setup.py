@@ -28,7 +28,7 @@ from emit_steps import generate
 RULES = Path("optimisers/rules.py")
 STEPS = Path("optimisers/_steps.pxi")
 KERNELS = Path("optimisers/_kernels.pyx")
-HEADERS = [Path(f"optimisers/_{name}.h") for name in ("team", "halves", "environment")]
+PARTS = sorted(path for path in Path("optimisers/_cpu").iterdir() if path.suffix in {".pxi", ".h"})
 DLPACK = Path("optimisers/_dlpack.pyx")
 
 # Equal bits on every instruction set need separate roundings: no contraction to fma, no fast-math.
@@ -77,7 +77,7 @@ elif platform.machine().lower() in {"x86_64", "amd64"} and sys.platform != "win3
     VARIANTS["optimisers._kernels_avx2"] = ["-mavx2", "-mf16c"]
     VARIANTS["optimisers._kernels_avx512"] = ["-march=x86-64-v4", "-mprefer-vector-width=512"]
 
-SOURCES = {name: [str(path) for path in (KERNELS, STEPS, *HEADERS)] for name in VARIANTS}
+SOURCES = {name: [str(path) for path in (KERNELS, STEPS, *PARTS)] for name in VARIANTS}
 SOURCES["optimisers._dlpack"] = [str(DLPACK)]
 
 
@@ -199,7 +199,7 @@ if __name__ == "__main__":
             Extension(
                 name,
                 depends[:1],
-                include_dirs=[np.get_include(), "optimisers"],
+                include_dirs=[np.get_include(), "optimisers/_cpu"],
                 define_macros=[("NPY_NO_DEPRECATED_API", "NPY_2_0_API_VERSION")],
                 depends=[*depends, "setup.py"],
             )

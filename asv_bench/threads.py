@@ -1,7 +1,7 @@
 """Where does a second thread begin to pay? Prints one thread's time over two threads', by size.
 
 In a row, where the second thread is awake, and after pauses, where it has to be woken. The
-crossings give `work_per_thread` and `WAKING` in optimisers/_kernels.pyx: run it when nothing else
+crossings give `work_per_thread` and `WAKING` in optimisers/_cpu: run it when nothing else
 runs.
 
     python asv_bench/threads.py

@@ -181,7 +181,7 @@ def test_every_lock_of_the_library_is_one_that_forks_wait_for() -> None:
     package = Path(optimisers.__file__).parent
     found = [
         file.name
-        for file in package.rglob("*.py*")
-        if file.suffix in (".py", ".pyx") and lock.search(file.read_text("utf-8"))
+        for file in package.rglob("*.p*")
+        if file.suffix in (".py", ".pyx", ".pxi") and lock.search(file.read_text("utf-8"))
     ]
     assert found == ["_fork.py"]

@@ -284,6 +284,8 @@ def test_the_source_archive_holds_all_that_a_build_needs(
         "optimisers/rules.py",
         "optimisers/_kernels.pyx",
         "optimisers/_kernels.pyi",
+        "optimisers/_cpu/batch.pxi",
+        "optimisers/_cpu/team.h",
         "optimisers/py.typed",
         "examples/digits.py",
         "tests/conftest.py",

@@ -54,7 +54,7 @@ def main() -> None:
     out = Path(sys.argv[1])
     out.mkdir(parents=True, exist_ok=True)
     (corrected := out / "corrected.h").write_text(CORRECTED, encoding="utf-8")
-    includes = [sysconfig.get_path("include"), np.get_include(), ROOT / "optimisers"]
+    includes = [sysconfig.get_path("include"), np.get_include(), ROOT / "optimisers" / "_cpu"]
     options = [*(f"-I{path}" for path in includes), "-include", str(corrected)]
     options += ["-DNPY_NO_DEPRECATED_API=NPY_2_0_API_VERSION", "-w", "-O0", "-fno-sanitize=all"]
     for name in EXTENSIONS:

@@ -20,7 +20,7 @@
       wait, and in a virtual machine also if they are asleep.
    e) There is one team in a process, and one job at a time. A thread that comes meanwhile works
       alone. A child that was forked has a new team.
-   f) Members compute in the usual floating-point environment (see _environment.h), whatever that of
+   f) Members compute in the usual floating-point environment (see environment.h), whatever that of
       the thread was that happened to make them.
 
    Needs nothing but Python's threads and locks, and atomic operations on 64 bits. */
@@ -34,7 +34,7 @@
 #include <string.h>
 #include <time.h>
 
-#include "_environment.h"
+#include "environment.h"
 
 #if defined(_MSC_VER) && !defined(__clang__)
 #include <intrin.h>

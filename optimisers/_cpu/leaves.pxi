@@ -1,0 +1,70 @@
+cimport numpy as cnp
+from cpython.ref cimport PyObject, Py_REFCNT
+
+
+cdef class Slots:
+    """Where the leaves of a class keep their attributes: see `slot_offset`."""
+
+    cdef object kind
+    cdef Py_ssize_t frozen
+    cdef Py_ssize_t rule
+    cdef Py_ssize_t state
+
+    def __init__(self, kind):
+        self.kind = kind
+        self.frozen = slot_offset(kind, b"frozen")
+        self.rule = slot_offset(kind, b"rule")
+        self.state = slot_offset(kind, b"state")
+
+
+cdef Slots known_slots = Slots(object)
+
+
+cdef inline Slots slots_of(leaf):
+    global known_slots
+    cdef Slots slots = known_slots
+    if type(leaf) is not slots.kind:
+        known_slots = slots = Slots(type(leaf))
+    return slots
+
+
+cdef inline bint ready(cnp.ndarray a, int kind, bint c_order) noexcept:
+    """Tell whether `a` is plain memory of one type, in the order asked for."""
+    cdef int order = cnp.NPY_ARRAY_C_CONTIGUOUS if c_order else cnp.NPY_ARRAY_F_CONTIGUOUS
+    return (
+        cnp.PyArray_TYPE(a) == kind
+        and cnp.PyArray_CHKFLAGS(a, order | cnp.NPY_ARRAY_ALIGNED)
+        and cnp.PyArray_ISNOTSWAPPED(a)
+    )
+
+
+cdef inline bint is_alone(PyObject* held, Py_ssize_t holders=1) noexcept:
+    """Tell whether nobody holds an object but so many holders that are known."""
+    return Py_REFCNT(<object> held) <= holders
+
+
+cdef inline bint owns(PyObject* array) noexcept:
+    """Tell whether the memory of an array in a tuple is no other array's, so far as that goes.
+
+    One that owns its memory shares it with views alone, and these would hold it as well.
+    """
+    return is_alone(array) and cnp.PyArray_CHKFLAGS(<cnp.ndarray> array, cnp.NPY_ARRAY_OWNDATA)
+
+
+cdef inline bint is_lead(Lead* lead, Stage* stages) noexcept:
+    """Tell whether these stages are those of a lead."""
+    cdef int k
+    for k in range(lead.length):
+        if stages[k].index != lead.steps[k]:
+            return False
+    return True
+
+
+cdef inline bint same_shape(cnp.ndarray a, cnp.ndarray b) noexcept:
+    cdef int k
+    if cnp.PyArray_NDIM(a) != cnp.PyArray_NDIM(b):
+        return False
+    for k in range(cnp.PyArray_NDIM(a)):
+        if cnp.PyArray_DIM(a, k) != cnp.PyArray_DIM(b, k):
+            return False
+    return True

@@ -1,0 +1,54 @@
+cdef enum:
+    MAX_STEPS = 256
+    MAX_LEADS = 8
+    LONGEST_LEAD = 2
+
+cdef struct StepInfo:
+    int index               # in the table; -1 for one that was compiled late
+    int slots
+    int coefs
+    Step run[2]             # for float and for double
+    Step finish[2]          # the same, which subtracts too: x comes and goes in place of dx
+    Step led[MAX_LEADS][2]  # the same, with the steps of a lead ahead of it; or NULL
+
+cdef struct Lead:           # steps without slots
+    int length
+    int steps[LONGEST_LEAD]     # which of the table
+
+cdef StepInfo step_table[MAX_STEPS]
+cdef Lead leads[MAX_LEADS]
+cdef int leads_known = 0
+max_slots = MAX_SLOTS
+step_index = {}
+"""Where the step of each class of rules.py stands in the table, by the name of the class."""
+
+cdef int add_step(str name, int slots, int coefs, Step single, Step double_,
+                  Step single_finish, Step double_finish) except -1:
+    cdef int k = len(step_index)
+    if k == MAX_STEPS or slots > MAX_SLOTS:
+        raise ImportError(f"no room for the step of {name}")
+    step_table[k].index = k
+    step_table[k].slots = slots
+    step_table[k].coefs = coefs
+    step_table[k].run[0] = single
+    step_table[k].run[1] = double_
+    step_table[k].finish[0] = single_finish
+    step_table[k].finish[1] = double_finish
+    step_index[name] = k
+    return 0
+
+cdef int add_lead(tuple names) except -1:
+    """Add a lead, for the steps that `add_led` adds next."""
+    global leads_known
+    if leads_known == MAX_LEADS or len(names) > LONGEST_LEAD:
+        raise ImportError(f"no room for {names} ahead of a step")
+    leads[leads_known].length = len(names)
+    for k, name in enumerate(names):
+        leads[leads_known].steps[k] = step_index[name]
+    leads_known += 1
+    return 0
+
+cdef int add_led(str name, Step single, Step double_) except -1:
+    cdef Step* led = step_table[<int> step_index[name]].led[leads_known - 1]
+    led[0], led[1] = single, double_
+    return 0
