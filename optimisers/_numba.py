@@ -1,8 +1,8 @@
 """A rule's step as machine code, made by Numba while the program runs.
 
 a) `rebound` gives a step other globals: for each word of the language a function of single numbers,
-   with the values that the word has on arrays and in `_cpu/words.pxi`. So the function that the user
-   wrote is compiled as it stands.
+   with the values that the word has on arrays and in `_cpu/words.pxi`. So the function that the
+   user wrote is compiled as it stands.
 b) `block_step` compiles it into a loop of the signature that the kernels call. Numba neither fuses
    multiplications with additions nor reorders anything unless told so: the bits are those of the
    array code.

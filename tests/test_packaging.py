@@ -34,14 +34,14 @@ FLOORS = [
     {"words", "_language", "_numba", "_nodes", "_torch", "_device", "io._safetensors"}
     | {"_construct", "_kernels", "_kernels_avx2", "_kernels_avx512"},
     {"_rule", "_tree", "_device_words"},
-    {"_device_text", "_untrained"},
+    {"_device_text", "_untrained", "_mixups"},
     {"_cuda", "_device_plans"},
     {"_device_batch"},
     {"rules", "_pytree", "_ties", "_lockstep"},
     {"compose"},
     {"_arraypath"},
     {"_engine"},
-    {"state", "destructure"},
+    {"state", "destructure", "_groups"},
     {"_info", "minimise", "optax", "scipy", "torch", "io._saved"},
     {"io._encoder", "io._entries"},
     {"io._tables"},
@@ -58,6 +58,8 @@ FLOORS = [
     {"__init__"},
     {"__main__"},
 ]
+ASKED_LATE = {"_mixups"}
+"""Asked, from any floor, once something is refused, so that it may look at everything."""
 FLOOR = {module: number for number, floor in enumerate(FLOORS) for module in floor}
 SOURCES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path
@@ -80,8 +82,10 @@ def walk_what_runs(node: ast.AST) -> Iterator[ast.AST]:
 
 def imported(source: str, package: str = "optimisers") -> set[str]:
     """Return the modules of the library that `source`, of this package, imports, now or later."""
+    tree = ast.parse(source)
+    now = set(tree.body)
     found: set[str] = set()
-    for node in walk_what_runs(ast.parse(source)):
+    for node in walk_what_runs(tree):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -95,7 +99,7 @@ def imported(source: str, package: str = "optimisers") -> set[str]:
             top, _, module = name.partition(".")
             while top == "optimisers" and module not in FLOOR and "." in module:
                 module = module.rpartition(".")[0]
-            if top == "optimisers":
+            if top == "optimisers" and (node in now or module.split(".")[0] not in ASKED_LATE):
                 found.add(module if module in FLOOR else "__init__")
     return found
 
@@ -113,6 +117,8 @@ def imported(source: str, package: str = "optimisers") -> set[str]:
         ("import optimisers.io._atomic", {"io._atomic"}),
         ("def later():\n    from .state import Leaf", {"state"}),
         ("if TYPE_CHECKING:\n    from .state import Leaf", set()),
+        ("from ._mixups import for_model", {"_mixups"}),
+        ("def refuse():\n    from ._mixups import for_model", set()),
         ("import numpy", set()),
     ],
 )
