@@ -105,7 +105,10 @@ def _jax_gradient(g: Any, x: Array, wanted: str, where: Callable[[], str]) -> Ar
         )
     if not kind.startswith(("bool", "int", "uint", "float", "bfloat", "complex")):
         raise TypeError(f"gradient at {where()}: {wanted}, got dtype {a.dtype}")
-    return for_step(x, a) if is_jax(a) else xp.asarray(for_step(x, _as_numpy(a)))
+    if is_jax(a):
+        return for_step(x, a)
+    a = _torch.as_numpy(a, where) if _torch.is_tensor(a) else _as_numpy(a)
+    return xp.asarray(for_step(x, a))
 
 
 def _is_symbolic_zero(g: Any) -> bool:

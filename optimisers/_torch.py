@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from ._arrays import is_narrow, maywrite
+from ._arrays import dtype_name, is_narrow, maywrite
 from ._dlpack import Viewer
 
 Tensor = Any
@@ -219,18 +219,37 @@ def state_like(old: Any, new: Any, x: Tensor) -> Any:
 def _tensor(a: Any, x: Tensor) -> Tensor:
     if not isinstance(a, np.ndarray):
         return a
-    torch: Any = sys.modules["torch"]
     seen = view(x)
     axes = None if seen is None or a.ndim != seen.ndim else _axes(seen)
     if axes is not None:
         a = a.transpose(np.argsort(axes))
-    return _from_numpy(torch, a)
+    return from_numpy(a)
 
 
-def _from_numpy(torch: Any, a: np.ndarray) -> Tensor:
-    if a.dtype == _bfloat16():
-        return torch.from_numpy(a.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(a)
+def from_numpy(a: np.ndarray) -> Tensor:
+    """Return an array of NumPy as a tensor over the same memory, if PyTorch knows its dtype.
+
+    Narrow numbers that it does not know become float32.
+    """
+    torch: Any = sys.modules["torch"]
+    if not is_narrow(a) or a.dtype == np.float16:
+        return torch.from_numpy(a)
+    known = getattr(torch, dtype_name(a.dtype), None)
+    if known is None:
+        return torch.from_numpy(a.astype(np.float32))
+    return torch.from_numpy(a.view(f"i{a.itemsize}")).view(known)
+
+
+def to_numpy(x: Tensor) -> np.ndarray:
+    """Return a strided tensor on the host as an array; numbers that NumPy lacks in float32."""
+    torch: Any = sys.modules["torch"]
+    x = x.detach().resolve_conj().resolve_neg()
+    if is_narrow(x) and x.dtype is not torch.float16:
+        x = x.float()
+    elif x.dtype is torch.complex32:
+        x = x.to(torch.complex64)
+    array: np.ndarray = x.numpy()
+    return array
 
 
 def fresh(x: Tensor) -> Tensor:
@@ -261,8 +280,7 @@ def can_hold(x: Tensor, new: Any) -> bool:
 
 def writing(x: Tensor, new: Any) -> tuple[Any, Tensor]:
     """Return the call that writes into a tensor, also one that requires a gradient."""
-    torch: Any = sys.modules["torch"]
-    new = new if is_tensor(new) else _from_numpy(torch, np.array(new))
+    new = new if is_tensor(new) else from_numpy(np.array(new))
     return x.detach().copy_, new.detach()
 
 
@@ -339,12 +357,12 @@ def gradient(g: Any, x: Tensor, where: Callable[[], str]) -> Tensor:
 
     if not is_tensor(g):
         a = np.asarray(g)
-        if a.dtype.kind not in "biufc" and a.dtype != _bfloat16():
+        if a.dtype.kind not in "biufc" and not is_narrow(a):
             raise TypeError(f"{wanted()}, got dtype {a.dtype}")
         plain = np.array(a, a.dtype.newbyteorder("="), order="C")
         if plain.dtype == np.longdouble and plain.dtype != np.float64:
             plain = plain.astype(np.float64)
-        g = _from_numpy(torch, plain).to(x.device)
+        g = from_numpy(plain).to(x.device)
     if is_given_back(g):
         raise ValueError(_GIVEN_BACK.format(what="gradient", where=where()))
     if g.layout is not torch.strided:
@@ -379,6 +397,4 @@ def as_numpy(g: Tensor, where: Callable[[], str]) -> np.ndarray:
         )
     if is_given_back(g):
         raise ValueError(_GIVEN_BACK.format(what="gradient", where=where()))
-    g = g.detach().resolve_conj().resolve_neg()
-    array: np.ndarray = (g.float() if g.dtype is torch.bfloat16 else g).numpy()
-    return array
+    return to_numpy(g)

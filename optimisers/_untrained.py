@@ -21,7 +21,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from ._arrays import dtype_name, isnumeric, library_of
+from ._arrays import dtype_name, is_narrow, isnumeric, library_of
 from ._jax import is_tracer
 from ._nodes import is_node, kind_of, trainable_keys
 from ._path import KeyPath
@@ -299,6 +299,7 @@ def _is_something(g: Any) -> bool:
     try:
         if library == "torch":
             g = g if g.layout is sys.modules["torch"].strided else g.to_dense()
+            g = g.float() if is_narrow(g) else g  # PyTorch counts no zeros in 8 bits
         elif library != "cupy" and not hasattr(g, "count_nonzero"):
             return _is_nonzero(np.asarray(g))
         return bool(g.count_nonzero() if hasattr(g, "count_nonzero") else (g != 0).any())

@@ -653,7 +653,9 @@ class Restructure(Generic[Model]):
         for piece, p in zip(pieces, self._parameters, strict=True):
             part = xp.zeros(p.shape, dtype=dtype, **place) if piece is None else piece
             if isinstance(part, np.ndarray) and not xp.__name__.startswith("autograd"):
-                part = xp.asarray(part, **place)
+                part = (
+                    _torch.from_numpy(np.array(part)).to(**place) if place else xp.asarray(part)
+                )
             parts.append(_cast(xp.reshape(part, (-1,)), dtype, False))
         concatenate = getattr(xp, "concatenate", None) or xp.concat
         return concatenate(parts)
@@ -880,7 +882,7 @@ def _numpy(x: Any) -> np.ndarray:
     if not _is_torch(x):
         return np.asarray(x)
     seen = _torch.view(x.detach())  # also of bfloat16
-    return np.asarray(x.detach()) if seen is None else seen
+    return _torch.to_numpy(x) if seen is None else seen
 
 
 def _gradient(g: Any, blank: np.ndarray, where: Callable[[], str], traced: bool) -> Any:

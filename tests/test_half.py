@@ -25,6 +25,7 @@ from optimisers import (
     WeightDecay,
     _engine,
     _rule,
+    destructure,
     setup,
     update,
     update_,
@@ -414,3 +415,59 @@ def test_a_users_state_keeps_its_dtype_and_its_arrays(dtype, shape, call):
     assert (type(new_largest), new_largest.dtype, new_largest.shape) == (np.ndarray, dtype, shape)
     assert (new_mean is mean) == (new_largest is largest) == (call is update_)
     assert (new_largest.astype(float) == 0.5).all()
+
+
+def made_by(library, name, values):
+    """Return an array of a narrow dtype."""
+    if library == "numpy":
+        return np.array(values).astype(getattr(ml_dtypes, name, name))
+    if library == "jax":
+        jnp = pytest.importorskip("jax").numpy
+        return jnp.array(values).astype(getattr(jnp, name))
+    torch = pytest.importorskip("torch")
+    return torch.tensor(values).to(getattr(torch, name))
+
+
+def numbers_of(x):
+    return (np.asarray(x.float()) if hasattr(x, "detach") else np.asarray(x)).tolist()
+
+
+LIBRARIES = "numpy", "jax", "torch"
+NAMES = "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("other", LIBRARIES)
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_gradients_of_another_library_and_narrow_dtype(library, other, name):
+    g = made_by(other, name, [2.0, 4.0])
+    for own in "float32", "float16", "bfloat16":
+        model = {"w": made_by(library, own, [1.0, 2.0])}
+        for rule in Descent(0.25), MixedPrecision(Descent(0.25)):
+            _, new = update(setup(rule, model), model, {"w": g})
+            assert numbers_of(new["w"]) == [0.5, 1]
+            assert (type(new["w"]), new["w"].dtype) == (type(model["w"]), model["w"].dtype)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("other", LIBRARIES)
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+def test_the_flat_vector_and_narrow_dtypes_of_another_library(library, other, name):
+    model = {"a": made_by(library, name, [1.0, 2.0]), "b": made_by(library, name, [3.0])}
+    _, re = destructure(model)
+    g = {"a": made_by(other, name, [2.0, 4.0]), "b": made_by(other, "float16", [1.0])}
+    assert numbers_of(re.flatten_gradient(g)) == [2, 4, 1]
+    v = made_by(other, name, [4.0, 5.0, 6.0])
+    assert numbers_of(re(v)["a"]) == [4, 5]
+    re.copy_into_(model, v)
+    assert numbers_of(model["b"]) == [6]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("other", LIBRARIES)
+def test_narrow_gradients_of_what_is_not_trained(other, name):
+    model = {"w": np.ones(2), "b": 1.0}
+    state = setup(Descent(), model)
+    with pytest.raises(TypeError, match=r"\['b'\]"):
+        update(state, model, {"b": made_by(other, name, 2.0)})
+    update(state, model, {"b": made_by(other, name, 0.0)})
