@@ -28,7 +28,7 @@ from ._arrays import is_immutable, isnumeric, plain, refuse_masked_parameter
 from ._nodes import trainable_keys
 from ._path import KeyPath
 from ._tree import fold
-from ._untrained import is_unknown_array
+from ._untrained import seems_to_train
 
 Array = Any
 Tree = Any
@@ -94,7 +94,7 @@ def trainables(model: Tree, path: bool = False) -> list[Any]:
 def parameters(model: Tree, unknown: list[Place] | None = None) -> tuple[list[Place], list[int]]:
     """Return every place of a trainable array, and for each the first that it is tied to.
 
-    To `unknown` are added the places of arrays that would train if their library were known.
+    To `unknown` are added the places of what is no parameter, but seems to be one.
     """
     places: list[Place] = []
 
@@ -102,7 +102,7 @@ def parameters(model: Tree, unknown: list[Place] | None = None) -> tuple[list[Pl
         if isnumeric(x):
             refuse_masked_parameter(x, lambda: path)
             places.append((path, x))
-        elif unknown is not None and is_unknown_array(x):
+        elif unknown is not None and seems_to_train(x):
             unknown.append((path, x))
 
     fold(model, leaf, lambda path, x, results: None, keys=trainable_keys)

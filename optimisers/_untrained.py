@@ -32,9 +32,9 @@ __all__ = [
     "holds_lost",
     "is_configuration",
     "is_lost",
-    "is_unknown_array",
     "lost",
     "refuse_no_tree",
+    "seems_to_train",
     "tell",
 ]
 
@@ -75,7 +75,7 @@ def tell(model: Tree, trains: bool, unknown: Sequence[Place]) -> None:
     trains : bool
         Whether it has a parameter.
     unknown : sequence of (KeyPath, array)
-        The arrays in it of which `is_unknown_array` is true.
+        What is in it of which `seems_to_train` is true.
 
     Warns
     -----
@@ -100,6 +100,14 @@ def _refuse_ours(model: Tree) -> None:
         raise TypeError(
             f"nothing to train: {short(model)} is a state tree, in the place of the model"
         )
+
+
+def seems_to_train(x: Any) -> bool:
+    """Tell whether somebody who puts `x`, which is no parameter, into a model will think it trains.
+
+    An array of floating numbers, or a module of PyTorch with parameters.
+    """
+    return is_unknown_array(x) or (_is_torch_module(x) and any(True for _ in x.parameters()))
 
 
 def is_unknown_array(x: Any) -> bool:
@@ -139,7 +147,7 @@ def _is_floating(dtype: Any) -> bool:
 def _why_nothing(model: Tree) -> str:
     places = _entered(model)
     if places:
-        return _places_text(sorted(places, key=lambda place: not is_unknown_array(place[1])))
+        return _places_text(sorted(places, key=lambda place: not seems_to_train(place[1])))
     if _is_left_out(model):
         return f"`trainable` leaves out all that the {type(model).__name__} has"
     return f"the {type(model).__name__} has nothing in it"

@@ -653,9 +653,7 @@ class Restructure(Generic[Model]):
         for piece, p in zip(pieces, self._parameters, strict=True):
             part = xp.zeros(p.shape, dtype=dtype, **place) if piece is None else piece
             if isinstance(part, np.ndarray) and not xp.__name__.startswith("autograd"):
-                part = (
-                    _torch.from_numpy(np.array(part)).to(**place) if place else xp.asarray(part)
-                )
+                part = _torch.from_numpy(np.array(part)).to(**place) if place else xp.asarray(part)
             parts.append(_cast(xp.reshape(part, (-1,)), dtype, False))
         concatenate = getattr(xp, "concatenate", None) or xp.concat
         return concatenate(parts)

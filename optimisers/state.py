@@ -173,8 +173,9 @@ def setup(rule: Rule, model: Tree) -> Tree:
     Warns
     -----
     UserWarning
-        If there is no parameter in the model, or an array of floating numbers that is none, since
-        its library is not known. The message says what is there and what to write.
+        If there is no parameter in the model, or in it an array of floating numbers that is none,
+        since its library is not known, or a module of PyTorch. The message says what is there and
+        what to write.
 
     Notes
     -----

@@ -211,7 +211,9 @@ def test_modules_of_pytorch_are_refused(taker):
     assert not call(taker, {name: p.detach() for name, p in module.named_parameters()})
     if taker is setup:
         assert not call(taker, dict(module.named_parameters()))
-    warned(call(taker, {"net": module}), "['net']", "named_parameters")
+    for beside in {}, {"w": np.ones(2)}:
+        warned(call(taker, {**beside, "net": module}), "['net']", "named_parameters")
+    assert not call(taker, {"w": np.ones(2), "act": torch.nn.ReLU()})
 
 
 # --- gradients of what is not trained --------------------------------------------------------
