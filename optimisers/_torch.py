@@ -69,8 +69,10 @@ def is_given_back(x: Any) -> bool:
     torch: Any = sys.modules["torch"]
     if x.layout is not torch.strided or x.is_meta or not x.numel():
         return False
+    if hasattr(x, "__tensor_flatten__"):  # as of DTensor: its numbers are in other tensors
+        return any(is_given_back(getattr(x, name)) for name in x.__tensor_flatten__()[0])
     try:
-        return not x.data_ptr()
+        return not x.data_ptr() and not x.untyped_storage().nbytes()
     except RuntimeError:  # a tensor that is being traced or transformed
         return False
 

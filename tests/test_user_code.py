@@ -459,6 +459,53 @@ def test_flat_vectors_of_tensors_without_memory():
             call()
 
 
+def shell_of(inner):
+    """Return a tensor whose numbers are in another one, as those of DTensor: its address is 0."""
+    torch = sys.modules["torch"]
+
+    class Shell(torch.Tensor):
+        def __tensor_flatten__(self):
+            return ["inner"], None
+
+        @classmethod
+        def __torch_dispatch__(cls, op, types, args=(), kwargs=None):
+            opened = torch.utils._pytree.tree_map_only(Shell, lambda shell: shell.inner, args)
+            out = op(*opened, **(kwargs or {}))
+            if op is torch.ops.aten.detach.default:
+                return enclose(out)
+            return args[0] if op._schema.is_mutable else out
+
+    def enclose(tensor):
+        shell = torch.Tensor._make_wrapper_subclass(Shell, tensor.shape, dtype=tensor.dtype)
+        shell.inner = tensor
+        return shell
+
+    return enclose(inner)
+
+
+def test_tensors_whose_numbers_are_in_another_tensor():
+    torch = pytest.importorskip("torch")
+    inner = torch.ones(3)
+    x = shell_of(inner)
+    assert x.data_ptr() == 0
+    state = setup(Momentum(0.5), {"w": x})
+    update_(state, {"w": x}, {"w": torch.ones(3)})
+    assert torch.equal(inner, torch.full((3,), 0.5))
+    inner.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match=r"parameter at \['w'\].* was given back"):
+        update_(state, {"w": x}, {"w": torch.ones(3)})
+
+
+def test_gradients_that_are_zero_without_memory():
+    torch = pytest.importorskip("torch")
+    x, zero = torch.ones(3), torch._efficientzerotensor((3,))
+    assert zero.data_ptr() == 0
+    state = setup(Momentum(0.5), {"w": x})
+    update_(state, {"w": x}, {"w": torch.ones(3)})
+    update_(state, {"w": x}, {"w": zero})
+    assert torch.allclose(x, torch.full((3,), 0.5 - 0.45))
+
+
 @parametrize("shape", [(), (0,), (2, 0)])
 @BOTH
 def test_tensors_without_axes_or_without_numbers(call, shape):
