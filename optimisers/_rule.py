@@ -17,7 +17,7 @@ from typing import Annotated, Any, ClassVar, NamedTuple, Self
 import numpy as np
 
 from . import _device, _jax, _torch
-from ._arrays import is_narrow, isnumeric, library_of
+from ._arrays import dtype_name, is_narrow, isnumeric, library_of
 from ._construct import refuse, takes
 from ._jax import (
     Maybe,
@@ -708,6 +708,11 @@ def read_only(x: Any) -> Any:
 
 def full_like(x: Any, value: float) -> Any:
     """Return an array of the shape, dtype and device of `x`, in native byte order."""
+    if dtype_name(x.dtype) == "float8_e8m0fnu":
+        raise TypeError(
+            "float8_e8m0fnu has no zero, from which what a rule keeps could start; "
+            "MixedPrecision(rule) keeps it in float32"
+        )
     if isinstance(x, np.ndarray):
         if not is_tracer(value):
             return np.full_like(x, value, dtype=x.dtype.newbyteorder("="), subok=False)

@@ -471,3 +471,12 @@ def test_narrow_gradients_of_what_is_not_trained(other, name):
     with pytest.raises(TypeError, match=r"\['b'\]"):
         update(state, model, {"b": made_by(other, name, 2.0)})
     update(state, model, {"b": made_by(other, name, 0.0)})
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_a_dtype_without_zero_is_refused(library):
+    x = made_by(library, "float8_e8m0fnu", [1.0, 2.0])
+    with pytest.raises(TypeError, match=r"\['w'\].*has no zero.*MixedPrecision"):
+        setup(OptimiserChain(ClipNorm(), Adam()), {"w": x})
+    state = setup(MixedPrecision(Adam()), x)
+    assert numbers_of(update(state, x, made_by(library, "float16", [0.0, 0.0]))[1]) == [1, 2]
