@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import inspect
 import math
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar, cast
 
@@ -102,6 +103,15 @@ def explained(hint: Callable[[str], str]) -> Callable[[Function], Function]:
         return cast("Function", call)
 
     return decorate
+
+
+def no_name(module: str, name: str) -> Exception:
+    """Return what the `__getattr__` of a module of this package raises."""
+    if name[0] == "_":  # asked for by Python itself
+        return AttributeError(f"module {module!r} has no attribute {name!r}")
+    from . import _names
+
+    return _names.missing_in(module, name, sys._getframe(2))
 
 
 def _explain_freezing(cls: type) -> None:

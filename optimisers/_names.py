@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import re
+import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from difflib import get_close_matches
 from opcode import opmap
@@ -157,13 +158,25 @@ def _plain(text: str) -> str:
 # --- names of the module ---------------------------------------------------------------------
 
 
-def missing(module: str, name: str, public: Collection[str], asks: FrameType) -> Exception:
-    """Return what to raise where the code of a frame asks a module for a name it does not have."""
-    hint = of_module(name, public)
+def missing(
+    module: str, name: str, public: Collection[str], asks: FrameType, within: str = ""
+) -> Exception:
+    """Return what to raise where the code of a frame asks a module for a name it does not have.
+
+    The names are those of the module, or `within` another.
+    """
+    hint = f"it is {within}{name}" if within and name in public else of_module(name, public)
     said = hint and f"; {hint}"
     if asks.f_code.co_code[asks.f_lasti] == opmap["IMPORT_FROM"]:  # would drop the other's text
         return ImportError(f"cannot import name {name!r} from {module!r}{said}", name=module)
     return AttributeError(f"module {module!r} has no attribute {name!r}{said}")
+
+
+def missing_in(module: str, name: str, asks: FrameType) -> Exception:
+    """Return what `missing` does, for a module of this package that is asked for any name."""
+    package = sys.modules[module.partition(".")[0]]
+    public = dir(package)
+    return missing(module, name, public, asks, f"{package.__name__}.")
 
 
 def of_module(name: str, public: Collection[str]) -> str:

@@ -28,7 +28,7 @@ from ._arrays import is_immutable, isnumeric, plain, refuse_masked_parameter
 from ._nodes import trainable_keys
 from ._path import KeyPath
 from ._tree import fold
-from ._untrained import seems_to_train
+from ._untrained import refuse_ours, seems_to_train
 
 Array = Any
 Tree = Any
@@ -87,6 +87,8 @@ def trainables(model: Tree, path: bool = False) -> list[Any]:
     8
     """
     places, owner = parameters(model)
+    if not places:
+        refuse_ours(model)
     found = [place for k, place in enumerate(places) if owner[k] == k]
     return found if path else [x for _, x in found]
 

@@ -34,6 +34,7 @@ __all__ = [
     "is_lost",
     "lost",
     "refuse_no_tree",
+    "refuse_ours",
     "seems_to_train",
     "tell",
 ]
@@ -83,14 +84,20 @@ def tell(model: Tree, trains: bool, unknown: Sequence[Place]) -> None:
         Once, at the line outside of this library, with paths, what is there, and what to write.
     """
     if not trains:
-        _refuse_ours(model)
+        refuse_ours(model)
         warn_caller(f"nothing to train: {_why_nothing(model)}")
     elif unknown:
         warn_caller(f"not trained: {_places_text(unknown)}")
 
 
-def _refuse_ours(model: Tree) -> None:
-    """Raise for a rule or a state tree, out of which nobody makes parameters."""
+def refuse_ours(model: Tree) -> None:
+    """Raise for a rule or a state tree, out of which nobody makes parameters.
+
+    Raises
+    ------
+    TypeError
+        Which says what the model is.
+    """
     from ._mixups import holds_leaf
     from ._rule import Rule
 

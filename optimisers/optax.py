@@ -16,11 +16,12 @@ from __future__ import annotations
 import contextlib
 import functools
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from ._arraypath import checked_gradient
+from ._construct import no_name
 from ._jax import Maybe, double, is_tracer
 from ._rule import Rule, applied, as_like, for_step, moved, started
 from ._text import short, warn_caller
@@ -337,3 +338,9 @@ def _as_jax(x: Array) -> Array:
         "from_optax computes with JAX: parameters are JAX arrays, or NumPy arrays of a dtype that "
         f"JAX has; got {type(x).__module__}.{type(x).__name__} ({dtype})"
     )
+
+
+if not TYPE_CHECKING:  # type checkers know what there is
+
+    def __getattr__(name):
+        raise no_name(__name__, name)

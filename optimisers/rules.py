@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
+from ._construct import no_name
 from ._rule import (
     Count,
     Decay,
@@ -1194,3 +1195,9 @@ class _Release(ElementwiseRule):
         (sum,) = state
         (n,) = coefs
         return (sum + dx) / n, (zeros_like(sum),)
+
+
+if not TYPE_CHECKING:  # type checkers know what there is
+
+    def __getattr__(name):
+        raise no_name(__name__, name)

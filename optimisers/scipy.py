@@ -14,12 +14,12 @@ import inspect
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ._arrays import refuse_masked
-from ._construct import explained
+from ._construct import explained, no_name
 from ._rule import Rule
 from ._text import short
 from .state import setup, update_
@@ -397,3 +397,9 @@ def _display(result: Any) -> None:
     print(f"         Iterations: {result.nit:d}")
     print(f"         Function evaluations: {result.nfev:d}")
     print(f"         Gradient evaluations: {result.njev:d}")
+
+
+if not TYPE_CHECKING:  # type checkers know what there is
+
+    def __getattr__(name):
+        raise no_name(__name__, name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 try:
     import torch
@@ -15,7 +15,7 @@ except ImportError as error:  # pragma: no cover
 from . import _engine, _groups, _names
 from ._arraypath import Call
 from ._arrays import maywrite
-from ._construct import explained
+from ._construct import explained, no_name
 from ._rule import Rule, class_names
 from ._text import plain, warn_caller
 from .compose import MixedPrecision, OptimiserChain
@@ -571,3 +571,9 @@ def _as_tensors(kept: dict[str, Any], like: dict[str, Any]) -> dict[str, Any]:
 
 def _listed(names: Any) -> str:
     return ", ".join(map(repr, names)) or "nothing"
+
+
+if not TYPE_CHECKING:  # type checkers know what there is
+
+    def __getattr__(name):
+        raise no_name(__name__, name)

@@ -100,7 +100,7 @@ def test_states_and_models_in_the_wrong_order():
         assert "that is a rule" in said(call, s, Adam(), m, error=ValueError)
 
 
-@parametrize("taker", [lambda m: setup(Adam(), m), opt.destructure])
+@parametrize("taker", [lambda m: setup(Adam(), m), opt.destructure, opt.trainables])
 def test_a_rule_or_a_state_for_a_model(taker):
     assert "Adam(" in said(taker, Adam())
     assert "is a state tree, in the place of the model" in said(taker, setup(Adam(), model()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import importlib
 import importlib.util
 import inspect
 import pickle
@@ -295,6 +296,24 @@ def test_an_import_of_a_foreign_name_is_answered_too():
 
     assert "SGD is Descent here" in message(imports, ImportError)
     assert getattr(opt, "SGD", None) is None
+
+
+@parametrize("module", ["torch", "optax", "scipy", "io", "rules"])
+def test_modules_are_asked_for_names_of_others_too(module):
+    if module in ("torch", "optax", "scipy"):
+        pytest.importorskip(module)
+    found = importlib.import_module(f"optimisers.{module}")
+    for name, hint in (
+        ("SGD", "SGD is Descent here"),
+        ("freeze_", "it is optimisers.freeze_"),
+        ("Nadm", "the nearest name is NAdam"),
+    ):
+        text = message(lambda n=name: getattr(found, n), AttributeError)
+        assert text.startswith(f"module 'optimisers.{module}' has no attribute {name!r}; {hint}")
+        with pytest.raises(ImportError, match=f"cannot import name {name!r}.*; {hint}"):
+            exec(f"from optimisers.{module} import {name}", {})
+    assert "; " not in message(lambda: found._SGD, AttributeError)
+    assert not hasattr(found, "__path__") or module == "io"
 
 
 def test_an_unknown_name_gets_no_guess():

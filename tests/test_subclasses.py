@@ -15,6 +15,7 @@ from optimisers import (
     MixedPrecision,
     Momentum,
     destructure,
+    freeze_,
     minimize,
     setup,
     trainables,
@@ -201,6 +202,25 @@ def test_masked_parameters_are_refused():
         with pytest.raises(TypeError, match=r"\['b'\]\[0\].*masked.*filled\(0\)"):
             call()
     assert snapshot([state, model]) == before
+
+
+@BOTH
+@parametrize("none", [None, ()])
+def test_a_masked_parameter_without_a_gradient_is_refused(call, none):
+    state = setup(Momentum(), {"a": np.ones(2), "b": np.ones(3)})
+    model = {"a": np.ones(2), "b": masked(3)}
+    before = snapshot([state, model])
+    for grad in ({"a": np.ones(2), "b": none}, {"b": none}, {"a": np.ones(2)}, None):
+        with pytest.raises(TypeError, match=r"\['b'\].*masked"):
+            call(state, model, grad)
+    one = setup(Momentum(), np.ones(3))
+    with pytest.raises(TypeError, match="masked"):
+        call(one, model["b"], none)
+    assert snapshot([state, model]) == before
+    freeze_(state["b"])  # what is not looked at may be anything
+    for grad in ({"a": np.ones(2), "b": none}, {"a": np.ones(2), "b": np.ones(3)}):
+        state, model = call(state, model, grad)
+    assert not np.array_equal(model["a"], np.ones(2))
 
 
 @pytest.mark.parametrize("grad", [None, np.ones(3)])

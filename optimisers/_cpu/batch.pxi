@@ -106,7 +106,8 @@ cdef class Batch:
     def gather(self, list leaves, list xs, list gs, lower, bint at_once=False):
         """Take every leaf that the kernels can update; return the places of the others.
 
-        Places without a gradient and frozen leaves are neither taken nor returned. `lower` turns
+        Places without a gradient and frozen leaves are neither taken nor returned, except for
+        arrays of a subclass of ndarray without a gradient, which are returned. `lower` turns
         a rule into a plan, or None. If there are no others, and `at_once` says so, the batch runs,
         unless places clash.
         """
@@ -120,7 +121,12 @@ cdef class Batch:
             leaf, x, g = leaves[place], xs[place], gs[place]
             if type(leaf) is not slots.kind:
                 slots = slots_of(leaf)
-            if g is None or self.is_frozen(leaf, slots):
+            if g is None:
+                if cnp.PyArray_Check(x) and not cnp.PyArray_CheckExact(x):
+                    if not self.is_frozen(leaf, slots):
+                        rest.append(place)  # it may have a mask, for which Python looks
+                continue
+            if self.is_frozen(leaf, slots):
                 continue
             self.failed = place
             rule = self.slot(leaf, slots.rule, "rule")

@@ -23,8 +23,17 @@ come back as they were; an extended number only on a machine that has the same k
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+from .._construct import no_name
 from ._checkpoints import Checkpoint, Checkpointer
 from ._files import File, load, save
 from ._safetensors import FileFormatError
 
 __all__ = ["Checkpoint", "Checkpointer", "File", "FileFormatError", "load", "save"]
+
+
+if not TYPE_CHECKING:  # type checkers know what there is
+
+    def __getattr__(name):
+        raise no_name(__name__, name)
