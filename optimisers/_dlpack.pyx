@@ -28,6 +28,7 @@ cdef enum:
     CPU = 1
     SIGNED = 0              # codes of dtypes
     FLOATING = 2
+    BRAIN = 4
     MOST_AXES = 32
 
 cdef struct DLTensor:
@@ -64,6 +65,8 @@ cdef class Viewer:
         What the types have as `__dlpack_c_exchange_api__`.
     cls, other : type
         The types, subclasses not included.
+    bfloat16 : callable
+        Returns NumPy's dtype of that name, or None; asked when there is such an array.
 
     Raises
     ------
@@ -74,12 +77,14 @@ cdef class Viewer:
     cdef Describe describe
     cdef object cls
     cdef object other
+    cdef object bfloat16
 
-    def __cinit__(self, capsule, cls, other):
+    def __cinit__(self, capsule, cls, other, bfloat16):
         api = <DLPackExchangeAPI*> PyCapsule_GetPointer(capsule, "dlpack_exchange_api")
         if api.major != 1 or api.describe is NULL:
             raise ImportError(f"no way to describe arrays in DLPack {api.major}.{api.minor}")
         self.describe, self.cls, self.other = api.describe, cls, other
+        self.bfloat16 = bfloat16
 
     cpdef view(self, x):
         """Return a NumPy array over the memory of `x`; None if there is no plain way."""
@@ -105,6 +110,8 @@ cdef class Viewer:
             )
         elif t.code == SIGNED and t.bits == 64:
             kind = cnp.NPY_INT64
+        elif t.code == BRAIN and t.bits == 16 and (dtype := self.bfloat16()) is not None:
+            kind = dtype.num
         else:
             return None
         empty = False

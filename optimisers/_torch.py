@@ -102,7 +102,7 @@ def _viewer() -> Viewer | None:
     torch: Any = sys.modules["torch"]
     try:
         api = torch.Tensor.__dlpack_c_exchange_api__
-        return Viewer(api, torch.Tensor, torch.nn.Parameter)
+        return Viewer(api, torch.Tensor, torch.nn.Parameter, lambda: _bfloat16())
     except (AttributeError, ImportError):
         return None
 

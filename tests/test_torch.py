@@ -239,6 +239,44 @@ def test_some_tensors_have_no_view(quick, monkeypatch):
     assert seen == [None, None]
 
 
+@pytest.mark.parametrize("quick", [True, False])
+@pytest.mark.parametrize("has_dtype", [True, False])
+def test_a_view_of_bfloat16(has_dtype, quick, monkeypatch):
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    if not quick:
+        monkeypatch.setattr(_torch, "_viewer", lambda: None)
+    if not has_dtype:
+        monkeypatch.setattr(_torch, "_bfloat16", lambda: None)
+    for x in tensor(3, 4).bfloat16().T[::2, 1:], torch.zeros((), dtype=torch.bfloat16):
+        seen = _torch.view(x)
+        (in_state,) = _torch._view_state((x,))
+        if not has_dtype:
+            assert seen is in_state is None
+            continue
+        for found in seen, in_state:
+            assert (found.dtype, found.shape) == (np.dtype(ml_dtypes.bfloat16), tuple(x.shape))
+            assert found.ctypes.data == x.data_ptr()
+            assert found.astype(float).tolist() == x.tolist()
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_narrow_tensors_are_seen_all_at_once(dtype, call, monkeypatch):
+    """None goes the long way, on which each is checked on its own."""
+    pytest.importorskip("ml_dtypes")
+    if _torch._viewer() is None:
+        pytest.skip("this PyTorch does not describe its tensors")
+    monkeypatch.setattr(_engine, "_take", None)
+    model = {str(k): tensor(k, dtype=dtype) for k in range(4)}
+    state = setup(Adam(0.01), model)
+    for seed in (1, 2):
+        grad = {key: tensor(len(x), dtype=dtype, seed=seed) for key, x in model.items()}
+        state, model, used = backends(call, state, model, grad)
+        assert set(used.values()) == {"kernels"}
+    assert {x.dtype for x in model.values()} == {dtype}
+    assert {leaf.state.m.dtype for leaf in state.values()} == {dtype}
+
+
 def test_a_view_keeps_its_memory_alive():
     seen = _torch.view(torch.full((1000,), 7.0))
     others = [torch.zeros(1000) for _ in range(100)]
