@@ -12,16 +12,21 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
 from test_io import assert_equal
 
 from optimisers import (
+    AccumGrad,
     Adam,
     ClipNorm,
+    Descent,
     MixedPrecision,
     Momentum,
     OptimiserChain,
     freeze_,
     setup,
+    update,
+    update_,
 )
 from optimisers.io import File, load, save
 
@@ -69,3 +74,35 @@ def test_a_file_of_version_1_is_read() -> None:
 def test_what_is_written_today_is_the_same_file(tmp_path: Path) -> None:
     save(tmp_path / "file", *trees(), metadata={"epoch": 3})
     assert (tmp_path / "file").read_bytes() == GOLDEN.read_bytes()
+
+
+@pytest.mark.parametrize("library", ["numpy", "jax", "torch"])
+@pytest.mark.parametrize("given", [False, True])
+def test_a_sum_that_was_kept_in_half_precision_goes_on(
+    library: str, given: bool, tmp_path: Path
+) -> None:
+    """As `AccumGrad` once did; with `like` of today, too."""
+    xp = pytest.importorskip(library)
+    xp = xp.numpy if library == "jax" else xp
+
+    def half(*values: float) -> Any:
+        return xp.asarray(values, dtype=xp.float16)
+
+    today = {"w": half(0, 0)}
+    rule = OptimiserChain(AccumGrad(3), Descent(1.0))
+    state, _ = update(setup(rule, today), today, {"w": half(30000, 1)})
+    held, _ = state["w"].state
+    state["w"].state = held._replace(sum=half(30000, 1)), ()
+    path = tmp_path / "old.safetensors"
+    save(path, state, today)
+
+    like = setup(rule, today), today
+    state, model = load(path, like if given else None)
+    for _ in range(2):
+        state, model = update_(state, model, {"w": np.array([60000, 1])})
+    assert np.allclose([*map(float, model["w"])], [-50000, -1], rtol=1e-3)
+    assert "float32" in str(state["w"].state[0].sum.dtype)
+
+    other = setup(OptimiserChain(AccumGrad(3), Momentum()), today), today
+    with pytest.raises(ValueError, match="does not fit"):
+        load(path, other)

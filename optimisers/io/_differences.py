@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 
-from .._arrays import isnumeric, library_of
+from .._arrays import is_narrow_dtype, isnumeric, library_of
 from .._jax import attributes
 from .._nodes import children, is_node
 from .._path import KeyPath
@@ -43,8 +43,8 @@ class Differences:
 
         ties: list[tuple[KeyPath, Any, Any]] = []
         arrays: list[tuple[KeyPath, Any, int]] = []
-        stack: list[tuple[KeyPath, Any, Any, bool]]
-        stack = [(KeyPath(), tree, self._contents.roots[root], False)]
+        stack: list[tuple[KeyPath, Any, Any, bool, Any]]
+        stack = [(KeyPath(), tree, self._contents.roots[root], False, None)]
         seen: set[tuple[int, int]] = set()
         signatures: dict[int, Any] = {}
 
@@ -54,7 +54,7 @@ class Differences:
             return signatures[id(rule)][0]
 
         while stack:
-            path, x, k, is_state = stack.pop()
+            path, x, k, is_state, above = stack.pop()
             if k is ABSENT:
                 continue
             said = self._contents.nodes[k]
@@ -64,14 +64,14 @@ class Differences:
                 rule = self._rules.rule_of(said)
                 if rule is not x.rule and signature_of(rule) != signature_of(x.rule):
                     yield differ(path, partial(_told_rule, rule), partial(_has_rule, x.rule))
-                stack.append((path.step("state"), x.state, said[2], True))
+                stack.append((path.step("state"), x.state, said[2], True, None))
             elif kind == "array" and library_of(type(x)) is not None:
                 mine = self._contents.tensors[said[1]]
                 shape = said[2].shape if len(said) == 3 else mine.shape
                 if shape != tuple(x.shape):
                     told = partial(str, f"shape {shape}"), partial(str, tuple(x.shape))
                     yield differ(path, *told)
-                if mine.dtype != form.dtype_name(x.dtype):
+                if mine.dtype != form.dtype_name(x.dtype) and not _was_narrow(above, x, mine.dtype):
                     told = partial(str, f"dtype {mine.dtype}"), partial(str, x.dtype)
                     yield differ(path, *told)
                 if not is_state and isnumeric(x):
@@ -94,7 +94,8 @@ class Differences:
                 is_item = kind not in BY_NAME
                 for key in reversed(below):
                     if key in theirs:
-                        stack.append((path.step(key, is_item), below[key], theirs[key], is_state))
+                        there = path.step(key, is_item)
+                        stack.append((there, below[key], theirs[key], is_state, type(x)))
             elif not may_replace(x, kind):
                 yield differ(path, partial(self._shown, k), partial(_has, x))
         owner = owners(cast(Any, [(_Place(root, path), x) for path, x, _ in arrays]))
@@ -114,6 +115,15 @@ class Differences:
         if kind in WITH_CLASS:
             return f"a {said[1].rpartition(':')[2]}"
         return f"a {CLASSES[kind].__name__}" if kind in INNER else _shown(said[1])
+
+
+def _was_narrow(above: Any, x: Any, dtype: str) -> bool:
+    """Tell whether a file has in a narrow dtype what a rule keeps in float32, as earlier versions.
+
+    The rule goes on from it in float32.
+    """
+    is_wide = hasattr(above, "is_wide") and form.dtype_name(x.dtype) == "float32"
+    return is_wide and is_narrow_dtype(dtype)
 
 
 class _Place(NamedTuple):
