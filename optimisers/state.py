@@ -608,6 +608,11 @@ def _is_rule(x: Any) -> bool:
 
 def _adjusted(leaves: list[Leaf], eta: Any, fields: dict[str, Any]) -> dict[int, Rule]:
     """Return the new rule of each leaf, by the leaf's id."""
+    if isinstance(eta, Rule):
+        raise TypeError(
+            "adjust changes numbers of the rules that a state has: adjust(state, eta, rho=...); "
+            f"got {short(eta)}, and another rule needs setup(rule, model)"
+        )
     if eta is not None:
         if "eta" in fields:
             raise TypeError("adjust got eta twice, by position and by name")

@@ -306,6 +306,12 @@ def test_a_rule_is_not_adjusted_by_a_name_that_it_does_not_have(rule):
     assert rule.adjust() == rule
 
 
+def test_a_rule_to_adjust_by_names_setup():
+    state = setup(Adam(), np.ones(2))
+    for call in (opt.adjust, opt.adjust_):
+        assert "another rule needs setup(rule, model)" in said(call, state, Descent(0.1))
+
+
 def test_parts_of_a_tree_may_have_different_fields():
     state = {"a": setup(Adam(), np.ones(1)), "b": setup(opt.Momentum(), np.ones(1))}
     opt.adjust_(state, 0.5, rho=0.7)
