@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from .._ties import carry
 from . import _safetensors as form
 from ._entries import ArrayNode, StoredTensor, c_order, damaged
 from ._revive import as_like, typed
-from ._safetensors import Source
+from ._safetensors import FileFormatError, Source
 
 Array = Any
 
@@ -71,7 +72,8 @@ class ArrayReader:
         bases: dict[int, Any] = self._tensors if library == "torch" else self.bases
         if k not in bases:
             tensor = self.tensors[k]
-            bases[k] = typed(self.raw(k), tensor.dtype, tensor.layout, library, like)
+            with _naming(tensor.name):
+                bases[k] = typed(self.raw(k), tensor.dtype, tensor.layout, library, like)
         return bases[k]
 
     def read_small(self, wanted: Iterable[int]) -> None:
@@ -104,11 +106,22 @@ class ArrayReader:
                 self.check(k, np.empty(0, np.uint8), check ^ 1)
             if name not in dtypes:
                 is_usual = sys.byteorder == "little" and name != "bool"
-                dtypes[name] = form.numpy_dtype(name) if is_usual else None
+                with _naming(tensors[k].name):
+                    dtypes[name] = form.numpy_dtype(name) if is_usual else None
             dtype = dtypes[name]
             if dtype is not None and layout is c_order(shape):
                 bases[k] = ndarray(shape, dtype, piece).copy()
             else:
                 raw = np.array(piece)
                 form.check_content(tensors[k].name, entry.tag, raw)
-                bases[k] = typed(raw, name, layout, "numpy", None)
+                with _naming(tensors[k].name):
+                    bases[k] = typed(raw, name, layout, "numpy", None)
+
+
+@contextlib.contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Put the name of an array before what is wrong with it."""
+    try:
+        yield
+    except FileFormatError as error:
+        raise FileFormatError(f"the array {name!r:.60}: {error}") from None
