@@ -471,7 +471,7 @@ def test_an_array_of_unknown_dtype_hides_no_other(tag: str, path: Path) -> None:
                 with pytest.raises(FileFormatError, match="not known here"):
                     ask("odd")
             file.verify()
-    with pytest.raises(FileFormatError, match="array 'odd'.*not known here"):
+    with pytest.raises(FileFormatError, match=r"array 'odd'.*not known here"):
         load(path)
 
 
