@@ -21,7 +21,7 @@ from util import name_of
 
 from optimisers import Descent, Leaf, MixedPrecision, Rule, rules
 from optimisers._path import KeyPath
-from optimisers.io import File, FileFormatError, load, save
+from optimisers.io import Checkpointer, File, FileFormatError, load, save
 from optimisers.io._entries import are_slow
 
 
@@ -55,7 +55,9 @@ PROTOCOLS = ["__array_interface__", "__array_struct__", "__array__", "__dlpack__
 
 
 @pytest.mark.parametrize("kind", ["namespace", "state"])
-@pytest.mark.parametrize("name", [*PROTOCOLS, "__cuda_array_interface__", "__array_priority__"])
+@pytest.mark.parametrize(
+    "name", [*PROTOCOLS, "__cuda_array_interface__", "__array_priority__", "_as_parameter_"]
+)
 def test_no_object_of_a_file_has_the_name_of_a_protocol(kind: str, name: str, path: Path) -> None:
     path.write_bytes(crafted([{"value": 3}, {kind: [0], "keys": [name]}]))
     with pytest.raises(FileFormatError, match="no file may give"):
@@ -488,3 +490,107 @@ def test_no_number_is_a_path(path: Path) -> None:
             call(0)  # type: ignore[arg-type]
     save(bytes(path), {"a": 1})  # type: ignore[arg-type]
     assert load(bytes(path)) == {"a": 1}  # type: ignore[arg-type]
+
+
+# --- crowds ----------------------------------------------------------------------------------
+
+MANY = 300_000
+CROWDS = ["1", "-6", "300", "1.5", '"ab"', "null"]
+
+
+@pytest.mark.parametrize("item", CROWDS)
+def test_crowds_that_no_node_accounts_for_are_not_parsed(item: str, path: Path) -> None:
+    crowd = ",".join([item] * MANY * 2)
+    named = json.dumps({f"{k}": 1 for k in range(MANY)})
+    more = f'"roots":{{"state":0}},"rules":[],"tensors":[],"junk":[{crowd}]'
+    for nodes in (f'[{{"value":1}}],"more":{named}', f'[{{"value":1}},{{"list":[{crowd}]}}]'):
+        text = f'{{"version":1,"nodes":{nodes},{more}}}'
+        metadata = {"optimisers.crc32": f"{zlib.crc32(text.encode()):08x}", "optimisers": text}
+        path.write_bytes(plain({"__metadata__": metadata}, b""))
+        with pytest.raises(FileFormatError, match=r"it has [\d,]+ commas and [\d,]+ objects"):
+            load(path)
+
+
+@pytest.mark.parametrize("item", CROWDS)
+def test_crowds_that_no_array_accounts_for_are_not_parsed(item: str, path: Path) -> None:
+    pair = f'"a":{item}'
+    for text in (f'{{"a":[{",".join([item] * MANY)}]}}', f"{{{','.join([pair] * MANY)}}}"):
+        path.write_bytes(len(text).to_bytes(8, "little") + text.encode())
+        with pytest.raises(FileFormatError, match=r"has [\d,]+ (texts|commas) and 0 arrays"):
+            load(path)
+
+
+def test_texts_of_many_commas_and_quotes_are_no_crowd(path: Path) -> None:
+    text = '",[{' * MANY
+    save(path, {"a": np.ones(2), text[:100]: 1}, metadata={"table": text})
+    with File(path) as file:
+        assert file.metadata == {"table": text}
+    assert load(path)[text[:100]] == 1
+    table = {f"key {k}": "1,2,3" * 50 for k in range(5_000)} | {"long": "1," * MANY}
+    path.write_bytes(plain({"__metadata__": table}, b""))
+    with File(path) as file:
+        assert file.metadata == table
+
+
+@dataclass(frozen=True)
+class Table(Descent):
+    """A rule with very many numbers."""
+
+    steps: tuple[int, ...] = ()
+
+
+def test_what_would_be_taken_for_a_crowd_is_not_saved(path: Path) -> None:
+    state = {"a": Leaf(Table(0.1, (1,) * 100_000), ())}
+    save(path, state)
+    assert load(path)["a"].rule == state["a"].rule
+    with pytest.raises(ValueError, match="keep long tuples in the fields of rules as arrays"):
+        save(path, {"a": Leaf(Table(0.1, (1,) * MANY), ())})
+    assert load(path)["a"].rule == state["a"].rule
+
+
+def test_names_of_classes_are_looked_up_in_time(path: Path) -> None:
+    begin = time.process_time()
+    for name in ("a." * MANY, "os:" + "a." * MANY):
+        path.write_bytes(crafted([{"value": 1}, {"named": [0], "class": name, "keys": ["m"]}]))
+        with pytest.raises(ValueError, match="does not say how these are made"):
+            load(path)
+    assert time.process_time() - begin < 30
+
+
+def test_no_name_of_a_file_speaks_to_the_terminal(tmp_path: Path) -> None:
+    folder = tmp_path / "\x1b[2J\nforged"
+    folder.mkdir()
+    path = folder / "step-000000000001.safetensors"
+    path.write_bytes(b"no such file")
+    for call in (load, File):
+        with pytest.raises(FileFormatError) as caught:
+            call(path)
+        assert str(caught.value).isprintable()
+    with pytest.warns(UserWarning, match="passed over") as warned:
+        assert Checkpointer(folder).latest() is None
+    assert str(warned[0].message).isprintable()
+    with pytest.raises(OSError, match="there is no folder") as failed:
+        save(folder / "a" / "b", {})
+    assert str(failed.value).isprintable()
+
+
+@pytest.mark.parametrize("number", ["1e999", "-1e999", "NaN", "Infinity"])
+def test_no_number_of_a_file_is_beyond_all_numbers(number: str, path: Path) -> None:
+    descent = f'{{"rule":"Descent","fields":{{"eta":{number}}}}}'
+    leaf = '{"tuple":[]},{"leaf":0,"state":0,"frozen":false}'
+    for root, nodes, said in ((0, f'{{"value":{number}}}', ""), (1, leaf, descent)):
+        tables = f'"nodes":[{nodes}],"rules":[{said}],"tensors":[]'
+        text = f'{{"version":1,"roots":{{"state":{root}}},{tables}}}'
+        metadata = {"optimisers.crc32": f"{zlib.crc32(text.encode()):08x}", "optimisers": text}
+        path.write_bytes(plain({"__metadata__": metadata}, b""))
+        with pytest.raises(FileFormatError, match="damaged"):
+            load(path)
+
+
+def test_a_node_that_is_a_root_and_a_part_is_filled_at_both(path: Path) -> None:
+    nodes = [{"value": 1}, {"dict": [0], "keys": ["a"]}, {"list": [1]}]
+    path.write_bytes(crafted(nodes, roots={"state": 2, "model": 1}))
+    made = load(path)
+    assert made == ([{"a": 1}], {"a": 1})
+    like = [{"a": 0}], {"a": 0}
+    assert load(path, like=like) == made

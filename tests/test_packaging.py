@@ -31,9 +31,9 @@ PACKAGE = ROOT / "optimisers"
 FLOORS = [
     {"_dlpack", "_arrays", "_path", "_text", "_names", "_numba_private", "_jax"}
     | {"_fork", "_stepcache", "io._atomic"},
-    {"words", "_language", "_numba", "_nodes", "_torch", "_device", "io._safetensors"}
+    {"words", "_language", "_numba", "_nodes", "_torch", "_device", "io._json"}
     | {"_construct", "_kernels", "_kernels_avx2", "_kernels_avx512"},
-    {"_rule", "_tree", "_device_words"},
+    {"io._safetensors", "_rule", "_tree", "_device_words"},
     {"_device_text", "_untrained", "_mixups"},
     {"_cuda", "_device_plans"},
     {"_device_batch"},

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING
 from .._construct import no_name
 from ._checkpoints import Checkpoint, Checkpointer
 from ._files import File, load, save
-from ._safetensors import FileFormatError
+from ._json import FileFormatError
 
 __all__ = ["Checkpoint", "Checkpointer", "File", "FileFormatError", "load", "save"]
 

@@ -18,9 +18,10 @@ from ._build import build
 from ._contents import Contents
 from ._entries import StoredTensor, damaged
 from ._fill import fill
+from ._json import parse
 from ._rule_reader import RuleReader
 from ._safetensors import Source
-from ._tables import packed, pairs_of
+from ._tables import packed, pairs_of, refuse_crowd
 
 Tree = Any
 
@@ -43,7 +44,7 @@ class Archive:
             checks = form.checksums(said, len(header.entries))
             if checks[0] != zlib.crc32(text.encode("utf-8", "surrogatepass")):
                 damaged("the text in its header has another checksum than when it was written")
-            told = pairs_of(form.parse(text, "the text in the header", packed))
+            told = pairs_of(parse(text, "the text in the header", packed, refuse_crowd))
             del text
             self._contents.read(told or {}, header.entries, checks[1:])
         self.arrays = ArrayReader(source, self._contents.tensors)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from .._arrays import library_of
-from .._ties import carry
+from .._ties import View, carry
 from . import _safetensors as form
 from ._entries import ArrayNode, StoredTensor, c_order, damaged
 from ._revive import as_like, typed
@@ -67,6 +67,11 @@ class ArrayReader:
                 base = carry(base, tensor.layout, said.view)
             self._arrays[mark] = as_like(base, library, like), said  # an id is good while it lives
         return self._arrays[mark][0]
+
+    def of_numpy(self, k: int, view: View | None) -> np.ndarray:
+        """Return an array of NumPy, or another view of one."""
+        base: np.ndarray = self._base(k, "numpy", None)
+        return base if view is None else carry(base, self.tensors[k].layout, view)
 
     def _base(self, k: int, library: str, like: Array) -> Array:
         bases: dict[int, Any] = self._tensors if library == "torch" else self.bases

@@ -95,7 +95,8 @@ def _refuse_special(path: str) -> None:
 
 def _explained(error: OSError, path: str, folder: str) -> OSError:
     if not os.path.isdir(folder):
-        why, way_out = f"there is no folder {folder}", "make it first"
+        shown = folder if folder.isprintable() else repr(folder)
+        why, way_out = f"there is no folder {shown}", "make it first"
     elif error.errno == errno.EEXIST:
         why, way_out = error.strerror or str(error), "choose another path"
     else:

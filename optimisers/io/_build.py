@@ -8,11 +8,11 @@ from typing import Any, NoReturn
 from .._pytree import Tie
 from .._rule import Rule
 from ..state import Leaf
-from . import _safetensors as form
 from ._array_reader import ArrayReader
 from ._contents import Contents
-from ._entries import ABSENT, ArrayNode, damaged
-from ._revive import named_class, supplied
+from ._entries import ABSENT, damaged
+from ._json import shown
+from ._revive import supplied
 from ._rule_reader import RuleReader
 from ._saved import CLASSES, at
 from ._tables import CHILDLESS, MOST_TEXT, Said, children_of, keys_of, needed_nodes, path_of, places
@@ -53,8 +53,7 @@ def build(
             if len(said) == 2 and said[1] in bases:
                 made[k] = bases[said[1]]
             else:
-                view = said[2] if len(said) == 3 else None
-                made[k] = arrays.array(ArrayNode(said[1], view), None)
+                made[k] = arrays.of_numpy(said[1], said[2] if len(said) == 3 else None)
         elif kind == "leaf":
             made[k] = Leaf(leaves[k], made[said[2]], said[3], said[4] if len(said) == 5 else 0)
         elif kind == "value":
@@ -109,7 +108,7 @@ def _looked_up(
         elif kind == "named":
             mark = said[1 : len(said) // 2 + 1]
             if mark not in named:
-                named[mark] = named_class(said[1], [*mark[1:]])
+                named[mark] = contents.classes.find(said[1], [*mark[1:]])
             classes[k] = named[mark]
             if named[mark] is None:
                 unknown.add(k)
@@ -149,7 +148,7 @@ def _refuse_unknown(contents: Contents, roots: Iterable[str], unknown: set[int])
         for k, way in places(contents.nodes, contents.roots[root], left, once=True):
             left.discard(k)
             address, said = at(root, path_of(way)), contents.nodes[k]
-            lines.append(f"  {form.shown(address)}: {form.shown(said[1][:200])}")
+            lines.append(f"  {shown(address)}: {shown(said[1][:200])}")
             length += len(way)
             if len(lines) >= _MOST_LINES or length > _MOST_STEPS:
                 break

@@ -13,7 +13,7 @@ from typing import Any
 from .._text import short
 from ._atomic import sweep
 from ._files import File, file_path, load, save
-from ._safetensors import FileFormatError
+from ._json import FileFormatError, shown
 
 Tree = Any
 
@@ -173,8 +173,8 @@ class Checkpointer:
                         gone.add(step)  # a later one may have taken its place
                         break
                     passed.add(step)
-                    text = error if str(error) else f"{path}: it does not fit into the memory"
-                    warnings.warn(f"passed over a checkpoint: {text}", stacklevel=2)
+                    text = str(error) or f"{path}: it does not fit into the memory"
+                    warnings.warn(f"passed over a checkpoint: {shown(text)}", stacklevel=2)
             before, steps = steps, self.steps()
             if steps == before and passed.issuperset(steps):
                 return None

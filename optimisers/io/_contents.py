@@ -8,9 +8,11 @@ that there are.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 from .._nodes import listed
+from .._ties import View
 from . import _safetensors as form
 from ._entries import (
     ABSENT,
@@ -25,8 +27,8 @@ from ._entries import (
     plain,
     usual_tensor,
 )
-from ._revive import newer_fields
-from ._safetensors import FileFormatError
+from ._json import FileFormatError
+from ._revive import NamedTuples
 from ._saved import (
     BY_POSITION,
     DEEPEST,
@@ -51,16 +53,18 @@ class Contents:
         self.tensors: list[StoredTensor] = []
         self.roots: dict[str, int] = {}
         self.nodes: list[Any] = []
-        self.rules: list[tuple[str, dict[str, Any]]] = []
-        """The name of each rule, and its fields by name."""
+        self.rules: list[tuple[str, Said]] = []
+        """The name of each rule, and its fields as they were parsed."""
         self.parts: list[list[int]] = []
         """Of which rules each rule is made."""
         self.is_open: list[bool] = []
         """Whether a rule may keep any state: one of a user's, or one that is made of such."""
+        self.classes = NamedTuples()
         self.is_shared = False
         """Whether a node has more than one parent."""
         self._fields: dict[Said, list[str] | None] = {}
         self._heads: dict[Said, Said] = {}
+        self._views: dict[View, View] = {}
 
     def read_plain(self, header: form.Header) -> None:
         """Take the arrays of a file that `save` did not write: a dictionary of them by name."""
@@ -120,16 +124,17 @@ class Contents:
                 damaged("a rule is made of too many rules")
             # A user's rule, and one made of such, may keep anything.
             is_open = ":" in said["rule"] or any(self.is_open[k] for k in parts)
-            self.rules.append((said["rule"], fields))
+            self.rules.append((said["rule"], said["fields"]))
             self.parts.append(parts)
             self.is_open.append(is_open)
 
     def _check_values(self, fields: dict[str, Any], parts: list[int]) -> None:
         """Check the fields of a rule, and note the rules that they hold."""
-        stack = [(value, 0) for value in fields.values()]
+        stack: list[tuple[Any, int]] = []
+        self._check_row(fields.values(), 0, stack)
         while stack:
             value, depth = stack.pop()
-            kind: Any = value[0] if type(value) is tuple and value else ""
+            kind: Any = value[0] if value else ""
             if kind == "rule" and len(value) == 2:
                 parts.append(index_of(value[1], self.rules))
             elif kind == "array":
@@ -144,7 +149,15 @@ class Contents:
                     x = pair[1]
                 if depth > DEEPEST:
                     damaged(f"a value is {value!r:.60}")
-                stack += [(v, depth + 1) for v in x]
+                self._check_row(x, depth + 1, stack)
+            else:
+                plain(value)
+
+    def _check_row(self, values: Iterable[Any], depth: int, stack: list[tuple[Any, int]]) -> None:
+        """Check values that are nothing but numbers and texts, of which there may be very many."""
+        for value in values:
+            if type(value) is tuple:
+                stack.append((value, depth))
             else:
                 plain(value)
 
@@ -244,7 +257,7 @@ class Contents:
         """Return a state with those fields too that the version which wrote it did not have."""
         mark = (said[1], *keys)
         if mark not in self._fields:
-            self._fields[mark] = newer_fields(said[1], [*keys])
+            self._fields[mark] = self.classes.newer_fields(said[1], [*keys])
         fields = self._fields[mark]
         if fields is None:
             return said
@@ -267,4 +280,5 @@ class Contents:
             damaged(f"a view is {view!r:.60}")
         shape, order, flips = view
         size = math.prod(self.tensors[k].shape)
-        return ArrayNode(k, checked_view(shape, order, flips, size))
+        checked = checked_view(shape, order, flips, size)
+        return ArrayNode(k, self._views.setdefault(checked, checked))

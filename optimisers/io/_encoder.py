@@ -23,7 +23,8 @@ from .._ties import View, owners
 from .._tree import fold
 from ..state import Leaf
 from . import _safetensors as form
-from ._safetensors import Tensor, shortened
+from ._json import shortened
+from ._safetensors import Tensor
 from ._saved import (
     BY_POSITION,
     DEEPEST,
@@ -32,6 +33,7 @@ from ._saved import (
     WITH_CLASS,
     at,
     class_name,
+    crowd,
     is_protocol,
     kind_of,
     may_have,
@@ -147,6 +149,11 @@ class Encoder:
             f'{{"version":{VERSION},"roots":{dumps(roots)},"nodes":[{",".join(texts)}],'
             f'"rules":{dumps(self.rules)},"tensors":[{",".join(said)}]}}'
         )
+        if what := crowd(text):
+            raise ValueError(
+                f"cannot save this: its text has {what}, more than is read again; keep long tuples "
+                "in the fields of rules as arrays"
+            )
         return tensors, text
 
     def _tensors(self, owner: list[int]) -> tuple[list[Tensor], list[str], dict[int, int]]:
@@ -273,8 +280,8 @@ class Encoder:
                 name = next(filter(is_protocol, keys))
                 raise TypeError(
                     f"cannot save {place}: its attribute {name!r:.60} has a name like those by "
-                    "which Python and NumPy ask what an object is; choose one without two "
-                    "underscores ahead"
+                    "which Python and NumPy ask what an object is; choose another, which does not "
+                    "begin with underscores"
                 )
             text += f',"keys":{dumps(keys)}'
         return self._new(f"{text}}}", below)

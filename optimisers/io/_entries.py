@@ -15,7 +15,8 @@ import numpy as np
 
 from .._ties import View
 from . import _safetensors as form
-from ._safetensors import FileFormatError, usual_tag
+from ._json import FileFormatError
+from ._safetensors import usual_tag
 
 # --- the entries -----------------------------------------------------------------------------
 

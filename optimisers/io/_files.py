@@ -19,7 +19,7 @@ from ..state import Leaf
 from . import _safetensors as form
 from ._archive import Archive
 from ._encoder import Encoder, raw
-from ._safetensors import FileFormatError
+from ._json import FileFormatError, shown
 
 Tree = Any
 Name = str | os.PathLike[str]
@@ -222,7 +222,8 @@ def _naming(path: Name) -> Iterator[None]:
     try:
         yield
     except FileFormatError as error:
-        raise FileFormatError(f"{os.fspath(path)}: {form.shown(str(error))}") from None
+        where = shown(os.fsdecode(path))  # names of files may come from anyone, too
+        raise FileFormatError(f"{where}: {shown(str(error))}") from None
 
 
 # --- single arrays ---------------------------------------------------------------------------

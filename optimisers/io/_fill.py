@@ -9,11 +9,11 @@ from .._path import KeyPath
 from .._pytree import Tie
 from .._tree import fold, walk
 from ..state import Leaf
-from . import _safetensors as form
 from ._array_reader import ArrayReader
 from ._contents import Contents
 from ._differences import Differences
 from ._entries import ABSENT, LEFT_OUT, ArrayNode, LeafNode, Node, ValueNode, damaged
+from ._json import shown
 from ._pairs import Pairs
 from ._revive import supplied
 from ._rule_reader import RuleReader
@@ -74,7 +74,7 @@ def _refuse_differences(contents: Contents, rules: RuleReader, wanted: dict[str,
     for root, tree in wanted.items():
         for line in differences.of(root, tree):
             if len(lines) < _MOST_LINES:
-                lines.append(f"  {form.shown(line())}")
+                lines.append(f"  {shown(line())}")
             else:
                 more += 1
     if lines:

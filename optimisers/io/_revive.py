@@ -25,7 +25,7 @@ from .._rule import Rule
 from .._ties import View
 from . import _safetensors as form
 from ._entries import ABSENT, c_order
-from ._safetensors import FileFormatError
+from ._json import FileFormatError
 from ._saved import OURS, class_name, may_have
 
 Array = Any
@@ -152,35 +152,50 @@ def _revived(cls: Any, fields: dict[str, Any]) -> Rule:
     return rule
 
 
-def named_class(name: str, fields: list[Any]) -> type | None:
-    """Return the named tuple of this name and with these fields, if there is one."""
-    return next((cls for cls in _named(name) if named_fields(cls) == fields), None)
+class NamedTuples:
+    """The classes that are there when a file is read, by the names that a file has for them.
 
-
-def _named(name: str) -> Iterator[type]:
-    """Yield the classes that have this name, the likeliest first."""
-    states = (_own(cls).get("State") for cls in _rule_classes())
-    found: list[Any] = [s for s in states if is_class(s) and class_name(s) == name]
-    module, _, qualname = name.rpartition(":")
-    for known in [module] if module else [m for m in [*sys.modules] if m.startswith(OURS)]:
-        place: Any = sys.modules.get(known)
-        for part in qualname.split("."):
-            place = _own(place).get(part)
-        found.append(place)
-    return filter(is_class, reversed(found))
-
-
-def newer_fields(name: str, fields: list[str]) -> list[str] | None:
-    """Return the fields of a state of ours that had only these when a file was written.
-
-    That is a named tuple with a static method `absent`, which is given what there is, by name, and
-    returns the rest. None if there is no such state.
+    A file can name very many, so what they are looked up in is gathered once.
     """
-    for cls in _named(name):
-        known = named_fields(cls) or []
-        if "absent" in _in_class(cls) and [f for f in known if f in fields] == fields != known:
-            return known
-    return None
+
+    def __init__(self) -> None:
+        self._states: dict[str, list[Any]] | None = None
+        self._modules: list[Any] = []
+
+    def find(self, name: str, fields: list[Any]) -> type | None:
+        """Return the named tuple of this name and with these fields, if there is one."""
+        return next((cls for cls in self._named(name) if named_fields(cls) == fields), None)
+
+    def newer_fields(self, name: str, fields: list[str]) -> list[str] | None:
+        """Return the fields of a state of ours that had only these when a file was written.
+
+        That is a named tuple with a static method `absent`, which is given what there is, by name,
+        and returns the rest. None if there is no such state.
+        """
+        for cls in self._named(name):
+            known = named_fields(cls) or []
+            if "absent" in _in_class(cls) and [f for f in known if f in fields] == fields != known:
+                return known
+        return None
+
+    def _named(self, name: str) -> Iterator[type]:
+        """Yield the classes that have this name, the likeliest first."""
+        if self._states is None:
+            self._states = {}
+            for state in [_own(cls).get("State") for cls in _rule_classes()]:
+                if is_class(state):
+                    self._states.setdefault(class_name(state), []).append(state)
+            self._modules = [m for known, m in [*sys.modules.items()] if known.startswith(OURS)]
+        found = [*self._states.get(name, ())]
+        module, _, qualname = name.rpartition(":")
+        parts = qualname.split(".")
+        for place in [sys.modules.get(module)] if module else self._modules:
+            for part in parts:
+                place = _own(place).get(part)
+                if place is None:
+                    break
+            found.append(place)
+        return filter(is_class, reversed(found))
 
 
 def supplied(cls: Any, values: list[Any]) -> list[Any]:

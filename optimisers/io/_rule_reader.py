@@ -13,7 +13,7 @@ from ._contents import Contents
 from ._entries import ABSENT, damaged, plain
 from ._revive import made_rule, rule_class
 from ._saved import BY_POSITION, class_name, kind_of
-from ._tables import Said, children_of, keys_of
+from ._tables import Said, children_of, keys_of, pairs_of
 
 _SMALL = ("array", "value")
 
@@ -42,7 +42,8 @@ class RuleReader:
         # What a rule is made of stands above it.
         for part in sorted(part for part in needed if part not in self._made):
             name, said = self._contents.rules[part]
-            fields = {field: self._value(value) for field, value in said.items()}
+            pairs = pairs_of(said) or {}
+            fields = {field: self._value(value) for field, value in pairs.items()}
             if name not in self._classes:
                 self._classes[name] = rule_class(name)
             self._made[part] = made_rule(self._classes[name], name, fields)

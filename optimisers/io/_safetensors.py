@@ -20,7 +20,6 @@ import functools
 import json
 import math
 import os
-import re
 import stat
 import sys
 import zlib
@@ -30,8 +29,8 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from .._fork import Turn
-from .._text import printable
 from ._atomic import opened, replacing
+from ._json import FileFormatError, decoded, parse, shown, without_strings
 
 MAX_HEADER = 100_000_000
 """Bytes of a header, at most: what other readers of the format allow."""
@@ -39,23 +38,6 @@ MAX_AXES = 64
 _ALIGNMENT = 64
 CHUNK = 1 << 18
 """Bytes between two glances at memory: a chunk is in the cache when it is written."""
-
-
-class FileFormatError(ValueError):
-    """A file that is not what `save` writes: damaged, cut short, of a later version, or hostile."""
-
-
-def shown(text: str) -> str:
-    """Return text, some of it out of a file, as a message may have it: printable, and short.
-
-    A file could otherwise clear the screen, forge lines of a log, or fill it.
-    """
-    return printable(shortened(text))
-
-
-def shortened(text: str) -> str:
-    """Return a text without its middle if it is very long."""
-    return text if len(text) <= 500 else f"{text[:240]}...{text[-240:]}"
 
 
 # --- dtypes ----------------------------------------------------------------------------------
@@ -259,7 +241,7 @@ def write(
     encoded += b" " * (-(8 + len(encoded)) % _ALIGNMENT)
     if len(encoded) > MAX_HEADER:
         raise ValueError(
-            f"the header of {path} would take {len(encoded):,} bytes, more than the "
+            f"the header of {shown(path)} would take {len(encoded):,} bytes, more than the "
             f"{MAX_HEADER:,} that the format allows; save the model in several files"
         )
     checks = [zlib.crc32(text.encode("ascii")), *(0,) * count]
@@ -404,47 +386,33 @@ def read_header(source: Source) -> Header:
     encoded = bytearray(length)
     source.fill(memoryview(encoded), 8)
     begin = 8 + length
-    text = _decoded(encoded, "the header")
+    text = decoded(encoded, "the header")
     del encoded
-    return _checked(parse(text, "the header", _HeaderObjects(begin)), begin, size)
+    return _checked(parse(text, "the header", _HeaderObjects(begin), _refuse_crowd), begin, size)
 
 
-def _decoded(encoded: bytearray, what: str) -> str:
-    try:
-        return encoded.decode("utf-8")
-    except ValueError as error:
-        raise FileFormatError(f"{what} is no JSON text: {error}") from None
+def _refuse_crowd(text: str) -> None:
+    """Refuse a header of very many texts or numbers that no arrays account for.
 
-
-def parse(text: str, what: str, hook: Callable[[list[tuple[str, Any]]], Any]) -> Any:
-    """Parse JSON, strictly: no key twice, no NaN, nothing but an object.
-
-    `hook` makes of each object, given as its pairs, something small.
+    All of them would be there, at up to 25 times their size, before the first is looked at. Our own
+    text, in which quotes have backslashes before them, is looked at when its turn comes.
     """
-    if text[:1] != "{":
-        raise FileFormatError(f"{what} is no JSON object")
-    _refuse_brackets(text, what)
-    try:
-        return json.loads(text, object_pairs_hook=hook, parse_constant=_refuse_constant)
-    except FileFormatError as error:
-        raise FileFormatError(f"{what} is damaged: {error}") from None
-    except (ValueError, RecursionError) as error:
-        raise FileFormatError(f"{what} is no JSON text: {error}") from None
+    arrays = text.count('"data_offsets"')
+    begin, end = text.find('\\"'), text.rfind('\\"')
+    texts = (text.count('"') - text.count('\\"')) // 2
+    if texts > 5 * arrays + _MOST_OTHERS:
+        raise FileFormatError(_CROWDED.format(f"{texts:,} texts", f"{arrays:,}"))
+    numbers = text.count(",") - (text.count(",", begin, end) if end > begin else 0)
+    most = (3 + MAX_AXES) * arrays + _MOST_OTHERS
+    if numbers > most:  # in a string of another program's metadata, perhaps
+        numbers = without_strings(text).count(",")
+    if numbers > most:
+        raise FileFormatError(_CROWDED.format(f"{numbers:,} commas", f"{arrays:,}"))
 
 
-def _refuse_brackets(text: str, what: str) -> None:
-    """Refuse a text of very many lists: nothing is asked before these are all there.
-
-    A list takes 64 bytes, an empty one 2 letters of text; no file of ours or of other programs has
-    more than one in 6. Brackets in strings are not counted, which is only looked at if need be.
-    """
-    if text.count("[") * 6 > len(text) + 600:
-        bare = _STRING.sub("", text)
-        if bare.count("[") * 6 > len(text) + 600:
-            raise FileFormatError(f"{what} is no JSON text of a file: it is made of too many lists")
-
-
-_STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
+_CROWDED = "the header is no JSON text of a file: it has {} and {} arrays"
+_MOST_OTHERS = 20_000
+"""Texts and numbers in a header that belong to no array: those of the metadata."""
 
 
 class _HeaderObjects:
@@ -497,10 +465,6 @@ _new = tuple.__new__
 _MOST_KNOWN = 1000
 """Pairs of a dtype and a shape that are kept in mind while a header is read."""
 _ENTRY = {"dtype", "shape", "data_offsets"}
-
-
-def _refuse_constant(text: str) -> None:
-    raise FileFormatError(f"it has the number {text}")
 
 
 def _checked(header: dict[str, Any], begin: int, size: int) -> Header:

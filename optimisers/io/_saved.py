@@ -26,7 +26,7 @@ from typing import Any
 
 from .._nodes import Namespace
 from .._path import KeyPath
-from ._safetensors import shortened
+from ._json import shortened, without_strings
 
 VERSION = 1
 """Of the text in the metadata. A reader takes this version and those before it."""
@@ -56,6 +56,24 @@ def most_places(count: int) -> int:
     return max(100_000, 10 * count)
 
 
+def crowd(text: str) -> str:
+    """Return what a text of tables has too much of, if it has more than its nodes account for.
+
+    All numbers, texts and keys are there, at up to 20 times their size, before a reader can look at
+    the first. A node has few of its own, beside its children and their keys, which are limited.
+    """
+    objects = text.count("{")
+    most = 5 * objects + 2 * most_places(objects)
+    if text.count(",") > most and (commas := without_strings(text).count(",")) > most:
+        return f"{commas:,} commas and {objects:,} objects"
+    keys = text.count('":') - text.count('\\":')
+    return f"{keys:,} keys and {objects:,} objects" if keys > 5 * objects + _MOST_KEYS else ""
+
+
+_MOST_KEYS = 20_000
+"""Keys beyond those that all objects have: those of the fields of rules."""
+
+
 def kind_of(node: Any) -> str:
     cls = type(node)
     if cls in CONTAINERS:
@@ -74,9 +92,10 @@ def class_name(cls: type) -> str:
 def is_protocol(name: str) -> bool:
     """Tell whether an attribute of this name could mean something to Python, NumPy and others.
 
-    An object with an `__array_interface__` is an array to NumPy, wherever in memory that says.
+    An object with an `__array_interface__` is an array to NumPy, wherever in memory that says; one
+    with `_as_parameter_` is the address that a function of `ctypes` is called with.
     """
-    return name.startswith("__")
+    return name.startswith("__") or name == "_as_parameter_"
 
 
 def may_have(cls: type, name: str) -> bool:

@@ -21,7 +21,7 @@ from typing import Any
 
 from .._path import KeyPath
 from ._entries import ABSENT, damaged
-from ._saved import BY_POSITION, CONTAINERS, NAMESPACES, WITH_CLASS
+from ._saved import BY_POSITION, CONTAINERS, NAMESPACES, WITH_CLASS, crowd
 
 
 class Mark:
@@ -35,6 +35,7 @@ class Mark:
 
 
 PAIRS, ARRAY = Mark("object"), Mark("array")
+_EMPTY = (PAIRS,)
 KEYED = frozenset({*CONTAINERS.values()} - {*BY_POSITION})
 Said = tuple[Any, ...]
 CHILDLESS = frozenset(("array", "value", "left_out"))
@@ -45,6 +46,12 @@ MOST_TEXT = 10_000_000
 """Letters in the addresses of tied leaves, which a small file can make long and many."""
 
 _LEAF = ("leaf", "state", "frozen")
+
+
+def refuse_crowd(text: str) -> None:
+    """Refuse a text of a file that `crowd` has something to say of."""
+    if what := crowd(text):
+        damaged(f"it has {what}")
 
 
 def packed(pairs: list[tuple[str, Any]]) -> Said:
@@ -79,6 +86,8 @@ def packed(pairs: list[tuple[str, Any]]) -> Said:
         (a, x), (b, y), (c, z), (d, skipped) = pairs
         if (a, b, c) == _LEAF and d == "skipped":
             return (a, x, y, z, skipped)
+    if not pairs:
+        return _EMPTY
     if len(dict(pairs)) < count:
         damaged("it has a key twice")
     return (PAIRS, *(part for pair in pairs for part in pair))
