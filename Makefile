@@ -188,7 +188,7 @@ $(VENV)/built: $(VENV)/made pyproject.toml setup.py optimisers/_steps.pxi $(wild
 
 # The library with kernels under the checks that the folder is named after, and how it is run there.
 ALONE := env PYTHONSAFEPATH=1 OPTIMISERS_ISA=baseline
-SANITIZED := $(addprefix tests/test_,$(addsuffix .py,engine parity compose hostile fuzz nonfinite threads))
+SANITIZED := $(addprefix tests/test_,$(addsuffix .py,engine half_kernels parity compose hostile fuzz nonfinite threads))
 RACES = $(ALONE) PYTHONPATH=build/thread TSAN_OPTIONS=die_after_fork=0 \
     LD_PRELOAD="$$(gcc -print-file-name=libtsan.so)" \
     $(BIN)/python -m pytest -s -p no:cacheprovider
