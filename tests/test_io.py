@@ -42,6 +42,9 @@ from optimisers import (
     update_,
 )
 from optimisers.io import File, FileFormatError, load, save
+from optimisers.io._encoder import Encoder, raw
+from optimisers.io._pairs import Pairs
+from optimisers.io._safetensors import write
 
 
 @pytest.fixture
@@ -212,6 +215,41 @@ def test_any_tree_comes_back(tree: Any, path: str) -> None:
     got, model = load(path, like=(state, tree))
     assert_equal(got, state)
     assert_equal(model, tree)
+
+
+def filled(path: str, like: Any) -> Any:
+    """Return what `load` fills, or what it says of differences."""
+    try:
+        return load(path, like=like)
+    except ValueError as error:
+        return str(error)
+
+
+@pytest.mark.filterwarnings("ignore:nothing to train")
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(tree=trees, other=trees, is_other=st.booleans(), is_tied=st.booleans())
+def test_the_quick_way_to_fill_trees_gives_what_the_other_does(
+    tree: Any, other: Any, is_other: bool, is_tied: bool, path: str
+) -> None:
+    model = [tree, tree] if is_tied else [tree]
+    expected = [other] if is_other else model
+    save(path, setup(Adam(), model), model)
+    like = setup(Momentum() if is_other else Adam(), expected), expected
+    got = filled(path, like)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Pairs, "fit", lambda *args: False)
+        assert_equal(got, filled(path, like))
+
+
+def test_an_array_that_grows_while_it_is_saved_is_refused(path: str) -> None:
+    save(path, {"a": np.ones(2)})
+    x = np.ones(3)
+    encoder = Encoder()
+    tensors, text = encoder.finish({"state": encoder.add("state", {"a": x})})
+    x.resize(5, refcheck=False)
+    with pytest.raises(ValueError, match="do not resize arrays while they are saved"):
+        write(path, tensors, text, raw)
+    assert_equal(load(path), {"a": np.ones(2)})
 
 
 def test_a_deep_tree_comes_back(path: str) -> None:
