@@ -337,23 +337,25 @@ class Rule(ABC):
                 yield field.name, getattr(self, field.name)
 
     def adjust(self, **changes: Any) -> Self:
-        """Return this rule with other values of some fields.
+        """Return this rule with other values of those fields that it has.
 
-        Rules inside this one, as in a chain, change where they have a field of that name.
+        Rules inside this one, as in a chain, change where they have a field of that name. Fields
+        that only other rules have are passed over.
 
         Raises
         ------
         TypeError
-            If there is no such field, or if it shapes the state.
+            If no rule at all has such a field, or if it shapes the state.
         """
-        refuse_unknown([self], changes)
-        for name in changes:
+        refuse_strange(self, changes)
+        own = {name: changes[name] for name, _ in self.fields() if name in changes}
+        for name in own:
             if name in self.fixed:
                 raise TypeError(
                     f"{self._shown_as}: {name} shapes the state and cannot be adjusted; "
                     f"call setup with a new rule"
                 )
-        return dataclasses.replace(self, **changes) if changes else self  # type: ignore[type-var]
+        return dataclasses.replace(self, **own) if own else self  # type: ignore[type-var]
 
     if not typing.TYPE_CHECKING:  # type checkers know what there is
 
@@ -382,6 +384,14 @@ def adjusted(rule: Rule, changes: dict[str, Any]) -> Rule:
     """Return a rule with those of the changes that it has fields for."""
     own = {name: changes[name] for name, _ in rule.fields() if name in changes}
     return rule.adjust(**own) if own else rule
+
+
+def refuse_strange(rule: Rule, names: Collection[str]) -> None:
+    """Raise if neither this rule nor any other has a field of a name."""
+    strange = {*names}.difference(name for name, _ in rule.fields())
+    if strange:
+        fields = {name for cls in _registry for name in getattr(cls, "__dataclass_fields__", ())}
+        refuse_unknown([rule], strange - fields)
 
 
 def refuse_unknown(rules: Collection[Rule], names: Iterable[str]) -> None:

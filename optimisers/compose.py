@@ -30,7 +30,7 @@ from ._rule import (
     largest_count,
     misfit,
     moved,
-    refuse_unknown,
+    refuse_strange,
     started,
     widened,
 )
@@ -120,7 +120,7 @@ class OptimiserChain(Rule):
             yield from rule.fields()
 
     def adjust(self, **changes: Any) -> Self:
-        refuse_unknown([self], changes)
+        refuse_strange(self, changes)
         return type(self)(*(adjusted(rule, changes) for rule in self.rules))
 
 
@@ -428,7 +428,7 @@ class MixedPrecision(Rule):
         yield from self.rule.fields()
 
     def adjust(self, **changes: Any) -> Self:
-        refuse_unknown([self], changes)
+        refuse_strange(self, changes)
         if "dtype" in changes:
             return super().adjust(dtype=changes["dtype"])
         return type(self)(self.dtype, adjusted(self.rule, changes))

@@ -163,7 +163,9 @@ def test_values_outside_the_limits(cls, field, i, text):
     for value in OUTSIDE[text]:
         with pytest.raises(ValueError, match=r"must be") as caught:
             built(cls, field, i, value)
-        assert str(caught.value) == f"{cls.__name__}: {place} must be {text}; got {value!r}"
+        message = f"{cls.__name__}: {place} must be {text}; got {value!r}"
+        uphill = "; to go uphill, give the gradient with the other sign"
+        assert str(caught.value) == message + uphill * (place == "eta" and value < 0)
 
 
 @pytest.mark.parametrize(("cls", "field", "i", "text"), LIMITED)
@@ -209,7 +211,7 @@ def test_a_whole_number_beyond_all_floats_is_infinite():
 
 
 def test_messages_of_centred_rmsprop_name_the_public_rule():
-    with pytest.raises(ValueError, match=r"^RMSProp: eta must be finite and at least 0; got -1$"):
+    with pytest.raises(ValueError, match=r"^RMSProp: eta must be finite and at least 0; got -1;"):
         RMSProp(-1, centred=True)
 
 
@@ -452,6 +454,13 @@ def test_adjust_reaches_into_chains_and_mixed_precision():
         "float64", adjusted
     )
     assert rule.adjust(epsilon=1.0) == rule
+
+
+@parametrize("rule", [Adam(), ClipNorm(), OptimiserChain(Adam()), MixedPrecision(Adam())])
+@parametrize("name", ["lr", "etta", "learning_rate"])
+def test_adjust_refuses_a_name_that_no_rule_has(rule, name):
+    with pytest.raises(TypeError, match=f"no rule here has the field '{name}'"):
+        rule.adjust(**{name: 0.1})
 
 
 @parametrize("rule", PUBLIC_RULES)
