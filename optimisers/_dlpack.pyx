@@ -8,11 +8,11 @@ describe an array without making an object of it, which takes a fifth of the tim
 
 cimport numpy as cnp
 from cpython.pycapsule cimport PyCapsule_GetPointer
-from cpython.ref cimport Py_INCREF
+from cpython.ref cimport Py_INCREF, PyObject
 from cpython.tuple cimport (
     PyTuple_Check, PyTuple_GET_ITEM, PyTuple_GET_SIZE, PyTuple_New, PyTuple_SET_ITEM,
 )
-from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
 
 cnp.import_array()
 
@@ -23,13 +23,18 @@ cdef extern from "Python.h":
 cdef extern from "numpy/arrayobject.h":
     enum:
         NPY_HALF
+    object PyArray_NewFromDescr(
+        object kind, cnp.dtype dtype, int axes, const cnp.npy_intp* shape,
+        const cnp.npy_intp* strides, void* data, int flags, object like,
+    )
 
 cdef enum:
     CPU = 1
     SIGNED = 0              # codes of dtypes
     FLOATING = 2
-    BRAIN = 4
+    BFLOAT = 4
     MOST_AXES = 32
+    SMALL = 1024            # bytes of a tensor of which is not asked whether its storage has them
 
 cdef struct DLTensor:
     char* data
@@ -56,17 +61,68 @@ cdef struct DLPackExchangeAPI:
     void* stream
 
 
+cdef object known = None, known_too = None  # the types of tensors of the last viewer
+cdef Describe describe_known = NULL
+
+cdef enum Owner:                # of the memory of a view
+    OTHER                       # no tensor
+    MOVED                       # a tensor that has other memory now
+    TENSOR
+
+
+cdef int owner_of(PyObject* base, const char* low, Py_ssize_t bytes) noexcept:
+    """Return which `Owner` the base of a view is, that uses so many bytes from an address on."""
+    cdef DLTensor t
+    if type(<object> base) is not known and type(<object> base) is not known_too:
+        return OTHER
+    if bytes == 0 or describe_known is NULL:
+        return OTHER
+    try:
+        describe_known(<void*> base, &t)
+        if low == t.data + t.byte_offset and bytes <= reach_of(&t):
+            return TENSOR
+        return TENSOR if has(<object> base, low, bytes) else MOVED
+    except Exception:
+        return MOVED
+
+
+cdef inline int64_t reach_of(DLTensor* t) noexcept:
+    """Return how many bytes there are from the first number to the end of the last."""
+    cdef int64_t last = 0
+    cdef int k
+    for k in range(t.ndim):
+        last += (t.shape[k] - 1) * t.strides[k]
+    return (last + 1) * (t.bits // 8)
+
+
+cdef bint has(x, const char* low, int64_t bytes) except -1:
+    """Tell whether the storage of a tensor has so many bytes from an address on."""
+    storage = x.untyped_storage()
+    cdef uintptr_t start = storage.data_ptr()
+    cdef int64_t size = storage.nbytes()
+    return <uintptr_t> low >= start and <uintptr_t> low + bytes <= start + size
+
+
+def owner():
+    """Return the address of `owner_of`, for kernels."""
+    return <uintptr_t> <void*> &owner_of
+
+
 cdef class Viewer:
-    """Makes views of the arrays of some types.
+    """Makes views of PyTorch's tensors.
+
+    A view owns its tensor, which may be given other memory at any time, by ``x.data = y`` say, and
+    then the old one is no longer there. Whether it still is, `owner_of` asks before it is used (see
+    f in _kernels.pyx).
 
     Parameters
     ----------
     capsule
         What the types have as `__dlpack_c_exchange_api__`.
     cls, other : type
-        The types, subclasses not included.
+        The types of tensors, subclasses not included.
     bfloat16 : callable
-        Returns NumPy's dtype of that name, or None; asked when there is such an array.
+        Returns the dtype that stands for bfloat16, or None if there is none.
 
     Raises
     ------
@@ -80,11 +136,13 @@ cdef class Viewer:
     cdef object bfloat16
 
     def __cinit__(self, capsule, cls, other, bfloat16):
+        global known, known_too, describe_known
         api = <DLPackExchangeAPI*> PyCapsule_GetPointer(capsule, "dlpack_exchange_api")
         if api.major != 1 or api.describe is NULL:
             raise ImportError(f"no way to describe arrays in DLPack {api.major}.{api.minor}")
         self.describe, self.cls, self.other = api.describe, cls, other
         self.bfloat16 = bfloat16
+        known, known_too, describe_known = cls, other, api.describe
 
     cpdef view(self, x):
         """Return a NumPy array over the memory of `x`; None if there is no plain way."""
@@ -92,7 +150,8 @@ cdef class Viewer:
         cdef cnp.npy_intp shape[MOST_AXES]
         cdef cnp.npy_intp strides[MOST_AXES]
         cdef cnp.ndarray seen
-        cdef int k, kind
+        cdef cnp.dtype dtype
+        cdef int k
         cdef bint empty
         if type(x) is not self.cls and type(x) is not self.other:
             return None
@@ -105,13 +164,15 @@ cdef class Viewer:
         if t.device_type != CPU or t.lanes != 1 or t.strides is NULL or t.ndim > MOST_AXES:
             return None
         if t.code == FLOATING and t.bits in (16, 32, 64):
-            kind = (
+            dtype = cnp.PyArray_DescrFromType(
                 cnp.NPY_DOUBLE if t.bits == 64 else cnp.NPY_FLOAT if t.bits == 32 else NPY_HALF
             )
         elif t.code == SIGNED and t.bits == 64:
-            kind = cnp.NPY_INT64
-        elif t.code == BRAIN and t.bits == 16 and (dtype := self.bfloat16()) is not None:
-            kind = dtype.num
+            dtype = cnp.PyArray_DescrFromType(cnp.NPY_INT64)
+        elif t.code == BFLOAT and t.bits == 16:
+            dtype = self.bfloat16()
+            if dtype is None:
+                return None
         else:
             return None
         empty = False
@@ -119,16 +180,22 @@ cdef class Viewer:
             empty = empty or t.shape[k] == 0
             shape[k] = t.shape[k]
             strides[k] = t.strides[k] * (t.bits // 8)
-        if t.data is NULL and not empty:    # given back; NumPy would make new memory
+        if not empty and not self.has_memory(x, &t):
             return None
-        seen = cnp.PyArray_New(
-            cnp.ndarray, t.ndim, shape, kind, strides, t.data + t.byte_offset, 0,
+        Py_INCREF(dtype)                # which the array takes over
+        seen = PyArray_NewFromDescr(
+            cnp.ndarray, dtype, t.ndim, shape, strides, t.data + t.byte_offset,
             cnp.NPY_ARRAY_WRITEABLE, <object> NULL,
         )
         cnp.PyArray_UpdateFlags(seen, cnp.NPY_ARRAY_UPDATE_ALL)
-        Py_INCREF(x)
-        cnp.PyArray_SetBaseObject(seen, x)
+        cnp.set_array_base(seen, x)
         return seen
+
+    cdef bint has_memory(self, x, DLTensor* t) except -1:
+        """Tell whether a tensor has what it shows; for nothing, NumPy would make new memory."""
+        if t.data is NULL:
+            return False
+        return reach_of(t) < SMALL or has(x, t.data + t.byte_offset, reach_of(t))
 
     cpdef view_state(self, state):
         """Return a state with views of its arrays; what has none is None there."""

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import _device, _fork, _torch, rules, words
+from . import _device, _dlpack, _fork, _torch, rules, words
 from . import _kernels as baseline
 from ._arraypath import (
     Call,
@@ -76,6 +76,8 @@ def _choose_kernels() -> tuple[str, Any]:
 available = _find_kernels()
 isa, kernels = _choose_kernels()
 available_isas = tuple(available)
+for twin in available.values():
+    twin.know_tensors(_dlpack.owner())
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=kernels.after_fork)
 
@@ -142,7 +144,8 @@ def lower_for_device(rule: Any) -> Any:
 
 def _lower(rule: Any, kit: _Kit) -> Any:
     cls: Any = type(rule)
-    if any(map(holds_traced, attributes(rule).values())):
+    numbers = attributes(rule).values()
+    if any(map(holds_traced, numbers)) or any(map(_holds_mapped, numbers)):
         return None
     rule = with_attributes(rule, settled)
     if _is_elementwise(cls):
@@ -160,6 +163,11 @@ def _lower(rule: Any, kit: _Kit) -> Any:
         inner = _lower(rule.rule, kit)
         return None if inner is None else kit.plans.MixedPlan(rule, inner)
     return None
+
+
+def _holds_mapped(value: Any) -> bool:
+    """Tell whether ``torch.vmap`` maps a number in `value`."""
+    return any(map(_holds_mapped, value)) if type(value) is tuple else _torch.is_mapped(value)
 
 
 def _behaves_as(known: type[Rule], cls: type[Rule]) -> bool:
@@ -384,7 +392,13 @@ def advance(
         elif _take(batch, k, leaf, x, g):
             continue
         made, new = _evaluated(k, leaf, x, g, higher, where)
-        if in_place and new is not None and maywrite(x) and not is_traced(new):
+        if in_place and _torch.is_mapped(new) and not _torch.is_mapped(x):
+            raise TypeError(
+                f"at {where(k)}: update_ cannot write what torch.vmap maps into a tensor that it "
+                "does not map; use update, which returns new ones"
+            )
+        is_known = _torch.is_mapped(new) or not is_traced(new)
+        if in_place and new is not None and maywrite(x) and is_known:
             stored.append((k, x, new))
         elif new is not None:
             new_x[k] = new
@@ -527,10 +541,10 @@ def _holds_nonfinite(
         return False
     for each in gradients:
         g = checked(each[k], leaf, x, where)
-        if is_tracer(g):
+        if is_tracer(g) or _torch.is_mapped(g):
             raise TypeError(
-                f"at {where()}: on_nonfinite cannot look at numbers while JAX traces; leave it "
-                "out, or call update outside of jit, grad, scan, ..."
+                f"at {where()}: on_nonfinite cannot look at numbers while JAX traces or torch.vmap "
+                "maps; leave it out, or call update outside of jit, grad, scan, vmap, ..."
             )
         if g is not None and not is_finite(g):
             return True

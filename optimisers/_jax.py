@@ -7,7 +7,8 @@ a) A hyperparameter that crosses into a traced function becomes an array, in flo
 b) What a step needs of the numbers is computed from both, in double (`double`, `lifted`), and then
    cast once, as on the host: these are a few scalars for each array. They meet arrays of other
    dtypes in a step, which JAX may be set to refuse; not there (`promoting`).
-c) Whether there is a step can be a traced question (`AccumGrad`). The answer is a `Maybe`.
+c) Whether there is a step can be a traced question (`AccumGrad`), as it can be one that
+   ``torch.vmap`` maps. The answer is a `Maybe`.
 """
 
 from __future__ import annotations
@@ -307,6 +308,11 @@ class Maybe(SimpleNamespace):
 
 
 def chosen(made: Array, new: T, old: T) -> T:
-    """Return `new` where `made` says so, else `old`, in each array of a tree of JAX."""
+    """Return `new` where `made` says so, else `old`, in each array of a tree of JAX or PyTorch."""
+    if not is_jax(made):
+        if isinstance(new, tuple) and isinstance(old, tuple):
+            parts = [chosen(made, a, b) for a, b in zip(new, old, strict=True)]
+            return cast(T, new._make(parts) if hasattr(new, "_make") else tuple(parts))
+        return cast(T, sys.modules["torch"].where(made, new, old))
     jax = cast(Any, sys.modules["jax"])
     return cast(T, jax.tree_util.tree_map(lambda a, b: jax.numpy.where(made, a, b), new, old))

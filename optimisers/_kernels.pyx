@@ -29,9 +29,12 @@ f) *What user code can do meanwhile.* Between taking a leaf and running, code of
    trusts no length, type or address across such a call: lists are indexed with a check, what
    `coefs` returns is made a tuple of floats first, tuples are read by the C functions, never by
    their own `[]`, and before addresses are used, `check_held` asks whether they are still those of
-   the arrays, for those who go behind NumPy's back (`refcheck=False`, `__setstate__`). After that
-   check no Python runs until the numbers are written. `asked` says how many were held when Python
-   last ran, which is all unless a batch does everything at one call.
+   the arrays, for those who go behind NumPy's back (`refcheck=False`, `__setstate__`), and of the
+   tensors of PyTorch that the arrays are views of: these may be given other memory at any time
+   (``x.data = y``, ``storage.resize_``). After that check no Python runs until the numbers are
+   written. A run that lets other threads have the GIL owns the storages of tensors, too; that a
+   thread resizes one of them meanwhile is all that nobody can be kept from. `asked` says how many
+   were held when Python last ran, which is all unless a batch does everything at one call.
 g) *Narrow numbers*, float16 and bfloat16, are computed with in float. Blocks of the parameter, the
    gradient and the slots are widened into scratch memory, the same steps run there, and then each
    slot and the parameter is rounded, once (`keep`, `round_into`). A gradient and a slot may also be

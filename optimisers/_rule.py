@@ -34,6 +34,7 @@ from ._jax import (
     with_attributes,
 )
 from ._text import short
+from ._torch import is_mapped, is_tensor
 from .words import is_complex, maximum, minimum, namespace
 
 # --- limits of fields ------------------------------------------------------------------------
@@ -101,13 +102,17 @@ _PLAIN = (bool, int, float, np.ndarray, np.generic)
 
 
 def is_traced(value: Any) -> bool:
-    """Tell whether JAX or HIPS autograd stands behind `value`, and records what is done to it."""
+    """Tell whether JAX or HIPS autograd stands behind `value`, and records what is done to it.
+
+    Or ``torch.vmap``, which does it for many values at once.
+    """
     if isinstance(value, _PLAIN):
         return False
     if type(value) is Number:
         return value.is_traced
     tracer = sys.modules.get("autograd.tracer")
-    return is_tracer(value) or (tracer is not None and isinstance(value, tracer.Box))
+    is_boxed = tracer is not None and isinstance(value, tracer.Box)
+    return is_boxed or is_tracer(value) or is_mapped(value)
 
 
 def _is_unknown(value: Any) -> bool:
@@ -516,10 +521,8 @@ class ElementwiseRule(Rule):
         Narrow numbers are computed with in float32, and each result is rounded once.
         """
         state = checked_state(self, state, self.State)
-        if self.counts and isinstance(state.t, (int, float)):  # as a file of numbers has it
-            zero = count_like(x)
-            known = min(int(state.t), largest_count(zero))
-            state = state._replace(t=as_like(zero, zero + known))
+        if self.counts:
+            state = state._replace(t=as_count(state.t, x))
         kept = state[: len(self.slots)]
         given = x
         x, dx, *slots = map(widened, (x, dx, *map(read_only, kept)))
@@ -547,6 +550,8 @@ class ElementwiseRule(Rule):
                 return cast_like(x, rule.coefs() if t is None else rule.coefs(t))
         rule = with_attributes(self, settled)
         if t is not None:
+            if is_mapped(t):
+                t = t.double()
             t = t if is_traced(t) else int(t)
         return cast_like(x, rule.coefs() if t is None else rule.coefs(t))
 
@@ -746,6 +751,15 @@ def count_like(x: Any) -> Any:
     return xp.asarray(0, dtype=xp.int64)
 
 
+def as_count(t: Any, x: Any) -> Any:
+    """Return a count of the library of `x`, where it is a plain number, as a file may have it."""
+    is_foreign = isinstance(t, np.ndarray) and is_tensor(x)
+    if not is_foreign and not isinstance(t, int | float | np.number):
+        return t
+    zero = count_like(x)
+    return as_like(zero, zero + min(int(t), largest_count(zero)))
+
+
 def largest_count(t: Any) -> int:
     """Return the largest number that a count like `t` can be."""
     return int(namespace(t).iinfo(t.dtype).max)
@@ -777,6 +791,8 @@ def cast_like(x: Any, numbers: Iterable[Any]) -> tuple[Any, ...]:
 
 
 def _cast(traced: Any, real: Any) -> Any:
+    if is_tensor(traced):
+        return traced.to(real)
     if not is_tracer(traced):  # then a box, and perhaps of a Python number, which has no dtype
         traced = traced * real.type(1)
         if traced.dtype == real:  # under NumPy 2.0 the way back through a cast is an error

@@ -35,6 +35,19 @@ def places(xs: Sequence[object], among: Sequence[int]) -> list[int]:
     return [] if torch is None else [k for k in among if isinstance(xs[k], torch.Tensor)]
 
 
+def is_mapped(x: object) -> bool:
+    """Tell whether `x` stands for one tensor of each member that ``torch.vmap`` maps.
+
+    Nobody can ask it for a number.
+    """
+    if not is_tensor(x):
+        return False
+    functorch = sys.modules["torch"]._C._functorch
+    while functorch.is_gradtrackingtensor(x):
+        x = functorch.get_unwrapped(x)
+    return bool(functorch.is_batchedtensor(x))
+
+
 # --- views -----------------------------------------------------------------------------------
 
 
@@ -60,9 +73,9 @@ def view(x: Tensor) -> np.ndarray | None:
 
 
 def is_given_back(x: Any) -> bool:
-    """Tell whether a tensor has numbers, but no memory: its storage was resized to nothing.
+    """Tell whether a tensor shows numbers without memory: its storage was resized to less.
 
-    PyTorch itself does not always ask, and reads from address 0.
+    PyTorch itself does not always ask, and reads from address 0, or behind the end.
     """
     if not is_tensor(x):
         return False
@@ -72,7 +85,11 @@ def is_given_back(x: Any) -> bool:
     if hasattr(x, "__tensor_flatten__"):  # as of DTensor: its numbers are in other tensors
         return any(is_given_back(getattr(x, name)) for name in x.__tensor_flatten__()[0])
     try:
-        return not x.data_ptr() and not x.untyped_storage().nbytes()
+        has = x.untyped_storage().nbytes()
+        if not x.data_ptr():
+            return not has
+        last = sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True))
+        return bool((x.storage_offset() + last + 1) * x.element_size() > has)
     except RuntimeError:  # a tensor that is being traced or transformed
         return False
 
@@ -166,6 +183,8 @@ def arrays(state: Any, x: Tensor, g: Tensor) -> tuple[Any, np.ndarray, np.ndarra
     The axes are ordered so that a dense parameter is contiguous, and a gradient in another order
     is copied.
     """
+    if x.dtype.is_complex:  # which kernels do not take; and a view of NumPy pins a storage
+        return None
     seen, grad = view(x), view(g)
     if seen is None or grad is None:
         return None

@@ -20,6 +20,7 @@ from ._rule import (
     Upper,
     adjusted,
     applied,
+    as_count,
     as_like,
     checked_state,
     count_like,
@@ -35,7 +36,7 @@ from ._rule import (
     widened,
 )
 from ._text import short
-from ._torch import is_tensor
+from ._torch import is_mapped, is_tensor
 from .rules import _Hold, _Release, _Scale
 from .words import absolute, is_complex, namespace, where
 
@@ -297,8 +298,9 @@ class AccumGrad(Rule):
         state = checked_state(self, state, AccumGradState)
         if tuple(state.sum.shape) != tuple(x.shape):
             raise ValueError(misfit(self, "sum", state.sum, x))
-        state = state._replace(sum=widened(state.sum))  # as earlier versions kept it
-        if is_tracer(state.count):
+        # Earlier versions kept the sum as narrow as the parameter is.
+        state = AccumGradState(widened(state.sum), as_count(state.count, x))
+        if is_tracer(state.count) or is_mapped(state.count):
             return self._traced(state, x, dx)
         if int(state.count) < self._last(state.count):
             (total,), _ = _Hold().apply((state.sum,), x, dx)

@@ -7,6 +7,8 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 try:
     import torch
 except ImportError as error:  # pragma: no cover
@@ -357,7 +359,7 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
             for index, p in self._indexed(given):
                 if index in given["state"]:
                     kept = given["state"][index]
-                    if any(isinstance(value, int | float) for value in kept.values()):
+                    if not all(isinstance(value, torch.Tensor) for value in kept.values()):
                         kept = _as_tensors(kept, dict(_named(self.rule.init(p.detach()))))
                     self.state[p] = {name: _copied(value, p) for name, value in kept.items()}
 
@@ -562,8 +564,8 @@ def _shape(value: Any) -> Any:
 def _as_tensors(kept: dict[str, Any], like: dict[str, Any]) -> dict[str, Any]:
     """Return a state whose counts are tensors, where a tool made plain numbers of them."""
     return {
-        name: torch.as_tensor(value, dtype=like[name].dtype, device=like[name].device)
-        if isinstance(value, int | float) and isinstance(like.get(name), torch.Tensor)
+        name: torch.as_tensor(np.asarray(value)).to(like[name].device, like[name].dtype)
+        if isinstance(value, int | float | np.number) and isinstance(like.get(name), torch.Tensor)
         else value
         for name, value in kept.items()
     }

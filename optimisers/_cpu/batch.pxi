@@ -35,6 +35,7 @@ cdef class Batch:
     cdef bint widens            # whether a leaf has narrow numbers, but for gradient and master
     cdef object clash           # what `settle` found
     cdef list norm_rules
+    cdef list storages          # of tensors; None if nobody needed to hold any
     cdef cnp.ndarray like       # the parameter that is being taken
     cdef readonly dict new_x
     """Place: array that takes the parameter's place, where it was not written in place."""
@@ -449,6 +450,8 @@ cdef class Batch:
             return -1
         if not cnp.PyArray_ISWRITEABLE(count):
             return -1
+        if not is_within(<PyObject*> count, cnp.PyArray_BYTES(count), sizeof(int64_t)):
+            return -1
         value = (<int64_t*> cnp.PyArray_DATA(count))[0]
         return value if value < INT64_MAX else -1
 
@@ -547,7 +550,7 @@ cdef class Batch:
         cdef cnp.ndarray copy
         if not self.is_written(<uintptr_t> numbers, bytes):
             return numbers
-        check_held(self.work, leaf.held, leaf.held_end)
+        self.check_held(leaf.held, leaf.held_end)
         copy = cnp.PyArray_SimpleNew(1, <cnp.npy_intp*> &bytes, cnp.NPY_BYTE)
         reserve(&self.work.held, sizeof(Held), 1)
         hold(self.work, copy, bytes)
@@ -586,12 +589,12 @@ cdef class Batch:
     cdef bint judge(self) except -1:
         """Mark the leaves whose gradients hold infinity or NaN; tell whether there are any."""
         cdef Run run
-        check_held(self.work, 0, self.asked)
+        self.check_held(0, self.asked)
         self.prepare(&run)
         run.is_bad = 0
         run.members = take_team(run.gradients)
         run.pieces = min(run.blocks, run.gradients // PIECE + 1, run.members * PIECES)
-        work_on(&run, judge_piece, run.gradients)
+        work_on(&run, judge_piece, run.gradients, self.keeps_gil(&run, run.gradients))
         if run.members > 1:
             team_leave()
         return run.is_bad
@@ -621,14 +624,17 @@ cdef class Batch:
                 norm = <Norm*> self.work.norms.data + k
                 leaf = run.segments + norm.segment
                 self.failed = leaf.place
-                check_held(self.work, leaf.held, min(leaf.held_end, self.asked))
-                with nogil:
+                self.check_held(leaf.held, min(leaf.held_end, self.asked))
+                if self.keeps_gil(&run, run.bytes):
                     value = norm_of(&run, leaf, norm.stage, norm.p)
+                else:
+                    with nogil:
+                        value = norm_of(&run, leaf, norm.stage, norm.p)
                 self.set_number(leaf, norm.stage, self.norm_rules[k].factor(value))
                 self.asked = self.work.held.length
             self.failed = -1
-            check_held(self.work, 0, self.asked)
-            work_on(&run, update_piece, run.bytes)
+            self.check_held(0, self.asked)
+            work_on(&run, update_piece, run.bytes, self.keeps_gil(&run, run.bytes))
             for k in range(self.work.counts.length):
                 count = <Count*> self.work.counts.data + k
                 count.where[0] = count.value
@@ -638,6 +644,42 @@ cdef class Batch:
             if run.members > 1:
                 team_leave()
             environment_leave(before)
+
+    cdef int check_held(self, Py_ssize_t first, Py_ssize_t end) except -1:
+        """Raise if an array no longer has the memory that is in use of it."""
+        cdef Segment* leaves = <Segment*> self.work.segments.data
+        cdef Py_ssize_t moved = first_moved(self.work, first, end), k
+        if moved < 0:
+            return 0
+        for k in range(self.work.segments.length):
+            if leaves[k].held <= moved < leaves[k].held_end:
+                self.failed = leaves[k].place
+        raise RuntimeError(
+            "an array of the parameter, its gradient or its state was given other memory while the "
+            "step was under way, or has less than it shows; nothing was updated"
+        )
+
+    cdef bint keeps_gil(self, Run* run, Py_ssize_t bytes) except -1:
+        """Tell whether a run is too short to let others have the GIL; if not, own the storages.
+
+        Another thread may give a tensor other memory meanwhile. That its storage is resized then is
+        the one thing that nobody can be kept from.
+        """
+        cdef Held* held = <Held*> self.work.held.data
+        cdef PyObject* base
+        cdef Py_ssize_t k
+        if bytes < SHORT and run.members == 1:
+            return True
+        if owner_of is NULL or self.storages is not None:
+            return False
+        for k in range(self.work.held.length):
+            base = base_of(held[k].array)
+            if base is not NULL and owner_of(base, held[k].data, held[k].bytes) == TENSOR:
+                if bytes < SHORT_OF_TENSORS:
+                    return True
+                self.storages = self.storages or []
+                self.storages.append((<object> base).untyped_storage())
+        return False
 
     cdef void prepare(self, Run* run) noexcept:
         """Say what there is to do."""

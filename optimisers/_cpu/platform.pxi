@@ -137,7 +137,8 @@ cdef enum:
     COPIED_FAR = 128        # ... out of the caches, where these are likely ...
     FAR = 1 << 24           # ... if so many bytes are moved
     LINED_UP = 2048         # numbers in a leaf from which it pays to align its blocks
-    SHORT = 32768           # bytes that are moved before others could have had the GIL
+    SHORT = 32768           # bytes that are moved before others could have had the GIL ...
+    SHORT_OF_TENSORS = 1 << 20  # ... where it is of tensors, whose storages have to be held then
 
 cdef uint64_t GOLDEN = 0x9e3779b97f4a7c15   # spreads addresses over a table: Knuth's multiplier
 

@@ -63,10 +63,10 @@ cdef void share_out(int members, team_piece piece, void* job, Py_ssize_t pieces,
             piece(job, k, 0)
 
 
-cdef void work_on(Run* run, team_piece piece, Py_ssize_t bytes) noexcept:
+cdef void work_on(Run* run, team_piece piece, Py_ssize_t bytes, bint keeps) noexcept:
     """Do all pieces of a run; if that takes a while, other threads of Python go on meanwhile."""
-    if bytes < SHORT and run.members == 1:
-        share_out(1, piece, run, run.pieces, bytes)
+    if keeps:
+        share_out(run.members, piece, run, run.pieces, bytes)
         return
     with nogil:
         share_out(run.members, piece, run, run.pieces, bytes)

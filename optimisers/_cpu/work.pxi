@@ -173,35 +173,54 @@ cdef inline Py_ssize_t bytes_of(cnp.ndarray a) noexcept:
     return bytes
 
 
-cdef bint is_within(Held* held, PyObject* base) noexcept:
-    """Tell whether the memory in use is still its owner's, if that is an array."""
+cdef enum:                  # what owns memory: see `owner_of` in _dlpack.pyx
+    MOVED = 1
+    TENSOR
+
+ctypedef int (*OwnerOf)(PyObject*, const char*, Py_ssize_t) noexcept
+
+cdef OwnerOf owner_of = NULL
+
+
+def know_tensors(uintptr_t owner):
+    """Take the address of what tells whether a tensor of PyTorch still has its memory."""
+    global owner_of
+    owner_of = <OwnerOf> <void*> owner
+
+
+cdef inline PyObject* base_of(PyObject* array) noexcept:
+    """Return what the memory of an array belongs to: an array, something else, or NULL."""
+    while array is not NULL and cnp.PyArray_Check(<object> array):
+        if cnp.PyArray_CHKFLAGS(<cnp.ndarray> array, cnp.NPY_ARRAY_OWNDATA):
+            break
+        array = cnp.PyArray_BASE(<cnp.ndarray> array)
+    return array
+
+
+cdef bint is_within(PyObject* array, const char* data, Py_ssize_t bytes) noexcept:
+    """Tell whether the memory in use is still its owner's, if that is an array or a tensor."""
+    cdef PyObject* base = base_of(array)
     cdef char* start
-    if base is NULL or not cnp.PyArray_Check(<object> base):
+    if base is NULL or base == array:
         return True
-    if not cnp.PyArray_CHKFLAGS(<cnp.ndarray> base, cnp.NPY_ARRAY_OWNDATA):
-        return True
-    start = cnp.PyArray_BYTES(<cnp.ndarray> base)
-    return (
-        held.data >= start
-        and held.data + held.bytes <= start + bytes_of(<cnp.ndarray> base)
-    )
+    if cnp.PyArray_Check(<object> base):
+        start = cnp.PyArray_BYTES(<cnp.ndarray> base)
+        return data >= start and data + bytes <= start + bytes_of(<cnp.ndarray> base)
+    return owner_of is NULL or owner_of(base, data, bytes) != MOVED
 
 
-cdef int check_held(Work* work, Py_ssize_t first, Py_ssize_t end) except -1:
-    """Raise if what is held from `first` to `end` no longer has the memory that is in use."""
+cdef Py_ssize_t first_moved(Work* work, Py_ssize_t first, Py_ssize_t end) noexcept:
+    """Return the first, of what is held, that no longer has the memory in use; -1 if all do."""
     cdef Held* held = <Held*> work.held.data
     cdef Py_ssize_t k
     for k in range(first, end):
         if (
             cnp.PyArray_BYTES(<cnp.ndarray> held[k].array) != held[k].data
             or bytes_of(<cnp.ndarray> held[k].array) < held[k].bytes
-            or not is_within(held + k, cnp.PyArray_BASE(<cnp.ndarray> held[k].array))
+            or not is_within(held[k].array, held[k].data, held[k].bytes)
         ):
-            raise RuntimeError(
-                "an array of the parameter, its gradient or its state was given other memory while "
-                "the step was under way; nothing was updated"
-            )
-    return 0
+            return k
+    return -1
 
 
 cdef int make_room(Vector* v, size_t size, Py_ssize_t room) except -1:
