@@ -14,8 +14,9 @@ from .._arrays import library_of
 from .._ties import View, carry
 from . import _safetensors as form
 from ._entries import ArrayNode, StoredTensor, c_order, damaged
+from ._json import FileFormatError
 from ._revive import as_like, typed
-from ._safetensors import FileFormatError, Source
+from ._safetensors import Source
 
 Array = Any
 

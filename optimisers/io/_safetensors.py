@@ -399,7 +399,7 @@ def _refuse_crowd(text: str) -> None:
     """
     arrays = text.count('"data_offsets"')
     begin, end = text.find('\\"'), text.rfind('\\"')
-    texts = (text.count('"') - text.count('\\"')) // 2
+    texts = (text.count('"') - (text.count('"', begin, end + 2) if end > begin else 0)) // 2
     if texts > 5 * arrays + _MOST_OTHERS:
         raise FileFormatError(_CROWDED.format(f"{texts:,} texts", f"{arrays:,}"))
     numbers = text.count(",") - (text.count(",", begin, end) if end > begin else 0)

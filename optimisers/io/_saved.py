@@ -64,8 +64,11 @@ def crowd(text: str) -> str:
     """
     objects = text.count("{")
     most = 5 * objects + 2 * most_places(objects)
-    if text.count(",") > most and (commas := without_strings(text).count(",")) > most:
+    commas = text.count(",")
+    if commas > most and (commas := without_strings(text).count(",")) > most:
         return f"{commas:,} commas and {objects:,} objects"
+    if commas <= 4 * objects + _MOST_KEYS:  # there are no more keys than commas and objects
+        return ""
     keys = text.count('":') - text.count('\\":')
     return f"{keys:,} keys and {objects:,} objects" if keys > 5 * objects + _MOST_KEYS else ""
 
