@@ -145,9 +145,10 @@ def lower_for_device(rule: Any) -> Any:
 def _lower(rule: Any, kit: _Kit) -> Any:
     cls: Any = type(rule)
     numbers = attributes(rule).values()
-    if any(map(holds_traced, numbers)) or any(map(_holds_mapped, numbers)):
-        return None
-    rule = with_attributes(rule, settled)
+    if not all(map(_is_python, numbers)):
+        if any(map(holds_traced, numbers)) or any(map(_holds_mapped, numbers)):
+            return None
+        rule = with_attributes(rule, settled)
     if _is_elementwise(cls):
         return kit.step(rule)
     if _behaves_as(OptimiserChain, cls):
@@ -163,6 +164,14 @@ def _lower(rule: Any, kit: _Kit) -> Any:
         inner = _lower(rule.rule, kit)
         return None if inner is None else kit.plans.MixedPlan(rule, inner)
     return None
+
+
+def _is_python(value: Any) -> bool:
+    """Tell whether a value is a number of Python, or holds nothing else."""
+    cls = type(value)
+    return (
+        cls is float or cls is bool or cls is int or (cls is tuple and all(map(_is_python, value)))
+    )
 
 
 def _holds_mapped(value: Any) -> bool:

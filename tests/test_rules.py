@@ -456,6 +456,26 @@ def test_adjust_reaches_into_chains_and_mixed_precision():
     assert rule.adjust(epsilon=1.0) == rule
 
 
+@pytest.mark.parametrize(("cls", "field", "i", "text"), LIMITED)
+def test_adjust_checks_what_it_changes(cls, field, i, text):
+    rule = variants(cls)[-1]
+    if field in cls.fixed:
+        return
+    values = {f.name: getattr(rule, f.name) for f in dataclasses.fields(rule)}
+    for value in OUTSIDE[text]:
+        with pytest.raises(ValueError, match=r"must be") as expected:
+            built(cls, field, i, value)
+        bad = getattr(rule, field)
+        bad = value if i is None else (*bad[:i], value, *bad[i + 1 :])
+        with pytest.raises(ValueError, match=r"must be") as caught:
+            rule.adjust(**{field: bad})
+        assert str(caught.value) == str(expected.value)
+    same = rule.adjust(**{field: getattr(rule, field)})
+    assert {f.name: getattr(same, f.name) for f in dataclasses.fields(same)} == values
+    assert same == rule
+    assert hash(same) == hash(rule)
+
+
 @parametrize("rule", [Adam(), ClipNorm(), OptimiserChain(Adam()), MixedPrecision(Adam())])
 @parametrize("name", ["lr", "etta", "learning_rate"])
 def test_adjust_refuses_a_name_that_no_rule_has(rule, name):
