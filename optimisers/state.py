@@ -223,7 +223,8 @@ def _new_leaf(rule: Rule, index: int, path: KeyPath, x: Array) -> Leaf:
     if is_tensor(x):
         refuse_given_back(x, (), path.__str__)
     try:
-        return Leaf(rule, started(rule, x.detach() if is_tensor(x) else plain(x), index))
+        with _engine.kernels.UsualEnvironment():
+            return Leaf(rule, started(rule, x.detach() if is_tensor(x) else plain(x), index))
     except TypeError as error:
         raise TypeError(f"at {path}: {error}") from error
 

@@ -260,6 +260,11 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        with _engine.kernels.UsualEnvironment():
+            self._advance()
+        return loss
+
+    def _advance(self) -> None:
         leaves: list[_Leaf] = []
         xs: list[Tensor] = []
         gs: list[Tensor] = []
@@ -285,7 +290,6 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
             return [(self.state.update, {xs[k]: state for k, state in made.items()})]
 
         _engine.advance(leaves, xs, gs, (), lambda k: self._path(xs[k]), True, beside=keep)
-        return loss
 
     def _state(self, p: Tensor, rule: Rule, kept: dict[str, Any] | None) -> Any:
         """Return the state of the rule for a parameter, from what is kept under its names."""

@@ -159,3 +159,35 @@ def test_the_bits_of_any_step(rule, dtype, data, bits, rounding, threads, call):
             return
         raise
     assert_same_bits(trained(lambda: environment(bits, rounding)), usual)
+
+
+@parametrize("bits", [FLUSH, UPWARD])
+@parametrize("dtype", ["float16", "bfloat16", "float32", "float64", "complex64"])
+def test_the_bits_of_a_step_of_an_optimizer_of_torch(dtype, bits):
+    torch = pytest.importorskip("torch")
+    from optimisers.torch import Optimizer
+
+    kind = getattr(torch, dtype)
+    numbers = torch.tensor(normal(500, np.float64) * 1e-3).to(kind)
+    tiny = torch.tensor(normal(500, np.float64, 1) * np.float64(1e-40)).to(kind)
+
+    def trained(rule, odd):
+        p = torch.nn.Parameter(numbers.clone())
+        optimizer = Optimizer([p], rule)
+        for k in range(3):
+            p.grad = (tiny, numbers)[k % 2].clone()
+            with environment(bits) if odd else contextlib.nullcontext():
+                optimizer.step()
+        kept = [p.detach(), *optimizer.state[p].values()]
+        whole = [torch.view_as_real(x) if x.is_complex() else x for x in kept]
+        return [bytes(x.contiguous().view(-1).view(torch.uint8).numpy()) for x in whole]
+
+    for rule in (Momentum(), OptimiserChain(AccumGrad(2), Adam(0.1)), MixedPrecision(Adam())):
+        assert trained(rule, odd=True) == trained(rule, odd=False)
+
+
+def test_a_master_copy_is_rounded_to_nearest():
+    x = normal(100, np.float64)
+    with environment(UPWARD, 0x0800):
+        state = setup(MixedPrecision("float32", Momentum()), x)
+    assert_same_bits(state.state.master, x.astype("float32"))
