@@ -55,8 +55,12 @@ class ArrayPath(_engine.kernels.Batch):
     """A batch that takes nothing."""
 
     def gather(self, leaves, xs, gs, lower, at_once=False):
-        held = zip(leaves, gs, strict=True)
-        return [k for k, (leaf, g) in enumerate(held) if g is not None and not leaf.frozen]
+        held = zip(leaves, xs, gs, strict=True)
+        return [
+            k
+            for k, (leaf, x, g) in enumerate(held)
+            if not leaf.frozen and (g is not None or isinstance(x, np.ma.MaskedArray))
+        ]
 
     def take(self, *args):
         return False

@@ -239,11 +239,11 @@ def test_a_gradient_in_memory_that_is_written_is_read_before() -> None:
 
 @BOTH
 def test_each_is_updated_where_it_lives(call: Any) -> None:
-    model = {"host": np.ones(3), "device": device(np.ones(3)), "half": np.ones(3, np.float16)}
+    model = {"host": np.ones(3), "device": device(np.ones(3)), "complex": np.ones(3, complex)}
     state = setup(Adam(1.0), model)
-    grad = {"host": np.ones(3), "device": device(np.ones(3)), "half": np.ones(3, np.float16)}
+    grad = {"host": np.ones(3), "device": device(np.ones(3)), "complex": np.ones(3, complex)}
     state, model, used = step(call, state, model, grad)
-    assert used == {"['host']": "kernels", "['device']": "cuda", "['half']": "arrays"}
+    assert used == {"['host']": "kernels", "['device']": "cuda", "['complex']": "arrays"}
     assert type(model["host"]) is np.ndarray
     np.testing.assert_array_equal(host(model["device"]), model["host"])
 
