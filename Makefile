@@ -25,7 +25,7 @@ demo: $(VENV)/demo ## train a network on handwritten digits, over the tree and o
 test: $(VENV)/test ## run the tests, but for those that build the library anew
 	@$(BIN)/python -m pytest $(PARALLEL) -m "not slow" $(args)
 
-test-all: $(VENV)/oracles $(VENV)/test $(VENV)/cuda ## run all tests, beside the libraries we compare with and with CUDA simulated; measure what they reach
+test-all: $(VENV)/oracles $(VENV)/test $(VENV)/demo $(VENV)/bench $(VENV)/cuda ## run all tests, beside the libraries we compare with and with CUDA simulated; measure what they reach
 	@$(SIMULATED) -q $(PARALLEL) --cov --cov-report= --cov-fail-under=0 -k "not test_every_rule and not test_chains and not test_special"
 	@$(BIN)/python -m pytest tests/cuda/test_ptx.py -q $(PARALLEL) --cov --cov-append --cov-report= --cov-fail-under=0 -k "three or masters"
 	@$(BIN)/python -m pytest $(PARALLEL) --peers=required --cov --cov-append --cov-report=term $(args)
