@@ -257,7 +257,9 @@ def test_gradients_that_are_boxes_of_parameters_that_are_none(cls, dtype):
     rule = example(cls)
     if dtype == "c16" and getattr(rule, "real_only", False):
         return
-    start = {"w": np.array([1.0, -2.0, 0.0], dtype), "b": np.array(0.5, dtype)}
+    # Under NumPy 2.0 autograd does not find back through a cast of a number without dimensions.
+    shape = () if np.lib.NumpyVersion(np.__version__) >= "2.1.0" else (1,)
+    start = {"w": np.array([1.0, -2.0, 0.0], dtype), "b": np.full(shape, 0.5, dtype)}
     after = steps_of(rule, start)
     with np.errstate(all="ignore"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # autograd's, of what depends on nothing
