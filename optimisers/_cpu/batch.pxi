@@ -613,6 +613,7 @@ cdef class Batch:
         cdef Norm* norm
         cdef Count* count
         cdef double value
+        cdef bint keeps
         run.members = 1
         try:
             self.begin()
@@ -620,12 +621,13 @@ cdef class Batch:
             run.members = take_team(run.bytes)
             run.pieces = min(run.blocks, run.bytes // PIECE + 1, run.members * PIECES)
             self.lend_scratch(&run)
+            keeps = self.keeps_gil(&run, run.bytes)
             for k in range(self.work.norms.length):
                 norm = <Norm*> self.work.norms.data + k
                 leaf = run.segments + norm.segment
                 self.failed = leaf.place
                 self.check_held(leaf.held, min(leaf.held_end, self.asked))
-                if self.keeps_gil(&run, run.bytes):
+                if keeps:
                     value = norm_of(&run, leaf, norm.stage, norm.p)
                 else:
                     with nogil:
@@ -634,7 +636,7 @@ cdef class Batch:
                 self.asked = self.work.held.length
             self.failed = -1
             self.check_held(0, self.asked)
-            work_on(&run, update_piece, run.bytes, self.keeps_gil(&run, run.bytes))
+            work_on(&run, update_piece, run.bytes, keeps)
             for k in range(self.work.counts.length):
                 count = <Count*> self.work.counts.data + k
                 count.where[0] = count.value
@@ -670,11 +672,13 @@ cdef class Batch:
         cdef Py_ssize_t k
         if bytes < SHORT and run.members == 1:
             return True
-        if owner_of is NULL or self.storages is not None:
+        if owner_of is NULL or not self.work.borrows or self.storages is not None:
             return False
         for k in range(self.work.held.length):
             base = base_of(held[k].array)
-            if base is not NULL and owner_of(base, held[k].data, held[k].bytes) == TENSOR:
+            if base is NULL or cnp.PyArray_Check(<object> base):
+                continue
+            if owner_of(base, held[k].data, held[k].bytes) == TENSOR:
                 if bytes < SHORT_OF_TENSORS:
                     return True
                 self.storages = self.storages or []

@@ -97,6 +97,7 @@ cdef struct Work:           # the memory of a batch, lent from one to the next
     Vector parameters       # spans of parameters
     Vector scratch          # blocks for each thread: see Batch.lend_scratch
     Vector held             # what is owned as long as its memory is in use
+    bint borrows            # whether something held has its memory from something else
     PyObject* rule          # the last rule met and its plan: the next batch often has the same
     PyObject* plan
 
@@ -120,6 +121,7 @@ cdef void give_back(Work* work) noexcept:
     cdef Vector* vectors = <Vector*> work
     cdef int k
     let_go(&work.held, 0)
+    work.borrows = False
     for k in range(VECTORS):
         vectors[k].length = 0
     work = <Work*> exchange(<void**> &spare, work)
@@ -162,6 +164,8 @@ cdef inline void hold(Work* work, cnp.ndarray a, Py_ssize_t bytes) noexcept:
     cdef Held* held = <Held*> work.held.data + work.held.length
     Py_INCREF(a)
     held.array, held.data, held.bytes = <PyObject*> a, cnp.PyArray_BYTES(a), bytes
+    if not cnp.PyArray_CHKFLAGS(a, cnp.NPY_ARRAY_OWNDATA):
+        work.borrows = True
     work.held.length += 1
 
 
