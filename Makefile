@@ -73,7 +73,7 @@ bench-gpu: $(VENV)/built ## time updates on a GPU, beside a copy and PyTorch's A
 lint: $(VENV)/dev ## check style: ruff, cython-lint
 	@$(BIN)/ruff check
 	@$(BIN)/ruff format --check
-	@PATH="$(CURDIR)/$(BIN):$$PATH" cython-lint optimisers/*.pyx optimisers/_cpu/*.pxi
+	@PATH="$(CURDIR)/$(BIN):$$PATH" cython-lint optimisers/*.pyx optimisers/*/*.pyx optimisers/_cpu/*.pxi
 
 format: $(VENV)/dev ## mend style where ruff can
 	@$(BIN)/ruff check --fix
@@ -161,7 +161,7 @@ audit: $(VENV)/audit ## ask which of the libraries in .venv have known vulnerabi
 
 clean: ## remove what was built, keep .venv
 	rm -rf build dist htmlcov *.egg-info .coverage .mypy_cache .pytest_cache .ruff_cache .hypothesis
-	rm -f optimisers/*.so optimisers/_steps.pxi $(VENV)/built
+	rm -f optimisers/*.so optimisers/*/*.so optimisers/_steps.pxi $(VENV)/built
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 distclean: clean ## remove .venv too
@@ -176,12 +176,13 @@ $(VENV)/made: pyproject.toml
 	@$(PYTHON) -c 'import tomllib; print(*tomllib.load(open("$<", "rb"))["build-system"]["requires"])' | xargs $(PIP)
 	@touch $@
 
-# A change in rules.py that leaves the formulas alone leaves this file, and so the kernels, alone.
-optimisers/_steps.pxi: optimisers/rules.py optimisers/_language.py tools/emit_steps.py
-	@$(PYTHON) tools/emit_steps.py $< $@.new
+# A change in the rules that leaves the formulas alone leaves this file, and so the kernels, alone.
+RULES := $(sort $(wildcard optimisers/rules/[a-z]*.py))
+optimisers/_steps.pxi: $(RULES) optimisers/_steps/grammar.py tools/emit_steps.py
+	@$(PYTHON) tools/emit_steps.py $(RULES) $@.new
 	@cmp -s $@ $@.new && rm $@.new || mv $@.new $@
 
-$(VENV)/built: $(VENV)/made pyproject.toml setup.py optimisers/_steps.pxi $(wildcard optimisers/*.pyx optimisers/_cpu/*)
+$(VENV)/built: $(VENV)/made pyproject.toml setup.py optimisers/_steps.pxi $(wildcard optimisers/*.pyx optimisers/*/*.pyx optimisers/_cpu/*)
 	@echo "building optimisers, which takes about a minute"
 	@$(PIP) --no-build-isolation --check-build-dependencies --editable .
 	@touch $@
@@ -193,7 +194,7 @@ RACES = $(ALONE) PYTHONPATH=build/thread TSAN_OPTIONS=die_after_fork=0 \
     LD_PRELOAD="$$(gcc -print-file-name=libtsan.so)" \
     $(BIN)/python -m pytest -s -p no:cacheprovider
 
-build/%/built: setup.py $(wildcard optimisers/*.py optimisers/*/*.py optimisers/*.pyx optimisers/_cpu/*) optimisers/_steps.pxi | $(VENV)/test
+build/%/built: setup.py $(wildcard optimisers/*.py optimisers/*/*.py optimisers/*.pyx optimisers/*/*.pyx optimisers/_cpu/*) optimisers/_steps.pxi | $(VENV)/test
 	@echo "building optimisers under -fsanitize=$*"
 	@OPTIMISERS_SANITIZE=$* $(BIN)/python -W ignore setup.py -q build --build-lib build/$* --build-temp build/$*/temp
 	@grep -q "__asan_init\|__tsan_init" build/$*/optimisers/_kernels*.so

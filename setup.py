@@ -1,4 +1,4 @@
-"""Build the CPU kernels: the steps of rules.py as Cython, compiled for each instruction set.
+"""Build the CPU kernels: the steps of the rules as Cython, compiled for each instruction set.
 
 Everything else that a build needs to know stands in pyproject.toml. The same sources make the same
 archives, byte for byte, whenever and wherever they are built with the same tools.
@@ -25,11 +25,11 @@ from setuptools.modified import newer_group
 sys.path.insert(0, "tools")
 from emit_steps import generate
 
-RULES = Path("optimisers/rules.py")
+RULES = sorted(Path("optimisers/rules").glob("[a-z]*.py"))
 STEPS = Path("optimisers/_steps.pxi")
 KERNELS = Path("optimisers/_kernels.pyx")
 PARTS = sorted(path for path in Path("optimisers/_cpu").iterdir() if path.suffix in {".pxi", ".h"})
-DLPACK = Path("optimisers/_dlpack.pyx")
+DLPACK = Path("optimisers/_arrays/dlpack.pyx")
 
 # Equal bits on every instruction set need separate roundings: no contraction to fma, no fast-math.
 # The next flags let loops with `sqrt` and comparisons use vector instructions; that with a number
@@ -78,7 +78,7 @@ elif platform.machine().lower() in {"x86_64", "amd64"} and sys.platform != "win3
     VARIANTS["optimisers._kernels_avx512"] = ["-march=x86-64-v4", "-mprefer-vector-width=512"]
 
 SOURCES = {name: [str(path) for path in (KERNELS, STEPS, *PARTS)] for name in VARIANTS}
-SOURCES["optimisers._dlpack"] = [str(DLPACK)]
+SOURCES["optimisers._arrays.dlpack"] = [str(DLPACK)]
 
 
 NO_COMPILER = """no C compiler works here; the kernels are compiled while optimisers is installed.
@@ -107,7 +107,7 @@ class BuildKernels(build_ext):
     def build_extensions(self) -> None:
         if not self.compiles():
             raise SystemExit(NO_COMPILER)
-        steps = generate(RULES.read_text(encoding="utf-8"))
+        steps = generate(*(file.read_text(encoding="utf-8") for file in RULES))
         if not STEPS.exists() or STEPS.read_text(encoding="utf-8") != steps:
             STEPS.write_text(steps, encoding="utf-8")
 

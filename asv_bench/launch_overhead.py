@@ -28,7 +28,7 @@ from numba.cuda.cudadrv import devices
 from numba.cuda.cudadrv.devicearray import DeviceNDArray
 
 import optimisers as opt
-from optimisers import _cuda
+from optimisers._cuda import launch as _launch
 
 launches = 0
 _addresses = itertools.count(1 << 40, 1 << 24)
@@ -75,8 +75,8 @@ def install_stub() -> None:
     DeviceNDArray.setitem = lambda self, key, value, stream=0: None
     core.launch = launch
     cuda.external_stream = lambda handle: 0
-    _cuda._Staging.send = lambda self, values, target, stream: None
-    _cuda.devices = lambda: 1
+    _launch._Staging.send = lambda self, values, target, stream: None
+    _launch.devices = lambda: 1
 
 
 def microseconds(rule: opt.Rule, arrays: int) -> float:

@@ -27,7 +27,7 @@ from benchmarks.peers import TWINS, Step, numpy_adam, optax_step, torch_step, to
 from report import Goal, Section, counted, duration, megabytes, page, per_second, percent, times
 
 import optimisers as opt
-from optimisers import _engine
+from optimisers._engine import cpu
 from optimisers._info import installed
 
 ROOT = Path(__file__).parent.parent
@@ -482,7 +482,7 @@ def machine() -> list[list[str]]:
         ["processor", processor()],
         ["cores, threads", f"{os.cpu_count()}, {opt.get_num_threads()}"],
         ["system", f"{platform.system()} {platform.machine()}"],
-        ["kernels", f"{_engine.isa}, compiled with `{' '.join(flags)}`"],
+        ["kernels", f"{cpu.isa}, compiled with `{' '.join(flags)}`"],
         ["versions", ", ".join([f"Python {platform.python_version()}", *versions])],
     ]
 

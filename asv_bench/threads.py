@@ -16,7 +16,7 @@ from collections.abc import Callable
 import numpy as np
 
 import optimisers
-from optimisers import _engine
+from optimisers._engine import cpu
 
 RULES = (optimisers.Descent(), optimisers.Momentum(), optimisers.Adam())
 SIZES = (2_000, 5_000, 10_000, 20_000, 50_000, 100_000, 200_000, 1_000_000)
@@ -57,7 +57,7 @@ def compare(rule: optimisers.Rule, n: int, pause: float = 0) -> tuple[float, flo
 
 def main() -> None:
     """Print the table."""
-    _engine.kernels.set_work_per_thread(1)
+    cpu.kernels.set_work_per_thread(1)
     in_a_row, paused = "in a row: one, two, gain", "after pauses"
     print(f"{'rule':<10} {'numbers':>9} {'moved':>9} {in_a_row:>32} {paused:>32}")
     for rule in RULES:

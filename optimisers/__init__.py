@@ -13,9 +13,9 @@ array([0.9, 2.1])
 import typing as _typing
 
 try:
-    from ._dlpack import Viewer as _Viewer  # noqa: F401 (compiled)
+    from ._arrays.dlpack import Viewer as _Viewer  # noqa: F401 (compiled)
 except ModuleNotFoundError as _error:
-    if _error.name != "optimisers._dlpack":
+    if _error.name != "optimisers._arrays.dlpack":
         raise
     raise ImportError(
         f"these are the sources of optimisers, not built: {__path__[0]}. Leave the folder around "
@@ -23,39 +23,39 @@ except ModuleNotFoundError as _error:
     ) from None
 
 from . import words as words
-from ._arrays import isnumeric as isnumeric
-from ._arrays import maywrite as maywrite
-from ._engine import get_num_threads as get_num_threads
-from ._engine import set_num_threads as set_num_threads
+from ._arrays.library import isnumeric as isnumeric
+from ._arrays.library import maywrite as maywrite
+from ._engine.cpu import get_num_threads as get_num_threads
+from ._engine.cpu import set_num_threads as set_num_threads
+from ._flat import destructure as destructure
 from ._fork import compiling as _compiling
 from ._info import show_versions as show_versions
-from ._nodes import children as children
-from ._nodes import functor as functor
-from ._nodes import register_node as register_node
-from ._nodes import trainable as trainable
-from ._path import KeyPath as KeyPath
-from ._rule import ElementwiseRule as ElementwiseRule
-from ._rule import Rule as Rule
-from ._rule import registry as _registry
-from ._ties import trainables as trainables
-from ._tree import fmap as fmap
-from ._tree import getkeypath as getkeypath
-from ._tree import haskeypath as haskeypath
-from ._tree import setkeypath_ as setkeypath_
-from .compose import AccumGrad as AccumGrad
-from .compose import ClipNorm as ClipNorm
-from .compose import MixedPrecision as MixedPrecision
-from .compose import OptimiserChain as OptimiserChain
-from .destructure import destructure as destructure
-from .minimise import minimize as minimize
-from .state import Leaf as Leaf
-from .state import adjust as adjust
-from .state import adjust_ as adjust_
-from .state import freeze_ as freeze_
-from .state import setup as setup
-from .state import thaw_ as thaw_
-from .state import update as update
-from .state import update_ as update_
+from ._state import Leaf as Leaf
+from ._state import adjust as adjust
+from ._state import adjust_ as adjust_
+from ._state import freeze_ as freeze_
+from ._state import setup as setup
+from ._state import thaw_ as thaw_
+from ._state import update as update
+from ._state import update_ as update_
+from ._training import minimize as minimize
+from ._trees.nodes import children as children
+from ._trees.nodes import functor as functor
+from ._trees.nodes import register_node as register_node
+from ._trees.nodes import trainable as trainable
+from ._trees.parameters import trainables as trainables
+from ._trees.paths import KeyPath as KeyPath
+from ._trees.walks import fmap as fmap
+from ._trees.walks import getkeypath as getkeypath
+from ._trees.walks import haskeypath as haskeypath
+from ._trees.walks import setkeypath_ as setkeypath_
+from .rules._base import ElementwiseRule as ElementwiseRule
+from .rules._base import Rule as Rule
+from .rules._base import registry as _registry
+from .rules.accumulate import AccumGrad as AccumGrad
+from .rules.chain import OptimiserChain as OptimiserChain
+from .rules.norms import ClipNorm as ClipNorm
+from .rules.precision import MixedPrecision as MixedPrecision
 
 if _typing.TYPE_CHECKING:
     from . import io as io
@@ -88,7 +88,7 @@ else:
         if name != "__version__":
             import sys
 
-            from . import _names
+            from ._messages import names as _names
 
             raise _names.missing(__name__, name, __dir__(), sys._getframe(1))
         from importlib import metadata  # late: it would be a quarter of the whole import

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Iterator
 
-from ._engine import available_isas, get_num_threads, isa
+from ._engine.cpu import available_isas, get_num_threads, isa
 
 OPTIONAL = (
     "autograd",

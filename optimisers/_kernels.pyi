@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from ._rule import Rule
+from .rules._base import Rule
 
 step_index: dict[str, int]
 max_slots: int

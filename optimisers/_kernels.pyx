@@ -3,7 +3,7 @@
 """The CPU engine: runs the steps of many leaves, block by block, without the GIL.
 
 a) A *step* is one rule's formula as a loop over a block of numbers. The steps are written by
-   tools/emit_steps.py from rules.py into _steps.pxi, for float and double, and included below.
+   tools/emit_steps.py from the rules into _steps.pxi, for float and double, and included below.
 b) A `Plan` is a rule made ready: it knows how to stack its steps on a leaf.
 c) A `Batch` gathers leaves: for each a *segment* (parameter, gradient, length) and for each step of
    its rule a *stage* (function, slots, coefs). What the kernels cannot take is handed back

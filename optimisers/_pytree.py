@@ -17,9 +17,9 @@ from typing import Any, cast
 
 import numpy as np
 
-from ._jax import Number, attributes, is_jax, number_of, parts_of
-from ._nodes import Namespace
-from ._rule import Rule
+from ._arrays.jax import Number, attributes, is_jax, number_of, parts_of
+from ._trees.nodes import Namespace
+from .rules._base import Rule
 
 # --- ties ------------------------------------------------------------------------------------
 

@@ -20,11 +20,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from ._arraypath import checked_gradient
-from ._construct import no_name
-from ._jax import Maybe, double, is_tracer
-from ._rule import Rule, applied, as_like, for_step, moved, started
-from ._text import short, warn_caller
+from ._arrays.jax import Maybe, double, is_tracer
+from ._engine.arrays import checked_gradient
+from ._messages.calls import no_name
+from ._messages.text import short, warn_caller
+from .rules._base import Rule, started
+from .rules._numbers import applied, as_like, for_step, moved
 
 __all__ = ["RuleState", "from_optax", "to_optax"]
 
@@ -95,7 +96,7 @@ def to_optax(rule: Rule) -> Any:
     import optax
 
     if not isinstance(rule, Rule):
-        from ._mixups import no_rule
+        from ._messages.mixups import no_rule
 
         raise no_rule("to_optax takes a rule of this library", rule)
 

@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ._arrays import refuse_masked
-from ._construct import explained, no_name
-from ._rule import Rule
-from ._text import short
-from .state import setup, update_
+from ._arrays.library import refuse_masked
+from ._messages.calls import explained, no_name
+from ._messages.text import short
+from ._state import setup, update_
+from .rules._base import Rule
 
 __all__ = ["Method", "method"]
 
@@ -67,7 +67,7 @@ def method(rule: Rule) -> Method:
     (array([2., 3.]), 'Optimization terminated successfully.')
     """
     if not isinstance(rule, Rule):
-        from ._mixups import no_rule
+        from ._messages.mixups import no_rule
 
         raise no_rule("method takes a rule of this library", rule)
     return Method(rule)

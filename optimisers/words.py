@@ -24,7 +24,7 @@ from typing import Any
 import array_api_compat
 import numpy as np
 
-from ._jax import is_tracer
+from ._arrays.jax import is_tracer
 
 __all__ = [
     "abs2",

@@ -17,13 +17,13 @@ with atheris.instrument_imports(include=["optimisers"]):
 
 import test_fuzz
 
-from optimisers import _engine
+from optimisers._engine import cpu
 
 
 def main() -> None:
     name = sys.argv.pop(1)
-    _engine.kernels.set_block(32)
-    _engine.kernels.set_work_per_thread(64)
+    cpu.kernels.set_block(32)
+    cpu.kernels.set_work_per_thread(64)
     atheris.Setup(sys.argv, getattr(test_fuzz, name).hypothesis.fuzz_one_input)
     atheris.Fuzz()
 

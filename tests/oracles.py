@@ -1,4 +1,4 @@
-"""The published formulas with 50 digits, written without a look at rules.py.
+"""The published formulas with 50 digits, written without a look at the rules.
 
 Each takes a rule's hyperparameters `h` (exactly the doubles given), the count of steps `t`, one
 parameter `x`, its gradient `g` and what is remembered in `s`, and returns the step `dx`.

@@ -14,7 +14,7 @@ from types import ModuleType
 import pytest
 
 from optimisers import ElementwiseRule
-from optimisers._rule import registry
+from optimisers.rules._base import registry
 
 BENCH = Path(__file__).parent.parent / "asv_bench"
 ELEMENTWISE = [cls.__name__ for cls in registry() if issubclass(cls, ElementwiseRule)]

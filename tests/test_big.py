@@ -13,11 +13,12 @@ from optimisers import (
     Descent,
     MixedPrecision,
     OptimiserChain,
-    _engine,
     destructure,
     setup,
     update_,
 )
+from optimisers._engine import advance as engine
+from optimisers._engine import cpu
 
 LONG = 2**31 + 5
 """Numbers in the arrays; the last are beyond what 32 bits can count, signed."""
@@ -38,20 +39,20 @@ def sparse(dtype):
 
 
 def kernels_update(state, x, g):
-    with _engine.watching() as seen:
+    with engine.watching() as seen:
         update_(state, x, g)
     assert seen == [(0, "kernels")]
 
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_a_step_and_a_norm(threads):
-    _engine.set_num_threads(threads)
+    cpu.set_num_threads(threads)
     try:
         x, g = np.zeros(LONG, np.float32), sparse(np.float32)
         norm = np.sqrt(1.0 + 4 + 9 + 16 + 25)
         kernels_update(setup(OptimiserChain(ClipNorm(1.0), Descent(1.0)), x), x, g)
     finally:
-        _engine.set_num_threads(0)
+        cpu.set_num_threads(0)
     np.testing.assert_allclose(x[WHERE], -g[WHERE] / norm, rtol=1e-6)
     assert np.count_nonzero(x) == len(WHERE)
 

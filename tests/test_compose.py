@@ -25,17 +25,17 @@ from optimisers import (
     Rule,
     SignDecay,
     WeightDecay,
-    _engine,
     adjust,
     setup,
     update,
     update_,
 )
-from optimisers.compose import norm
+from optimisers._engine import cpu
+from optimisers.rules.norms import norm
 
 ORDERS = pytest.mark.parametrize("p", [2, 1, 0.5, 3, math.inf, -math.inf, 0, -1])
 KERNEL_DTYPES = ["float32", "float64"]
-BLOCK = _engine.kernels.settings()[1]
+BLOCK = cpu.kernels.settings()[1]
 
 
 class Pass(Rule):

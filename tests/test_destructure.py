@@ -25,14 +25,14 @@ from optimisers import (
     ElementwiseRule,
     OptimiserChain,
     WeightDecay,
-    _rule,
     destructure,
     functor,
     setup,
     trainables,
     update_,
 )
-from optimisers._ties import same_elements
+from optimisers._trees.parameters import same_elements
+from optimisers.rules import _base
 
 Point = namedtuple("Point", "x y")
 
@@ -586,7 +586,7 @@ def test_flat_equals_tree_on_random_models(model, dtype):
 
 RULES = [
     cls
-    for cls in _rule.registry()
+    for cls in _base.registry()
     if issubclass(cls, ElementwiseRule) and not cls.__abstractmethods__
 ]
 

@@ -28,7 +28,7 @@ from optimisers import (
     update,
     update_,
 )
-from optimisers._rule import counted
+from optimisers.rules._numbers import counted
 from optimisers.words import ema_weight, namespace, sign, sqrt
 
 # --- the variance of a gradient that hardly varies --------------------------------------------
@@ -182,7 +182,7 @@ def test_nothing_is_clipped_by_a_traced_infinite_norm():
 
 def test_limits_hold_for_groups_of_pytorch():
     torch = pytest.importorskip("torch")
-    from optimisers.torch import Optimizer
+    from optimisers.torch._optimizer import Optimizer
 
     p = torch.zeros(2, requires_grad=True)
     group = {"params": [p], "gamma": (1e-6, math.inf)}

@@ -44,15 +44,16 @@ from optimisers import (
     OptimiserChain,
     Rule,
     WeightDecay,
-    _engine,
     get_num_threads,
     set_num_threads,
     setup,
     update,
     update_,
 )
+from optimisers._engine import advance as engine
+from optimisers._engine import cpu, ready
 
-BLOCK, CHAIN_BLOCK, WORK_PER_THREAD = _engine.kernels.settings()
+BLOCK, CHAIN_BLOCK, WORK_PER_THREAD = cpu.kernels.settings()
 SIZES = [(), (0,), 1, 8, BLOCK - 1, BLOCK + 1, 9 * BLOCK + 5, (3, BLOCK)]
 NORMS = [ClipNorm(1e-3, p) for p in (2, 1, 0, 0.5, 3, -1, np.inf, -np.inf)]
 RULES = [
@@ -67,7 +68,7 @@ RULES = [
 def _settings():
     """Leave the settings of the kernels as they were."""
     yield
-    for kernels in _engine.available.values():
+    for kernels in cpu.available.values():
         kernels.set_block(BLOCK, CHAIN_BLOCK)
         kernels.set_work_per_thread(WORK_PER_THREAD)
         kernels.set_num_threads(0)
@@ -92,7 +93,7 @@ def trained(call=update_, rules=RULES, steps=2):
             state[key] = setup(one, model[key])
     for seed in range(1, steps + 1):
         grad = {key: model_of_sizes(key[-2:], seed) for key in model}
-        with _engine.watching() as seen:
+        with engine.watching() as seen:
             state, model = call(state, model, grad)
         assert {backend for _, backend in seen} == {"kernels"}
         assert len(seen) == len(model) * len(SIZES)
@@ -110,7 +111,7 @@ def expected():
 
 @parametrize("blocks", [(32, 32), (96, 64), (BLOCK, BLOCK), (4096, 32), (4096, 4096)])
 def test_block_size_changes_no_bit(blocks, expected):
-    _engine.kernels.set_block(*blocks)
+    cpu.kernels.set_block(*blocks)
     assert_same_bits(trained(), expected)
 
 
@@ -162,9 +163,9 @@ CLIP, NORM, DECAY = ClipGrad(1.0), ClipNorm(1.0), WeightDecay(0.1)
 def test_one_loop_does_a_rule_and_what_leads_it(rule):
     """A barrier needs what comes before it: it may begin such a loop, nothing else of it."""
     loops, chain = rule
-    batch = _engine.kernels.Batch()
+    batch = cpu.kernels.Batch()
     x = np.ones(3)
-    assert batch.gather([setup(chain, x)], [x], [x], _engine.lower) == []
+    assert batch.gather([setup(chain, x)], [x], [x], ready.lower) == []
     assert batch.loops() == {0: loops}
 
 
@@ -194,7 +195,7 @@ def test_leaves_side_by_side_are_led_as_each_alone(call):
 @parametrize("threads", [1, 2, 5])
 def test_number_of_threads_changes_no_bit(threads, call, expected):
     set_num_threads(threads)
-    _engine.kernels.set_work_per_thread(1)
+    cpu.kernels.set_work_per_thread(1)
     assert_same_bits(trained(call), expected)
 
 
@@ -206,7 +207,7 @@ def test_threads_on_a_long_norm(threads):
     results = []
     for n in (1, threads):
         set_num_threads(n)
-        _engine.kernels.set_work_per_thread(1)
+        cpu.kernels.set_work_per_thread(1)
         results.append(step(update_, setup(rule, g), g.copy(), g)[1])
     assert_same_bits(*results)
 
@@ -214,13 +215,13 @@ def test_threads_on_a_long_norm(threads):
 def test_block_must_fit_and_fill_vectors():
     for wrong in (0, 7, 48, 4128):
         with pytest.raises(ValueError, match="multiple of 32 numbers, at most 4096"):
-            _engine.kernels.set_block(wrong)
+            cpu.kernels.set_block(wrong)
 
 
-@parametrize("name", _engine.available)
+@parametrize("name", cpu.available)
 def test_each_instruction_set_gives_the_same_bits(name, monkeypatch, expected):
-    monkeypatch.setattr(_engine, "kernels", _engine.available[name])
-    assert _engine.available[name].step_index == _engine.baseline.step_index
+    monkeypatch.setattr(cpu, "kernels", cpu.available[name])
+    assert cpu.available[name].step_index == cpu.baseline.step_index
     assert_same_bits(trained(), expected)
 
 
@@ -241,26 +242,26 @@ def run(code, **environment):
 
 SHORT_RUN = """
     import hashlib, numpy as np, optimisers
-    from optimisers import _engine
+    from optimisers._engine import advance as engine, cpu
     x = np.linspace(-1, 1, 5001)
     rule = optimisers.OptimiserChain(optimisers.ClipNorm(0.1), optimisers.Adam())
     state = optimisers.setup(rule, x)
-    with _engine.watching() as seen:
+    with engine.watching() as seen:
         for k in range(5):
             optimisers.update_(state, x, x**k)
     assert {backend for _, backend in seen} == {"kernels"}
-    print(_engine.isa, hashlib.sha256(x.tobytes()).hexdigest())
+    print(cpu.isa, hashlib.sha256(x.tobytes()).hexdigest())
 """
 
 
-@parametrize("name", _engine.available)
+@parametrize("name", cpu.available)
 def test_each_instruction_set_converts_float16_alike(name, monkeypatch):
     """Some have instructions for it: every float16 and 100,000 floats of any kind, NaN too."""
     halves = np.arange(2**16, dtype=np.uint16).view(np.float16)
     floats = np.random.default_rng(0).integers(0, 2**32, 100_003, np.uint32).view(np.float32)
 
     def converted(kernels):
-        monkeypatch.setattr(_engine, "kernels", kernels)
+        monkeypatch.setattr(cpu, "kernels", kernels)
         widened, rounded = (
             setup(MixedPrecision(Descent(eta)), np.zeros(a.shape, np.float16))
             for eta, a in ((1.0, halves), (0.0, floats))
@@ -271,12 +272,12 @@ def test_each_instruction_set_converts_float16_alike(name, monkeypatch):
         update_(rounded, x, x.copy())
         return widened.state.master, x
 
-    assert_same_bits(converted(_engine.available[name]), converted(_engine.baseline))
+    assert_same_bits(converted(cpu.available[name]), converted(cpu.baseline))
 
 
 def test_an_instruction_set_can_be_asked_for():
     hashes = set()
-    for name in _engine.available:
+    for name in cpu.available:
         done = run(SHORT_RUN, OPTIMISERS_ISA=name)
         assert done.returncode == 0, done.stderr
         isa, result = done.stdout.split()
@@ -286,7 +287,7 @@ def test_an_instruction_set_can_be_asked_for():
 
 
 def test_the_widest_instruction_set_is_the_default():
-    assert run(SHORT_RUN, OPTIMISERS_ISA="").stdout.split()[0] == next(iter(_engine.available))
+    assert run(SHORT_RUN, OPTIMISERS_ISA="").stdout.split()[0] == next(iter(cpu.available))
 
 
 def test_an_instruction_set_that_is_not_there():
@@ -294,7 +295,7 @@ def test_an_instruction_set_that_is_not_there():
     assert done.returncode != 0
     last = done.stderr.strip().splitlines()[-1]
     assert "OPTIMISERS_ISA='mmx'" in last
-    assert all(name in last for name in _engine.available)
+    assert all(name in last for name in cpu.available)
 
 
 # --- threads ---------------------------------------------------------------------------------
@@ -332,8 +333,8 @@ def test_a_forked_process_can_update_with_threads():
     done = run(
         """
         import os, signal, numpy as np, optimisers
-        from optimisers import _engine
-        _engine.kernels.set_work_per_thread(1)
+        from optimisers._engine import cpu
+        cpu.kernels.set_work_per_thread(1)
         optimisers.set_num_threads(4)
         x, g = np.ones(100_000), np.ones(100_000)
         rule = optimisers.OptimiserChain(optimisers.ClipNorm(), optimisers.Adam())
@@ -359,10 +360,10 @@ def test_a_busy_processor_holds_nothing_up():
     done = run(
         """
         import os, numpy as np, optimisers
-        from optimisers import _engine
+        from optimisers._engine import cpu
         if hasattr(os, "sched_setaffinity"):
             os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-        _engine.kernels.set_work_per_thread(1)
+        cpu.kernels.set_work_per_thread(1)
         x, g = np.ones((2, 50_000))
         state = optimisers.setup(optimisers.Adam(), x)
         for threads in (1, 16, 2, 300, 5) * 40:
@@ -378,7 +379,7 @@ def test_a_busy_processor_holds_nothing_up():
 @parametrize("threads", [1, 3])
 def test_updates_from_several_python_threads(threads):
     set_num_threads(threads)
-    _engine.kernels.set_work_per_thread(1)
+    cpu.kernels.set_work_per_thread(1)
     rule = OptimiserChain(WeightDecay(0.1), ClipNorm(1.0), Adam())
     models = [{"w": normal(5000, np.float32, k), "b": normal(7, np.float64, k)} for k in range(8)]
     gradients = [
@@ -413,15 +414,15 @@ def tried(update, *args, **options):
 
 
 def long_ways(monkeypatch):
-    """Return a list to which each call of `_engine.advance` from now on adds an item."""
+    """Return a list to which each call of `advance` from now on adds an item."""
     calls = []
-    advance = _engine.advance
+    advance = engine.advance
 
     def noted(*args, **options):
         calls.append(args)
         return advance(*args, **options)
 
-    monkeypatch.setattr(_engine, "advance", noted)
+    monkeypatch.setattr(engine, "advance", noted)
     return calls
 
 
@@ -472,8 +473,8 @@ ODD = {
 def test_what_is_out_of_the_ordinary_comes_out_the_same(odd, on_nonfinite, monkeypatch):
     rule, x, g = ODD[odd]
     outcomes, states = [], []
-    for whole in (_engine.advance_one, lambda *args: False):
-        monkeypatch.setattr(_engine, "advance_one", whole)
+    for whole in (engine.advance_one, lambda *args: False):
+        monkeypatch.setattr(engine, "advance_one", whole)
         w = x.copy()
         w.flags.writeable = x.flags.writeable
         state = setup(rule, w)
@@ -487,8 +488,8 @@ def test_what_is_out_of_the_ordinary_comes_out_the_same(odd, on_nonfinite, monke
 def test_a_frozen_or_shared_or_overlapping_array_comes_out_the_same(monkeypatch):
     memory = normal(12, np.float32)
     results = []
-    for whole in (_engine.advance_one, lambda *args: False):
-        monkeypatch.setattr(_engine, "advance_one", whole)
+    for whole in (engine.advance_one, lambda *args: False):
+        monkeypatch.setattr(engine, "advance_one", whole)
         frozen, x = setup(Adam(), memory[:6]), memory[:6].copy()
         frozen.frozen = True
         update_(frozen, x, x)
@@ -515,11 +516,11 @@ def many(n, dtype=np.float32):
 def test_one_batch_per_update(monkeypatch):
     made = []
 
-    class Spy(_engine.kernels.Batch):
+    class Spy(cpu.kernels.Batch):
         def __init__(self, *args, **kwargs):
             made.append(self)
 
-    monkeypatch.setattr(_engine.kernels, "Batch", Spy)
+    monkeypatch.setattr(cpu.kernels, "Batch", Spy)
     rule = OptimiserChain(
         ClipNorm(), OptimiserChain(WeightDecay(), Adam()), ClipNorm(), AccumGrad(2)
     )
@@ -661,10 +662,10 @@ def test_watching_sees_each_leaf_and_backend():
     state = setup(Descent(), model)
     state["frozen"].frozen = True
     grad = {"k": np.ones(3), "a": np.ones(3), "frozen": np.ones(3)}
-    with _engine.watching() as outer, _engine.watching() as inner:
+    with engine.watching() as outer, engine.watching() as inner:
         update_(state, model, grad)
     assert inner == outer == [(0, "kernels"), (1, "arrays")]
-    with _engine.watching() as seen:
+    with engine.watching() as seen:
         update_(state, model, None)
     assert seen == []
 
@@ -763,19 +764,19 @@ def test_coefficients_that_raise_leave_everything_as_it_was(call):
 @pytest.mark.parametrize("n", [0, 1, 2, 3, 4, 5, 8, 9, 1000])
 def test_an_object_that_stands_twice_is_found(n):
     objects = [object() for _ in range(n)]
-    assert _engine.kernels.are_distinct(objects)
+    assert cpu.kernels.are_distinct(objects)
     for k in {0, n // 2, n - 1} if n else ():
         for at in (0, k, n):
             twice = objects.copy()
             twice.insert(at, objects[k])
-            assert not _engine.kernels.are_distinct(twice)
+            assert not cpu.kernels.are_distinct(twice)
 
 
 def test_objects_of_another_class_are_found():
     class Other(Descent):
         pass
 
-    all_are = _engine.kernels.all_are
+    all_are = cpu.kernels.all_are
     assert all_are(Descent, [])
     assert all_are(Descent, [Descent()] * 9)
     for other in (Other(), None, Descent):
@@ -783,7 +784,7 @@ def test_objects_of_another_class_are_found():
 
 
 def test_keys_in_another_order_are_found():
-    same = _engine.kernels.same_keys
+    same = cpu.kernels.same_keys
     names = [f"layer {k}" for k in range(9)]
     one = dict.fromkeys(names)
     equal = dict.fromkeys("".join(name) for name in map(list, names))  # not the same objects

@@ -31,12 +31,12 @@ from optimisers import (
     MixedPrecision,
     Momentum,
     OptimiserChain,
-    _engine,
     set_num_threads,
     setup,
     update,
     update_,
 )
+from optimisers._engine import cpu
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or platform.machine() != "x86_64",
@@ -72,12 +72,12 @@ class environment:  # noqa: N801, a context
 @pytest.fixture(autouse=True, scope="module")
 def _small_blocks():
     """Let even small arrays fill several blocks, and several threads."""
-    *blocks, traffic = _engine.kernels.settings()
-    _engine.kernels.set_block(32)
-    _engine.kernels.set_work_per_thread(64)
+    *blocks, traffic = cpu.kernels.settings()
+    cpu.kernels.set_block(32)
+    cpu.kernels.set_work_per_thread(64)
     yield
-    _engine.kernels.set_block(*blocks)
-    _engine.kernels.set_work_per_thread(traffic)
+    cpu.kernels.set_block(*blocks)
+    cpu.kernels.set_work_per_thread(traffic)
 
 
 @pytest.fixture(autouse=True)
@@ -165,7 +165,7 @@ def test_the_bits_of_any_step(rule, dtype, data, bits, rounding, threads, call):
 @parametrize("dtype", ["float16", "bfloat16", "float32", "float64", "complex64"])
 def test_the_bits_of_a_step_of_an_optimizer_of_torch(dtype, bits):
     torch = pytest.importorskip("torch")
-    from optimisers.torch import Optimizer
+    from optimisers.torch._optimizer import Optimizer
 
     kind = getattr(torch, dtype)
     numbers = torch.tensor(normal(500, np.float64) * 1e-3).to(kind)

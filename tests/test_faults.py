@@ -40,7 +40,7 @@ from optimisers import (
     update,
     update_,
 )
-from optimisers._tree import walk
+from optimisers._trees.walks import walk
 
 LIBRARY = str(Path(optimisers.__file__).parent)
 
@@ -181,7 +181,7 @@ def test_an_interrupted_step_counts_in_each_leaf_that_jax_has_made_of_one(interr
 @parametrize("dtype", ["float32", "float16"])  # by the kernels, and by the array path
 def test_an_interrupted_step_of_an_optimizer_is_whole_or_not_begun(dtype, interrupts):
     torch = pytest.importorskip("torch")
-    from optimisers.torch import Optimizer
+    from optimisers.torch._optimizer import Optimizer
 
     def make():
         torch.set_grad_enabled(True)  # between two instructions of `with`, nothing is undone

@@ -108,7 +108,7 @@ def test_forks_while_rules_are_compiled(late: str, tmp_path: Path, forks: int) -
         tmp_path,
         f"""
         import {late}
-        from optimisers import _engine
+        from optimisers._engine import advance as engine
         for k in range({forks}):
             Mine = type(f"Mine{{k}}", (Mine,), {{}})
             thread = threading.Thread(target=train)
@@ -119,8 +119,8 @@ def test_forks_while_rules_are_compiled(late: str, tmp_path: Path, forks: int) -
             assert time.perf_counter() - before < 25, "the fork has given up to wait"
             thread.join()
             os.environ["NUMBA_CACHE_DIR"] = f"/nowhere/{{k}}"  # so that the next compiles too
-            from optimisers import _numba
-            _numba._made.clear()
+            from optimisers._steps import compiled
+            compiled._made.clear()
         """,
     )
     assert said.split() == ["0"] * forks

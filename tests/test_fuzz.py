@@ -28,7 +28,6 @@ from optimisers import (
     Momentum,
     OptimiserChain,
     Rule,
-    _engine,
     adjust_,
     destructure,
     freeze_,
@@ -38,20 +37,21 @@ from optimisers import (
     update,
     update_,
 )
+from optimisers._engine import cpu
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _small_blocks():
     """Let even small arrays fill several blocks, and several threads."""
-    *blocks, traffic = _engine.kernels.settings()
-    _engine.kernels.set_block(32)
-    _engine.kernels.set_work_per_thread(64)
+    *blocks, traffic = cpu.kernels.settings()
+    cpu.kernels.set_block(32)
+    cpu.kernels.set_work_per_thread(64)
     yield
-    _engine.kernels.set_block(*blocks)
-    _engine.kernels.set_work_per_thread(traffic)
+    cpu.kernels.set_block(*blocks)
+    cpu.kernels.set_work_per_thread(traffic)
 
 
-class ArrayPath(_engine.kernels.Batch):
+class ArrayPath(cpu.kernels.Batch):
     """A batch that takes nothing."""
 
     def gather(self, leaves, xs, gs, lower, at_once=False):
@@ -392,7 +392,7 @@ def test_what_is_refused_changes_nothing_and_what_is_taken_is_right(case):
         a for leaf in state.values() for a in states_of(leaf.state) if isinstance(a, np.ndarray)
     ]
     old = {k: bits(x) for k, x in model.items() if isnumeric(x)}
-    kernels = _engine.kernels
+    kernels = cpu.kernels
     with patch.object(kernels, "Batch", ArrayPath), patch.object(kernels, "update_one", never):
         twin = outcome(update, state, model, grad)
     assert content(case) == before

@@ -18,6 +18,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
+RULES = [file.read_text() for file in sorted((ROOT / "optimisers" / "rules").glob("[a-z]*.py"))]
 SOURCE, TEXT = GOLDEN / "steps.py", GOLDEN / "steps.pxi"
 
 
@@ -27,25 +28,24 @@ def test_golden_text():
 
 def test_the_built_steps_are_those_of_the_rules():
     built = ROOT / "optimisers" / "_steps.pxi"
-    rules = (ROOT / "optimisers" / "rules.py").read_text()
-    assert emit_steps.generate(rules) == built.read_text(), "build anew: make test, or setup.py"
+    assert emit_steps.generate(*RULES) == built.read_text(), "build anew: make test, or setup.py"
 
 
 def test_every_class_with_a_step_is_found():
-    tree = ast.parse((ROOT / "optimisers" / "rules.py").read_text())
     expected = [
         cls.name
-        for cls in tree.body
+        for text in RULES
+        for cls in ast.parse(text).body
         if isinstance(cls, ast.ClassDef)
         and any(isinstance(node, ast.FunctionDef) and node.name == "step" for node in cls.body)
     ]
-    steps = emit_steps.read_steps((ROOT / "optimisers" / "rules.py").read_text())
+    steps = [step for text in RULES for step in emit_steps.read_steps(text)]
     assert [step.rule for step in steps] == expected
     assert len(expected) > 15
 
 
 def test_what_leads_keeps_nothing_and_is_led_by_nobody():
-    steps = {s.rule: s for s in emit_steps.read_steps((ROOT / "optimisers/rules.py").read_text())}
+    steps = {step.rule: step for text in RULES for step in emit_steps.read_steps(text)}
     leading = {rule for lead in emit_steps.LEADS for rule in lead}
     assert leading
     assert not any(steps[rule].slots for rule in leading)

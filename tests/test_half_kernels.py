@@ -36,19 +36,19 @@ from optimisers import (
     Momentum,
     OptimiserChain,
     WeightDecay,
-    _engine,
     destructure,
     set_num_threads,
     setup,
     update,
     update_,
 )
+from optimisers._engine import cpu
 
 ml_dtypes = pytest.importorskip("ml_dtypes")
 
 HALVES = [np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)]
 halves = parametrize("dtype", HALVES)
-CHAIN_BLOCK = _engine.kernels.settings()[1]
+CHAIN_BLOCK = cpu.kernels.settings()[1]
 BLOCK = 2 * CHAIN_BLOCK
 SIZES = [(), (0,), (3, 0, 2), (1,), (7,), BLOCK - 1, BLOCK, BLOCK + 1, (5, BLOCK + 3)]
 CHAINS = [
@@ -288,9 +288,9 @@ def test_a_users_rule_compiled(dtype, call):
 @pytest.fixture
 def _settings():
     """Leave the settings of the kernels as they were."""
-    before = _engine.kernels.settings()
+    before = cpu.kernels.settings()
     yield
-    for kernels in _engine.available.values():
+    for kernels in cpu.available.values():
         kernels.set_block(*before[:2])
         kernels.set_work_per_thread(before[2])
         kernels.set_num_threads(0)
@@ -326,20 +326,20 @@ def expected():
 @BOTH
 def test_threads(threads, call, expected):
     set_num_threads(threads)
-    _engine.kernels.set_work_per_thread(1)
+    cpu.kernels.set_work_per_thread(1)
     assert_same_bits(trained(call), expected)
 
 
 @pytest.mark.usefixtures("_settings")
 @pytest.mark.parametrize("blocks", [(32, 32), (96, 64), (4096, 32), (4096, 4096)])
 def test_blocks(blocks, expected):
-    _engine.kernels.set_block(*blocks)
+    cpu.kernels.set_block(*blocks)
     assert_same_bits(trained(), expected)
 
 
-@pytest.mark.parametrize("name", _engine.available_isas)
+@pytest.mark.parametrize("name", cpu.available_isas)
 def test_instruction_sets(name, expected, monkeypatch):
-    monkeypatch.setattr(_engine, "kernels", _engine.available[name])
+    monkeypatch.setattr(cpu, "kernels", cpu.available[name])
     assert_same_bits(trained(), expected)
 
 

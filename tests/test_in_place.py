@@ -353,7 +353,7 @@ def test_a_state_of_tensors_that_are_views_moves_what_they_view():
 
 def test_the_optimiser_of_pytorch_keeps_its_tensors():
     torch = pytest.importorskip("torch")
-    from optimisers.torch import Optimizer
+    from optimisers.torch._optimizer import Optimizer
 
     w = torch.nn.Parameter(torch.ones(4, 3)[:, ::2])
     optimiser = Optimizer([w], Adam(0.1))

@@ -20,7 +20,7 @@ from test_io import EVERY_RULE
 from util import name_of
 
 from optimisers import Descent, Leaf, MixedPrecision, Rule, rules
-from optimisers._path import KeyPath
+from optimisers._trees.paths import KeyPath
 from optimisers.io import Checkpointer, File, FileFormatError, load, save
 from optimisers.io._entries import are_slow
 

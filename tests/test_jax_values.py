@@ -21,8 +21,8 @@ from optimisers import (
     update,
     update_,
 )
-from optimisers._rule import registry
 from optimisers.io import load, save
+from optimisers.rules._base import registry
 
 jax: Any = pytest.importorskip("jax")
 jnp = jax.numpy

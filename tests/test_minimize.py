@@ -14,7 +14,7 @@ import pytest
 from util import assert_same_bits, snapshot
 
 import optimisers as opt
-from optimisers.minimise import History
+from optimisers._training import History
 
 Tree = Any
 

@@ -13,7 +13,7 @@ from util import parametrize, snapshot
 
 import optimisers as opt
 from optimisers import AccumGrad, Adam, ClipNorm, Descent, MixedPrecision, OptimiserChain, setup
-from optimisers._text import short
+from optimisers._messages.text import short
 from optimisers.io import Checkpointer, File, load, save
 
 SETUP = "write state = setup("
@@ -393,7 +393,7 @@ def test_a_rule_as_a_method_of_scipy():
 
 def test_what_an_optimizer_of_torch_is_called_with():
     torch = pytest.importorskip("torch")
-    from optimisers.torch import Optimizer
+    from optimisers.torch._optimizer import Optimizer
 
     module = torch.nn.Linear(2, 1)
     params = list(module.parameters())

@@ -17,7 +17,6 @@ from optimisers import (
     MixedPrecision,
     OptimiserChain,
     Rule,
-    _engine,
     adjust,
     freeze_,
     get_num_threads,
@@ -26,6 +25,7 @@ from optimisers import (
     update,
     update_,
 )
+from optimisers._engine import cpu, ready
 from optimisers.io import load, save
 
 BAD = np.nan, np.inf, -np.inf
@@ -61,12 +61,12 @@ def spoiled(g, value, at):
 
 @pytest.fixture(params=[1, 3])
 def _threads(request):
-    traffic = _engine.kernels.settings()[-1]
+    traffic = cpu.kernels.settings()[-1]
     set_num_threads(request.param)
-    _engine.kernels.set_work_per_thread(1)
+    cpu.kernels.set_work_per_thread(1)
     yield
     set_num_threads(0)
-    _engine.kernels.set_work_per_thread(traffic)
+    cpu.kernels.set_work_per_thread(traffic)
     assert get_num_threads() >= 1
 
 
@@ -74,8 +74,8 @@ def nonfinite(g, master, x=None):
     """Return what the kernels say about a gradient, for a rule with a master or without."""
     rule = MixedPrecision(master, Descent()) if master else Descent()
     x = np.zeros_like(g) if x is None else x
-    batch = _engine.kernels.Batch()
-    assert batch.gather([setup(rule, x)], [x], [g], _engine.lower) == []
+    batch = cpu.kernels.Batch()
+    assert batch.gather([setup(rule, x)], [x], [g], ready.lower) == []
     return batch.nonfinite()
 
 
@@ -105,7 +105,7 @@ def test_one_number_anywhere_is_found(name, size, master):
 @pytest.mark.usefixtures("_threads")
 @parametrize("byte", [0, 4, 16, 60])
 def test_one_number_is_found_wherever_blocks_begin(byte):
-    x = beginning_at(byte, np.zeros(4 * _engine.kernels.settings()[0] + 5, "f4"))
+    x = beginning_at(byte, np.zeros(4 * cpu.kernels.settings()[0] + 5, "f4"))
     g = np.zeros_like(x)
     assert nonfinite(g, None, x) == []
     for at in range(x.size):

@@ -30,7 +30,7 @@ from optimisers import (
     setup,
     update_,
 )
-from optimisers._rule import registry
+from optimisers.rules._base import registry
 
 STEPS = 16
 

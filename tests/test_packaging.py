@@ -22,50 +22,43 @@ from types import SimpleNamespace
 import pytest
 
 import optimisers
-from optimisers import _engine, _info
+from optimisers import _info
+from optimisers._engine import cpu
+from optimisers.rules._base import registry
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "optimisers"
 
-# A module imports from floors below its own, nothing else.
+# A module imports from its own folder, and from folders and files on floors below.
 FLOORS = [
-    {"_dlpack", "_arrays", "_path", "_text", "_names", "_numba_private", "_jax"}
-    | {"_fork", "_stepcache", "io._atomic"},
-    {"words", "_language", "_numba", "_nodes", "_torch", "_device", "io._json"}
-    | {"_construct", "_kernels", "_kernels_avx2", "_kernels_avx512"},
-    {"io._safetensors", "_rule", "_tree", "_device_words"},
-    {"_device_text", "_untrained", "_mixups"},
-    {"_cuda", "_device_plans"},
-    {"_device_batch"},
-    {"rules", "_pytree", "_ties", "_lockstep"},
-    {"compose"},
-    {"_arraypath"},
+    {"_fork", "_messages"},
+    {"_arrays"},
+    {"words", "_kernels", "_kernels_avx2", "_kernels_avx512"},
+    {"_steps"},
+    {"rules"},
+    {"_trees"},
+    {"_cuda", "_pytree"},
     {"_engine"},
-    {"state", "destructure", "_groups"},
-    {"_info", "minimise", "optax", "scipy", "torch", "io._saved"},
-    {"io._encoder", "io._entries"},
-    {"io._tables"},
-    {"io._revive"},
-    {"io._contents", "io._array_reader"},
-    {"io._rule_reader"},
-    {"io._build", "io._differences"},
-    {"io._pairs"},
-    {"io._fill"},
-    {"io._archive"},
-    {"io._files"},
-    {"io._checkpoints"},
-    {"io"},
+    {"_state", "_flat", "optax"},
+    {"_info", "_training", "scipy", "torch", "io"},
     {"__init__"},
     {"__main__"},
 ]
-ASKED_LATE = {"_mixups"}
+ASKED_LATE = "_messages.mixups"
 """Asked, from any floor, once something is refused, so that it may look at everything."""
-FLOOR = {module: number for number, floor in enumerate(FLOORS) for module in floor}
+FLOOR = {room: number for number, floor in enumerate(FLOORS) for room in floor}
 SOURCES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path
     for path in sorted(PACKAGE.rglob("*.py"))
 }
 """The file of each module, by its name in the package."""
+MODULES = {*SOURCES, "_arrays.dlpack", "_kernels", "_kernels_avx2", "_kernels_avx512"}
+
+
+def floor_of(module: str) -> int:
+    room = module.split(".")[0]
+    assert room in FLOOR, f"say in FLOORS on which floor {room} lies"
+    return FLOOR["_engine" if module == ASKED_LATE else room]
 
 
 def is_type_checking(node: ast.AST) -> bool:
@@ -97,28 +90,29 @@ def imported(source: str, package: str = "optimisers") -> set[str]:
             continue
         for name in names:
             top, _, module = name.partition(".")
-            while top == "optimisers" and module not in FLOOR and "." in module:
+            while top == "optimisers" and module not in MODULES and "." in module:
                 module = module.rpartition(".")[0]
-            if top == "optimisers" and (node in now or module.split(".")[0] not in ASKED_LATE):
-                found.add(module if module in FLOOR else "__init__")
+            if top == "optimisers" and (node in now or module != ASKED_LATE):
+                found.add(module if module in MODULES else "__init__")
     return found
 
 
 @pytest.mark.parametrize(
     ("source", "modules"),
     [
-        ("from . import _tree", {"_tree"}),
+        ("from . import _state", {"_state"}),
         ("from .rules import Adam", {"rules"}),
-        ("import optimisers._engine", {"_engine"}),
-        ("from optimisers.state import Leaf", {"state"}),
+        ("import optimisers._engine.advance", {"_engine.advance"}),
+        ("from optimisers._state import Leaf", {"_state"}),
         ("from optimisers import Adam", {"__init__"}),
         ("from optimisers.io import load", {"io"}),
         ("from .io import _archive, load", {"io", "io._archive"}),
         ("import optimisers.io._atomic", {"io._atomic"}),
-        ("def later():\n    from .state import Leaf", {"state"}),
-        ("if TYPE_CHECKING:\n    from .state import Leaf", set()),
-        ("from ._mixups import for_model", {"_mixups"}),
-        ("def refuse():\n    from ._mixups import for_model", set()),
+        ("def later():\n    from ._state import Leaf", {"_state"}),
+        ("if TYPE_CHECKING:\n    from ._state import Leaf", set()),
+        ("from ._messages.mixups import for_model", {"_messages.mixups"}),
+        ("def refuse():\n    from ._messages.mixups import for_model", set()),
+        ("def refuse():\n    from ._messages import mixups", set()),
         ("import numpy", set()),
     ],
 )
@@ -127,24 +121,41 @@ def test_the_reader_of_imports_sees_each_kind(source: str, modules: set[str]) ->
 
 
 def test_the_reader_of_imports_knows_where_a_package_lies() -> None:
-    source = "from ._atomic import sweep\nfrom ..state import Leaf\nfrom .. import _tree"
-    assert imported(source, "optimisers.io") == {"io._atomic", "state", "_tree"}
+    source = "from ._atomic import sweep\nfrom .._state import Leaf\nfrom .._trees import walks"
+    assert imported(source, "optimisers.io") == {"io._atomic", "_state", "_trees.walks"}
+
+
+IMPORTED = {
+    module: imported(
+        path.read_text(encoding="utf-8"), ".".join(path.parent.relative_to(ROOT).parts)
+    )
+    for module, path in SOURCES.items()
+}
+"""The modules that each imports, now or later."""
 
 
 @pytest.mark.parametrize("module", SOURCES)
 def test_imports_go_downward_only(module: str) -> None:
-    path = SOURCES[module]
-    assert module in FLOOR, f"say in FLOORS on which floor {module} lives"
-    package = ".".join(path.parent.relative_to(ROOT).parts)
-    names = imported(path.read_text(encoding="utf-8"), package)
-    upward = {name for name in names if FLOOR[name] >= FLOOR[module]}
+    room = module.split(".")[0]
+    upward = {
+        name
+        for name in IMPORTED[module]
+        if floor_of(name) >= floor_of(module) and name.split(".")[0] != room
+    }
     assert not upward, f"{module} may import from lower floors only, not from {upward}"
 
 
+def test_no_files_of_a_folder_import_each_other() -> None:
+    left = {module: names - {module} for module, names in IMPORTED.items()}
+    while free := [module for module, names in left.items() if not names & left.keys()]:
+        for module in free:
+            del left[module]
+    assert not left, f"these import each other: {left}"
+
+
 def test_no_rule_is_listed_by_hand() -> None:
-    """The package and its tools find rules through the registry; rules.py alone names them."""
-    tree = ast.parse((PACKAGE / "rules.py").read_text(encoding="utf-8"))
-    rules = {node.name for node in tree.body if isinstance(node, ast.ClassDef)}
+    """The package and its tools find rules through the registry."""
+    rules = {cls.__name__ for cls in registry()}
     assert "Adam" in rules
     sources = [*SOURCES.values(), *(ROOT / "tools").glob("*.py"), ROOT / "setup.py"]
     for path in sources:
@@ -185,7 +196,7 @@ def test_python_dash_m_prints_versions_kernels_and_threads() -> None:
     assert said["optimisers"] == optimisers.__version__
     assert said["python"].startswith(platform.python_version())
     assert said["numpy"] == metadata.version("numpy")
-    assert said["kernels"].startswith(_engine.isa)
+    assert said["kernels"].startswith(cpu.isa)
     assert said["threads"] == str(optimisers.get_num_threads())
     assert f"optree {metadata.version('optree')}" in said["optional"]
 
@@ -287,7 +298,7 @@ def test_the_source_archive_holds_all_that_a_build_needs(
         "pyproject.toml",
         "setup.py",
         "tools/emit_steps.py",
-        "optimisers/rules.py",
+        "optimisers/rules/adam.py",
         "optimisers/_kernels.pyx",
         "optimisers/_kernels.pyi",
         "optimisers/_cpu/batch.pxi",
@@ -323,5 +334,5 @@ def test_the_wheel_holds_kernels_for_each_instruction_set(
     archives: tuple[set[str], set[str]],
 ) -> None:
     kernels = {name.partition(".")[0] for name in archives[1] if name.endswith(".so")}
-    kernels.discard("optimisers/_dlpack")
+    kernels.discard("optimisers/_arrays/dlpack")
     assert kernels == {f"optimisers/_kernels{twin}" for twin in ("", "_avx2", "_avx512")}

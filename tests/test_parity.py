@@ -38,13 +38,13 @@ from optimisers import (
     Momentum,
     OptimiserChain,
     WeightDecay,
-    _engine,
     setup,
     update_,
 )
 from optimisers import update as pure_update
+from optimisers._engine import cpu, ready
 
-BLOCK = _engine.kernels.settings()[0]
+BLOCK = cpu.kernels.settings()[0]
 SIZES = [(), (0,), (3, 0, 2), (1,), (7,), BLOCK - 1, BLOCK, BLOCK + 1, (5, BLOCK + 3)]
 
 kernel_dtypes = pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -434,8 +434,8 @@ def test_state_is_like_the_parameter_in_native_byte_order():
 
 def test_every_elementwise_rule_of_the_library_has_kernels():
     for cls in ELEMENTWISE:
-        assert cls.__name__ in _engine.kernels.step_index
-        assert _engine.lower(example(cls)) is not None
+        assert cls.__name__ in cpu.kernels.step_index
+        assert ready.lower(example(cls)) is not None
 
 
 def test_a_subclass_with_an_apply_of_its_own_has_no_kernel():
@@ -448,7 +448,7 @@ def test_a_subclass_with_an_apply_of_its_own_has_no_kernel():
         twin = object.__new__(Own)
         for name, value in vars(example(cls)).items():
             object.__setattr__(twin, name, value)
-        assert _engine.lower(twin) is None
+        assert ready.lower(twin) is None
         model = {"w": normal((6,), np.float32)}
         gradients = [{"w": normal((6,), np.float32, s)} for s in (1, 2)]
         used = checked_steps(update_, twin, model, gradients, assert_same_bits)

@@ -35,8 +35,8 @@ from optimisers import (
     update,
     update_,
 )
-from optimisers._nodes import is_node, rebuild
-from optimisers._tree import walk
+from optimisers._trees.nodes import is_node, rebuild
+from optimisers._trees.walks import walk
 
 pytestmark = pytest.mark.filterwarnings("ignore:nothing to train")
 

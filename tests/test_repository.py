@@ -135,7 +135,7 @@ def test_private_parts_of_the_compiler_for_gpus_are_used_in_one_file() -> None:
         modules = {name for name in imported(ast.parse(text)) if name.startswith("numba.cuda")}
         if modules - PROMISED or PRIVATE.search(text):
             users.add(path.name)
-    assert users == {"_numba_private.py"}
+    assert users == {"numba_private.py"}
 
 
 def test_the_next_minor_version_of_the_compiler_for_gpus_is_allowed() -> None:

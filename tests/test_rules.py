@@ -36,14 +36,14 @@ from optimisers import (
     Rprop,
     Rule,
     WeightDecay,
-    _rule,
     adjust,
     adjust_,
     setup,
     update,
     update_,
 )
-from optimisers._text import short
+from optimisers._messages.text import short
+from optimisers.rules import _base, _fields
 from optimisers.words import sign
 
 COMPOSED = [
@@ -69,14 +69,14 @@ def test_registry_is_what_the_package_exports():
         for name in dir(optimisers)
         if isinstance(cls := getattr(optimisers, name), type) and issubclass(cls, Rule)
     }
-    assert {cls.__name__ for cls in _rule.registry()} == exported - {"Rule", "ElementwiseRule"}
-    assert len(_rule.registry()) == len(set(_rule.registry())) > 20
+    assert {cls.__name__ for cls in _base.registry()} == exported - {"Rule", "ElementwiseRule"}
+    assert len(_base.registry()) == len(set(_base.registry())) > 20
 
 
 def test_a_users_rule_stays_out_of_the_registry():
-    before = _rule.registry()
+    before = _base.registry()
     type("Mine", (Momentum,), {})
-    assert _rule.registry() == before
+    assert _base.registry() == before
 
 
 @parametrize("cls", [*PUBLIC, Rule, ElementwiseRule])
@@ -117,7 +117,7 @@ def limited():
     """Return (class, field, position or None, text of the limit) for each number of each rule."""
     found = []
     for cls in PUBLIC:
-        for field, limits in _rule._limits(cls).items():
+        for field, limits in _fields._limits(cls).items():
             pair = typing.get_origin(typing.get_type_hints(cls)[field]) is tuple
             for i, limit in enumerate(limits.each):
                 found.append((cls, field, i if pair else None, limit.text))
@@ -128,7 +128,7 @@ def built(cls, field, i, value):
     """Return a rule of this class with this value in a field, or at place i of a pair."""
     if i is not None:
         widest = [0.0, math.inf]  # beside which any value is in order
-        is_range = _rule._limits(cls)[field].together
+        is_range = _fields._limits(cls)[field].together
         pair = widest if is_range else list(getattr(example(cls), field))
         pair[i] = value
         value = tuple(pair)
@@ -186,7 +186,7 @@ def test_pairs_hold_two_numbers(beta):
         Adam(beta=beta)
 
 
-RANGES = [(cls, field) for cls in PUBLIC for field, v in _rule._limits(cls).items() if v.together]
+RANGES = [(cls, field) for cls in PUBLIC for field, v in _fields._limits(cls).items() if v.together]
 
 
 @pytest.mark.parametrize(("cls", "field"), RANGES)

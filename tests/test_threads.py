@@ -23,11 +23,11 @@ from optimisers import (
     MixedPrecision,
     OptimiserChain,
     WeightDecay,
-    _engine,
     set_num_threads,
     setup,
     update_,
 )
+from optimisers._engine import cpu
 
 # A fork beside other threads is a thing to be warned of, and what is tested here.
 WARNINGS = ["-W", "error", "-W", "ignore:This process:DeprecationWarning"]
@@ -37,9 +37,9 @@ RULE = OptimiserChain(WeightDecay(0.1), ClipNorm(1.0), Adam())
 @pytest.fixture(autouse=True)
 def _settings():
     """Leave the settings of the kernels as they were."""
-    *_, traffic = _engine.kernels.settings()
+    *_, traffic = cpu.kernels.settings()
     yield
-    _engine.kernels.set_work_per_thread(traffic)
+    cpu.kernels.set_work_per_thread(traffic)
     set_num_threads(0)
 
 
@@ -96,7 +96,7 @@ def together(workers):
 def test_threads_on_models_of_their_own(threads, seconds):
     """Eight train for as long as they may; then each is trained alone for as many steps."""
     set_num_threads(threads)
-    _engine.kernels.set_work_per_thread(1000)
+    cpu.kernels.set_work_per_thread(1000)
     end = time.monotonic() + seconds
     taken = [0] * 8
     trained = [model_of(k) for k in range(8)]
@@ -119,7 +119,7 @@ def test_threads_on_models_of_their_own(threads, seconds):
 def test_threads_on_one_model_do_no_harm_but_to_the_model(threads, seconds):
     """Without a lock the numbers may be any, but shapes and dtypes stay and nothing crashes."""
     set_num_threads(threads)
-    _engine.kernels.set_work_per_thread(1000)
+    cpu.kernels.set_work_per_thread(1000)
     state, model = model_of(0)
     end = time.monotonic() + seconds
 
@@ -141,7 +141,7 @@ def test_threads_on_one_model_do_no_harm_but_to_the_model(threads, seconds):
 def test_threads_on_one_model_that_take_turns(threads):
     """With a lock around the call there is nothing to see of the threads."""
     set_num_threads(threads)
-    _engine.kernels.set_work_per_thread(1000)
+    cpu.kernels.set_work_per_thread(1000)
     state, model = model_of(0)
     lock, steps = threading.Lock(), iter(range(60))
 
@@ -164,9 +164,7 @@ def test_threads_on_one_model_that_take_turns(threads):
 
 def run(code, **environment):
     """Run code, which has this file's names at hand, in a new interpreter; return its output."""
-    start = (
-        "import os, sys, threading\nfrom test_threads import *\nfrom test_threads import _engine\n"
-    )
+    start = "import os, sys, threading\nfrom test_threads import *\nfrom test_threads import cpu\n"
     done = subprocess.run(
         [sys.executable, *WARNINGS, "-c", start + textwrap.dedent(code)],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **environment},
@@ -197,7 +195,7 @@ def test_threads_of_the_kernels_with_a_small_stack():
         """
         threading.stack_size(64 * 1024)
         set_num_threads(3)
-        _engine.kernels.set_work_per_thread(1000)
+        cpu.kernels.set_work_per_thread(1000)
         train(*model_of(0), range(3))
         print("trained")
         """
@@ -212,7 +210,7 @@ def test_a_fork_in_the_middle_of_training(busy):
     said = run(
         f"""
         set_num_threads(3)
-        _engine.kernels.set_work_per_thread(1000)
+        cpu.kernels.set_work_per_thread(1000)
         alone = model_of(0)
         train(*alone, range(40))
         stop = threading.Event()

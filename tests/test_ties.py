@@ -25,7 +25,7 @@ from optimisers import (
     update,
     update_,
 )
-from optimisers._ties import View, carry, laid_out, owners, same_elements
+from optimisers._trees.parameters import View, carry, laid_out, owners, same_elements
 
 BOTH = pytest.mark.parametrize("call", [update, update_])
 

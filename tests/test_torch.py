@@ -32,8 +32,6 @@ from optimisers import (
     Rprop,
     Rule,
     WeightDecay,
-    _engine,
-    _torch,
     adjust,
     adjust_,
     destructure,
@@ -44,6 +42,8 @@ from optimisers import (
     update,
     update_,
 )
+from optimisers._arrays import torch as _torch
+from optimisers._engine import advance as engine
 
 torch: Any = pytest.importorskip("torch")
 Optimizer: Any = importlib.import_module("optimisers.torch").Optimizer
@@ -78,7 +78,7 @@ def same(a: Any, b: Any) -> bool:
 def backends(call: Any, *args: Any) -> tuple[Any, Any, dict[str, str]]:
     """Take a step; return also the backend of each path."""
     paths = [str(path) for path, _ in trainables(args[1], path=True)]
-    with _engine.watching() as seen:
+    with engine.watching() as seen:
         state, model = call(*args)
     return state, model, {paths[k]: backend for k, backend in seen}
 
@@ -266,7 +266,7 @@ def test_narrow_tensors_are_seen_all_at_once(dtype, call, monkeypatch):
     pytest.importorskip("ml_dtypes")
     if _torch._viewer() is None:
         pytest.skip("this PyTorch does not describe its tensors")
-    monkeypatch.setattr(_engine, "_take", None)
+    monkeypatch.setattr(engine, "_take", None)
     model = {str(k): tensor(k, dtype=dtype) for k in range(4)}
     state = setup(Adam(0.01), model)
     for seed in (1, 2):

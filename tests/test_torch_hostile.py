@@ -23,11 +23,11 @@ from optimisers import (
     NAdam,
     OptimiserChain,
     RAdam,
-    _torch,
     setup,
     update,
     update_,
 )
+from optimisers._arrays import torch as _torch
 
 torch: Any = pytest.importorskip("torch")
 Optimizer: Any = importlib.import_module("optimisers.torch").Optimizer

@@ -23,7 +23,7 @@ from optimisers import (
 
 torch = pytest.importorskip("torch")
 
-from optimisers.torch import Optimizer  # noqa: E402
+from optimisers.torch._optimizer import Optimizer  # noqa: E402
 
 
 def parameter(values=(1.0, 1.0, 1.0), dtype=torch.float32):

@@ -18,9 +18,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from optimisers import _arrays, _nodes, _path, _tree
-from optimisers._arrays import isnumeric, maywrite
-from optimisers._nodes import (
+from optimisers._arrays import library
+from optimisers._arrays.library import isnumeric, maywrite
+from optimisers._trees import nodes, paths, walks
+from optimisers._trees.nodes import (
     Namespace,
     children,
     functor,
@@ -32,8 +33,16 @@ from optimisers._nodes import (
     trainable,
     trainable_keys,
 )
-from optimisers._path import KeyPath
-from optimisers._tree import child_path, fmap, fold, getkeypath, haskeypath, setkeypath_, walk
+from optimisers._trees.paths import KeyPath
+from optimisers._trees.walks import (
+    child_path,
+    fmap,
+    fold,
+    getkeypath,
+    haskeypath,
+    setkeypath_,
+    walk,
+)
 
 
 class Point(NamedTuple):
@@ -1043,7 +1052,7 @@ def test_maywrite_is_false_wherever_two_elements_share_memory(shape, steps):
         assert maywrite(view)
 
 
-@pytest.mark.parametrize("module", [_arrays, _path, _nodes, _tree])
+@pytest.mark.parametrize("module", [library, paths, nodes, walks])
 def test_what_is_exported_is_documented(module):
     for name in module.__all__:
         assert getattr(module, name).__doc__, name

@@ -12,10 +12,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from optimisers._arrays import isnumeric, maywrite
-from optimisers._nodes import children, is_node, mirror, rebuild, register_leaf, register_node
-from optimisers._path import KeyPath
-from optimisers._tree import fmap, fold, getkeypath, setkeypath_, walk
+from optimisers._arrays.library import isnumeric, maywrite
+from optimisers._trees.nodes import children, is_node, mirror, rebuild, register_leaf, register_node
+from optimisers._trees.paths import KeyPath
+from optimisers._trees.walks import fmap, fold, getkeypath, setkeypath_, walk
 
 
 @pytest.fixture(scope="module")
@@ -479,8 +479,8 @@ def test_device_arrays_of_numba_in_the_simulator():
     code = """
 import numpy as np
 from numba import cuda
-from optimisers._arrays import isnumeric, maywrite
-from optimisers._nodes import is_node
+from optimisers._arrays.library import isnumeric, maywrite
+from optimisers._trees.nodes import is_node
 x = cuda.to_device(np.ones((2, 3), np.float32))
 assert isnumeric(x) and maywrite(x) and not is_node(x), type(x).__mro__
 assert not isnumeric(cuda.to_device(np.arange(2)))

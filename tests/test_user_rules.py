@@ -38,16 +38,16 @@ from optimisers import (
     Momentum,
     OptimiserChain,
     WeightDecay,
-    _engine,
-    _language,
-    _numba,
-    _stepcache,
     setup,
     update,
     update_,
     words,
 )
-from optimisers._language import StepError
+from optimisers._engine import cpu
+from optimisers._steps import cache as step_cache
+from optimisers._steps import compiled as _compiled
+from optimisers._steps import grammar
+from optimisers._steps.grammar import StepError
 from optimisers.words import abs2, sign, sqrt, zeros_like
 
 FLOATS = ["float32", "float64"]
@@ -167,7 +167,7 @@ def test_users_rules_update_a_master_copy(numba):
 def test_numbers_do_not_depend_on_threads_and_blocks(numba):
     x, g = normal(50_001, np.float32), normal(50_001, np.float32, 1)
     rule = OptimiserChain(SignMomentum(), OwnAdam())
-    kernels = _engine.kernels
+    kernels = cpu.kernels
     *blocks, work = kernels.settings()
     expected = update(setup(rule, x), x, g)
     try:
@@ -184,11 +184,11 @@ def test_numbers_do_not_depend_on_threads_and_blocks(numba):
 @parametrize("dtype", FLOATS)
 def test_scalar_words_have_the_values_of_the_words(dtype):
     real = getattr(np, dtype)
-    scalar = _numba.scalar_words(real)
-    assert list(map(sorted, (scalar, _language.WORDS))) == [sorted(_language.WORDS)] * 2
+    scalar = _compiled.scalar_words(real)
+    assert list(map(sorted, (scalar, grammar.WORDS))) == [sorted(grammar.WORDS)] * 2
     x, y = special_pairs(dtype)
     with np.errstate(all="ignore"):
-        for name, count in _language.WORDS.items():
+        for name, count in grammar.WORDS.items():
             if name == "sqrt":  # Python's own raises; compiled it does not
                 continue
             args = (x, y, y[::-1])[:count]
@@ -200,8 +200,8 @@ def test_scalar_words_have_the_values_of_the_words(dtype):
 
 def test_the_language_knows_every_word():
     elementwise = {name for name in words.__all__ if name != "ema_weight"}  # a word of coefs
-    assert set(_language.WORDS) == elementwise
-    for name, count in _language.WORDS.items():
+    assert set(grammar.WORDS) == elementwise
+    for name, count in grammar.WORDS.items():
         assert len(inspect.signature(getattr(words, name)).parameters) == count
 
 
@@ -209,9 +209,9 @@ def test_the_language_knows_every_word():
 
 
 def test_a_step_is_compiled_once_for_each_dtype(numba, monkeypatch):
-    compiled, compile_ = [], _numba._compile
-    monkeypatch.setattr(_numba, "_made", {})
-    monkeypatch.setattr(_numba, "_compile", lambda *a: compiled.append(a[3]) or compile_(*a))
+    compiled, compile_ = [], _compiled._compile
+    monkeypatch.setattr(_compiled, "_made", {})
+    monkeypatch.setattr(_compiled, "_compile", lambda *a: compiled.append(a[3]) or compile_(*a))
 
     def define():
         class Again(ElementwiseRule):
@@ -321,7 +321,7 @@ def test_failures_of_numba_are_told_once_and_cost_no_numbers(numba, monkeypatch)
     def fails(*args):
         raise RuntimeError("no such construct")
 
-    monkeypatch.setattr(_numba, "_compile", fails)
+    monkeypatch.setattr(_compiled, "_compile", fails)
     model = {"a": normal(9), "b": normal(9, np.float32)}
     with pytest.warns(
         RuntimeWarning, match=r"Unlucky\.step.*array code.*no such construct"
@@ -338,7 +338,8 @@ SCRIPT = """
     import sys, hashlib, warnings
     from pathlib import Path
     import numpy as np, optimisers
-    from optimisers import _engine, _numba
+    from optimisers._engine import advance as engine
+    from optimisers._steps import compiled
     from optimisers.words import sqrt, abs2
 
     class Mine(optimisers.Adam):
@@ -353,7 +354,7 @@ SCRIPT = """
     def run(dtype, steps=3):
         x = np.linspace(-1, 1, 3001).astype(dtype)
         state, backends = optimisers.setup(Mine(), x), set()
-        with _engine.watching() as seen:
+        with engine.watching() as seen:
             for _ in range(steps):
                 state, x = optimisers.update(state, x, x * x)
         return {backend for _, backend in seen}, hashlib.sha256(x.tobytes()).hexdigest()
@@ -405,7 +406,7 @@ def test_numba_is_imported_by_the_first_array_that_is_compiled_for(numba, tmp_pa
     assert run_script(tmp_path, code)() == [False, False, False, True]
 
 
-HITS = 'done = run("f4")\nprint((done, [f.cache_hits for f in _numba._made.values()]))'
+HITS = 'done = run("f4")\nprint((done, [f.cache_hits for f in compiled._made.values()]))'
 
 
 def test_compiled_steps_are_kept_on_disk(numba, tmp_path):
@@ -496,20 +497,20 @@ def test_a_cache_that_others_may_write_to_is_not_used(which, numba, tmp_path):
 @posix
 def test_a_cache_of_another_user_is_not_used(tmp_path, monkeypatch):
     monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
-    assert _stepcache.written("text", "one")
+    assert step_cache.written("text", "one")
     me = os.stat(tmp_path).st_uid
     monkeypatch.setattr(os, "geteuid", lambda: me + 1)
-    monkeypatch.setattr(_stepcache, "_told", set())
+    monkeypatch.setattr(step_cache, "_told", set())
     real = os.stat_result
 
     def others(path):
         info = list(real_stat(path))
         return real([*info[:4], me + 2, *info[5:]])
 
-    real_stat = _stepcache.Path.stat
-    monkeypatch.setattr(_stepcache.Path, "stat", others)
+    real_stat = step_cache.Path.stat
+    monkeypatch.setattr(step_cache.Path, "stat", others)
     with pytest.warns(RuntimeWarning, match="belongs to another user"):
-        assert _stepcache.written("text", "one") is None
+        assert step_cache.written("text", "one") is None
 
 
 @posix
@@ -520,7 +521,7 @@ def test_a_folder_of_numba_is_made_private_if_it_is_new(filled, tmp_path):
     folder.chmod(0o777)
     if filled:
         (folder / "step.nbi").write_bytes(b"")
-    assert _stepcache.is_safe(str(folder)) is not filled
+    assert step_cache.is_safe(str(folder)) is not filled
 
 
 @parametrize(
@@ -540,7 +541,7 @@ def test_where_the_cache_is(system, variable, expected, monkeypatch):
     for name, value in variable.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(sys, "platform", system)
-    assert _stepcache.cache_folder() == _stepcache.Path(os.path.expanduser(expected))
+    assert step_cache.cache_folder() == step_cache.Path(os.path.expanduser(expected))
 
 
 # --- what is no step -------------------------------------------------------------------------

@@ -21,30 +21,34 @@ from optimisers import (
     Adam,
     ClipGrad,
     ClipNorm,
+    ElementwiseRule,
     Leaf,
     Momentum,
     OptimiserChain,
     Rule,
     WeightDecay,
-    _engine,
-    _rule,
-    rules,
     setup,
     trainables,
     update,
     update_,
 )
-from optimisers._arrays import is_narrow, isnumeric
-from optimisers._tree import fmap, walk
+from optimisers._arrays.library import is_narrow, isnumeric
+from optimisers._engine import advance as engine
+from optimisers._trees.walks import fmap, walk
+from optimisers.rules import _base, _numbers
 
 Tree = Any
 Array = Any
 
 # --- rules -----------------------------------------------------------------------------------
 
-PUBLIC: list[Any] = _rule.registry()
+PUBLIC: list[Any] = _base.registry()
 # The registry hides what begins with an underscore, but the kernels run it all the same.
-ELEMENTWISE: list[Any] = [c for c in _rule._registry if c.__module__ == rules.__name__]
+ELEMENTWISE: list[Any] = [
+    cls
+    for cls in _base._registry
+    if issubclass(cls, ElementwiseRule) and not inspect.isabstract(cls)
+]
 
 REQUIRED: dict[str, Any] = {
     "n": 3,
@@ -356,7 +360,7 @@ def by_arrays(rule: Any, state: Any, x: Array, g: Array) -> tuple[Any, Array]:
     x = np.array(x, x.dtype.newbyteorder("="))
     with np.errstate(all="ignore"):
         g = np.array(g).astype(np.float32 if is_narrow(x) else x.dtype)
-        state, new = _rule.moved(rule, copy.deepcopy(state), x, g)
+        state, new = _numbers.moved(rule, copy.deepcopy(state), x, g)
         new = x if new is None else np.asarray(new)
     return state, new
 
@@ -364,7 +368,7 @@ def by_arrays(rule: Any, state: Any, x: Array, g: Array) -> tuple[Any, Array]:
 def step(call: Any, state: Tree, model: Tree, *grads: Tree) -> tuple[Tree, Tree, dict[str, str]]:
     """Return what `update` or `update_` gives, and the backend for each place by its path."""
     paths = [str(path) for path, _ in trainables(model, path=True)]
-    with _engine.watching() as seen:
+    with engine.watching() as seen:
         state, model = call(state, model, *grads)
     assert len({k for k, _ in seen}) == len(seen), "a leaf was updated twice"
     return state, model, {paths[k]: backend for k, backend in seen}

@@ -1,4 +1,4 @@
-"""Write the formulas of rules.py as typed block loops for Cython.
+"""Write the formulas of the rules as typed block loops for Cython.
 
 Each `step` becomes, for float and for double, one function over a block of numbers. The formula
 itself is copied as it stands: the statements between the unpacking of `state` and `coefs` and the
@@ -7,7 +7,7 @@ itself is copied as it stands: the statements between the unpacking of `state` a
 A loop that finishes a chain is also written with the steps of each of `LEADS` ahead of it, so that
 a number passes through them without a way to memory and back.
 
-Run by setup.py; by hand: ``python tools/emit_steps.py optimisers/rules.py optimisers/_steps.pxi``.
+Run by setup.py; by hand, of some files: ``python tools/emit_steps.py RULES.py ... _steps.pxi``.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ import pathlib
 import sys
 
 # By its path, since the package cannot be imported before it is built.
-PATH = pathlib.Path(__file__).parent.parent / "optimisers" / "_language.py"
-spec = importlib.util.spec_from_file_location("_language", PATH)
-language = sys.modules["_language"] = importlib.util.module_from_spec(spec)
+PATH = pathlib.Path(__file__).parent.parent / "optimisers" / "_steps" / "grammar.py"
+spec = importlib.util.spec_from_file_location("grammar", PATH)
+language = sys.modules["grammar"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(language)
 Step, StepError = language.Step, language.StepError
 
@@ -37,7 +37,7 @@ LEADS = [
 """Steps without slots that users put ahead of a rule, longest first; `_Scale` is ClipNorm's."""
 
 HEADER = """\
-# Written by tools/emit_steps.py from the steps in rules.py. Do not edit.
+# Written by tools/emit_steps.py from the steps of the rules. Do not edit.
 
 # A block step: x, g and the old slots are read, dx and the new slots written, n numbers each.
 # One that finishes a chain finds x in place of dx, and leaves there x - dx. Where it is led by
@@ -131,9 +131,9 @@ def emit_loops(step: Step, finish: bool) -> list[str]:
     return [emit_loop(step, real, finish) for real in ("float", "double")]
 
 
-def generate(rules_source: str) -> str:
-    """Return the text of _steps.pxi for the text of rules.py."""
-    steps = {step.rule: step for step in read_steps(rules_source)}
+def generate(*sources: str) -> str:
+    """Return the text of _steps.pxi for the texts of the files of rules."""
+    steps = {step.rule: step for source in sources for step in read_steps(source)}
     leads = [lead for lead in LEADS if {*lead} <= {*steps}]
     followers = [step for step in steps.values() if not any(step.rule in lead for lead in leads)]
     loops, table = [], ["cdef int fill_table() except -1:"]
@@ -157,5 +157,5 @@ def generate(rules_source: str) -> str:
 
 
 if __name__ == "__main__":
-    rules, target = map(pathlib.Path, sys.argv[1:])
-    target.write_text(generate(rules.read_text()))
+    *rules, target = map(pathlib.Path, sys.argv[1:])
+    target.write_text(generate(*(file.read_text() for file in rules)))

@@ -17,7 +17,7 @@ import numpy as np
 
 ROOT = Path(__file__).parent.parent
 TARGETS = ("x86_64-windows-gnu", "aarch64-macos", "aarch64-linux-gnu")
-EXTENSIONS = ("_dlpack", "_kernels")
+EXTENSIONS = ("_arrays.dlpack", "_kernels")
 
 # What configure found out on this machine, and what is otherwise there. It is included ahead of
 # all; the guards of these headers keep them from being read again.
@@ -60,7 +60,7 @@ def main() -> None:
     for name in EXTENSIONS:
         written = out / f"{name}.c"
         cython = [sys.executable, "-m", "cython", "-3", "--module-name", f"optimisers.{name}"]
-        source = f"optimisers/{name}.pyx"
+        source = f"optimisers/{name.replace('.', '/')}.pyx"
         subprocess.run([*cython, "-o", written.resolve(), source], check=True, cwd=ROOT)
         for target in TARGETS:
             compiler = [sys.executable, "-m", "ziglang", "cc", "-target", target, *options]

@@ -19,7 +19,7 @@ from types import ModuleType
 
 import optimisers
 from optimisers import ElementwiseRule
-from optimisers._rule import registry
+from optimisers.rules._base import registry
 
 
 def public_modules() -> Iterator[ModuleType]:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 import optimisers as opt
-from optimisers._rule import registry
+from optimisers.rules._base import registry
 
 Array = np.ndarray
 Tree = Any

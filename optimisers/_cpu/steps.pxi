@@ -20,7 +20,7 @@ cdef Lead leads[MAX_LEADS]
 cdef int leads_known = 0
 max_slots = MAX_SLOTS
 step_index = {}
-"""Where the step of each class of rules.py stands in the table, by the name of the class."""
+"""Where the step of each class of rules stands in the table, by the name of the class."""
 
 cdef int add_step(str name, int slots, int coefs, Step single, Step double_,
                   Step single_finish, Step double_finish) except -1:

@@ -177,7 +177,7 @@ cdef inline Py_ssize_t bytes_of(cnp.ndarray a) noexcept:
     return bytes
 
 
-cdef enum:                  # what owns memory: see `owner_of` in _dlpack.pyx
+cdef enum:                  # what owns memory: see `owner_of` in _arrays/dlpack.pyx
     MOVED = 1
     TENSOR
 

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .._construct import no_name
+from .._messages.calls import no_name
 from ._checkpoints import Checkpoint, Checkpointer
 from ._files import File, load, save
 from ._json import FileFormatError

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from .._arrays import library_of
-from .._ties import View, carry
+from .._arrays.library import library_of
+from .._trees.parameters import View, carry
 from . import _safetensors as form
 from ._entries import ArrayNode, StoredTensor, c_order, damaged
 from ._json import FileFormatError

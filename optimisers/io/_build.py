@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from typing import Any, NoReturn
 
 from .._pytree import Tie
-from .._rule import Rule
-from ..state import Leaf
+from .._state import Leaf
+from ..rules._base import Rule
 from ._array_reader import ArrayReader
 from ._contents import Contents
 from ._entries import ABSENT, damaged

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .._text import short
+from .._messages.text import short
 from ._atomic import sweep
 from ._files import File, file_path, load, save
 from ._json import FileFormatError, shown

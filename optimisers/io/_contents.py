@@ -11,8 +11,8 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-from .._nodes import listed
-from .._ties import View
+from .._trees.nodes import listed
+from .._trees.parameters import View
 from . import _safetensors as form
 from ._entries import (
     ABSENT,
@@ -29,15 +29,7 @@ from ._entries import (
 )
 from ._json import FileFormatError
 from ._revive import NamedTuples
-from ._saved import (
-    BY_POSITION,
-    DEEPEST,
-    NAMESPACES,
-    VERSION,
-    WITH_CLASS,
-    is_protocol,
-    most_places,
-)
+from ._saved import BY_POSITION, DEEPEST, NAMESPACES, VERSION, WITH_CLASS, is_protocol, most_places
 from ._tables import ARRAY, KEYED, Said, children_at, children_of, keys_at, pairs_of
 
 _MOST_HEADS = 1000

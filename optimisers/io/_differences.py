@@ -9,14 +9,14 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 
-from .._arrays import is_narrow_dtype, isnumeric, library_of
-from .._jax import attributes
-from .._nodes import children, is_node
-from .._path import KeyPath
-from .._rule import Rule
-from .._text import plain
-from .._ties import owners
-from ..state import Leaf
+from .._arrays.jax import attributes
+from .._arrays.library import is_narrow_dtype, isnumeric, library_of
+from .._messages.text import plain
+from .._state import Leaf
+from .._trees.nodes import children, is_node
+from .._trees.parameters import owners
+from .._trees.paths import KeyPath
+from ..rules._base import Rule
 from . import _safetensors as form
 from ._contents import Contents
 from ._entries import ABSENT

@@ -13,15 +13,15 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 
-from .._arrays import is_immutable, library_of
-from .._jax import Number, attributes, is_tracer
-from .._nodes import children, is_node
-from .._path import KeyPath
-from .._rule import Rule
-from .._text import plain
-from .._ties import View, owners
-from .._tree import fold
-from ..state import Leaf
+from .._arrays.jax import Number, attributes, is_tracer
+from .._arrays.library import is_immutable, library_of
+from .._messages.text import plain
+from .._state import Leaf
+from .._trees.nodes import children, is_node
+from .._trees.parameters import View, owners
+from .._trees.paths import KeyPath
+from .._trees.walks import fold
+from ..rules._base import Rule
 from . import _safetensors as form
 from ._json import shortened
 from ._safetensors import Tensor

@@ -13,9 +13,9 @@ from typing import Any, Self
 
 import numpy as np
 
-from .._text import short
-from .._tree import walk
-from ..state import Leaf
+from .._messages.text import short
+from .._state import Leaf
+from .._trees.walks import walk
 from . import _safetensors as form
 from ._archive import Archive
 from ._encoder import Encoder, raw

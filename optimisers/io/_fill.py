@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from .._nodes import rebuild
-from .._path import KeyPath
 from .._pytree import Tie
-from .._tree import fold, walk
-from ..state import Leaf
+from .._state import Leaf
+from .._trees.nodes import rebuild
+from .._trees.paths import KeyPath
+from .._trees.walks import fold, walk
 from ._array_reader import ArrayReader
 from ._contents import Contents
 from ._differences import Differences

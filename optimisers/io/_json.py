@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from .._text import printable
+from .._messages.text import printable
 
 
 class FileFormatError(ValueError):

@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from .._arrays import isnumeric, library_of
-from .._nodes import children, is_node, rebuild
-from .._path import KeyPath
-from .._rule import Rule
-from .._ties import owners
-from ..state import Leaf
+from .._arrays.library import isnumeric, library_of
+from .._state import Leaf
+from .._trees.nodes import children, is_node, rebuild
+from .._trees.parameters import owners
+from .._trees.paths import KeyPath
+from ..rules._base import Rule
 from . import _safetensors as form
 from ._array_reader import ArrayReader
 from ._contents import Contents

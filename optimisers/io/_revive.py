@@ -20,9 +20,9 @@ from typing import Any
 
 import numpy as np
 
-from .._nodes import listed
-from .._rule import Rule
-from .._ties import View
+from .._trees.nodes import listed
+from .._trees.parameters import View
+from ..rules._base import Rule
 from . import _safetensors as form
 from ._entries import ABSENT, c_order
 from ._json import FileFormatError

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from .._nodes import children
-from .._rule import Rule
+from .._trees.nodes import children
+from ..rules._base import Rule
 from ._array_reader import ArrayReader
 from ._contents import Contents
 from ._entries import ABSENT, damaged, plain

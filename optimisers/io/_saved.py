@@ -24,8 +24,8 @@ from collections import OrderedDict
 from types import MemberDescriptorType, SimpleNamespace
 from typing import Any
 
-from .._nodes import Namespace
-from .._path import KeyPath
+from .._trees.nodes import Namespace
+from .._trees.paths import KeyPath
 from ._json import shortened, without_strings
 
 VERSION = 1

@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from .._path import KeyPath
+from .._trees.paths import KeyPath
 from ._entries import ABSENT, damaged
 from ._saved import BY_POSITION, CONTAINERS, NAMESPACES, WITH_CLASS, crowd
 

@@ -28,8 +28,8 @@ def _hand_on_what_is_reported(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.fixture
 def small_grid() -> Iterator[None]:
     """Cut arrays into many small stretches: each simulated thread takes half a millisecond."""
-    from optimisers import _cuda
+    from optimisers._cuda import launch as _launch
 
-    before = _cuda.set_grid(2, 8) if SIMULATED else _cuda.set_grid(32, 64)
+    before = _launch.set_grid(2, 8) if SIMULATED else _launch.set_grid(32, 64)
     yield
-    _cuda.set_grid(*before)
+    _launch.set_grid(*before)

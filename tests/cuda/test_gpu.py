@@ -24,13 +24,13 @@ from optimisers import (
     MixedPrecision,
     Momentum,
     OptimiserChain,
-    _cuda,
-    _rule,
     destructure,
     setup,
     update_,
 )
-from optimisers._device_text import Program, Stage
+from optimisers._cuda import launch as _launch
+from optimisers._cuda.texts import Program, Stage
+from optimisers.rules import _base
 
 pytestmark = [
     pytest.mark.gpu,
@@ -57,7 +57,7 @@ def a_model(seed: int) -> dict[str, np.ndarray]:
 
 
 @BOTH
-@parametrize("rule", [*map(example, _rule.registry()), CHAIN])
+@parametrize("rule", [*map(example, _base.registry()), CHAIN])
 def test_tensors_of_pytorch(rule: Any, call: Any) -> None:
     torch = pytest.importorskip("torch")
     here, there = (in_torch(a_model(0), torch, device) for device in ("cpu", "cuda"))
@@ -92,7 +92,7 @@ def test_masters_of_tensors(dtype: str) -> None:
 
 def test_a_module_is_trained_where_it_lies() -> None:
     torch = pytest.importorskip("torch")
-    from optimisers.torch import Optimizer
+    from optimisers.torch._optimizer import Optimizer
 
     torch.manual_seed(0)
     module = torch.nn.Linear(5, 3).cuda()
@@ -167,7 +167,7 @@ def test_a_gradient_on_another_device_names_the_path() -> None:
 
 
 @BOTH
-@parametrize("rule", [*map(example, _rule.registry()), CHAIN])
+@parametrize("rule", [*map(example, _base.registry()), CHAIN])
 def test_arrays_of_cupy(rule: Any, call: Any) -> None:
     cupy = pytest.importorskip("cupy")
     here = a_model(0)
@@ -233,6 +233,6 @@ def test_kernels_keep_nothing_in_local_memory(rule: Any) -> None:
     coefs = rule.coefs(1) if rule.counts else rule.coefs()
     stage = Stage(type(rule).step, len(rule.slots), len(coefs))
     program = Program((stage,), "float32", "float32")
-    kernel = _cuda.compiled(_cuda.step_kernel_parts, program, False)
+    kernel = _launch.compiled(_launch.step_kernel_parts, program, False)
     assert kernel.made.local_mem_per_thread == 0
     assert kernel.made.regs_per_thread <= 80

@@ -40,14 +40,14 @@ from optimisers import (
     Momentum,
     OptimiserChain,
     WeightDecay,
-    _cuda,
     adjust_,
     setup,
     update,
     update_,
     words,
 )
-from optimisers._device_words import vocabulary
+from optimisers._cuda import launch as _launch
+from optimisers._cuda.words import vocabulary
 
 pytestmark = [
     needs_a_device,
@@ -264,13 +264,13 @@ def test_leaves_with_numbers_of_their_own_are_one_launch(monkeypatch: Any) -> No
     model = {k: normal((5,), np.float32, k) for k in range(4)}
     state = setup(OptimiserChain(ClipNorm(1.0), Adam()), device(model))
     launched: list[Any] = []
-    plain = _cuda.Launch.run
+    plain = _launch.Launch.run
 
     def run(launch: Any) -> Any:
         launched.append(launch.program)
         return plain(launch)
 
-    monkeypatch.setattr(_cuda.Launch, "run", run)
+    monkeypatch.setattr(_launch.Launch, "run", run)
     there = device(model)
     for s, keys in enumerate([[0, 1, 2, 3], [1, 3], [0, 1, 2, 3]]):
         if s == 1:
@@ -288,13 +288,13 @@ def test_leaves_with_numbers_of_their_own_are_one_launch(monkeypatch: Any) -> No
 
 def test_tables_are_sent_only_when_they_change(monkeypatch: Any) -> None:
     sent: list[int] = []
-    plain = _cuda._Staging.send
+    plain = _launch._Staging.send
 
     def send(self: Any, values: Any, target: Any, stream: Any) -> None:
         sent.append(values.size)
         plain(self, values, target, stream)
 
-    monkeypatch.setattr(_cuda._Staging, "send", send)
+    monkeypatch.setattr(_launch._Staging, "send", send)
     x = {k: device(normal((5,), np.float32, k)) for k in range(3)}
     g = {k: device(normal((5,), np.float32, k + 5)) for k in range(3)}
     state = setup(Adam(), x)
@@ -310,8 +310,8 @@ def test_tables_are_sent_only_when_they_change(monkeypatch: Any) -> None:
 def test_kernels_are_compiled_once() -> None:
     x = device(normal((5,), np.float32))
     update_(setup(Momentum(), x), x, device(np.ones(5, np.float32)))
-    before = _cuda._compiled.cache_info().misses
+    before = _launch._compiled.cache_info().misses
     for n in (3, 50):
         x = device(normal((n,), np.float32))
         update_(setup(Momentum(0.5), x), x, device(np.ones(n, np.float32)))
-    assert _cuda._compiled.cache_info().misses == before
+    assert _launch._compiled.cache_info().misses == before

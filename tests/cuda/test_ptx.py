@@ -19,8 +19,9 @@ from device import reports  # noqa: E402
 from numba import config, cuda  # noqa: E402
 from util import ELEMENTWISE, example, parametrize  # noqa: E402
 
-from optimisers import _cuda, rules  # noqa: E402
-from optimisers._device_text import Program, Stage, sums_of_norm  # noqa: E402
+from optimisers._cuda import launch as _launch  # noqa: E402
+from optimisers._cuda.texts import Program, Stage, sums_of_norm  # noqa: E402
+from optimisers.rules.norms import _Scale  # noqa: E402
 
 if config.ENABLE_CUDASIM:
     pytest.skip("the simulator compiles nothing", allow_module_level=True)
@@ -46,12 +47,12 @@ def stage(rule: Any) -> Stage:
 
 
 def barrier(p: float) -> Stage:
-    return Stage(rules._Scale.step, 0, 1, p)
+    return Stage(_Scale.step, 0, 1, p)
 
 
 def ptx_of(parts: tuple[str, dict[str, Any], list[str]], cc: tuple[int, int]) -> str:
     text, names, types = parts
-    made, _ = cuda.compile_ptx(_cuda.function_of(text, names), _cuda.signature(types), cc=cc)
+    made, _ = cuda.compile_ptx(_launch.function_of(text, names), _launch.signature(types), cc=cc)
     return str(made)
 
 
@@ -116,7 +117,7 @@ def check(name: str, parts: Any, real: str, wide: bool, most: int = MOST_REGISTE
 @pytest.mark.parametrize("real", REALS)
 @parametrize("rule", [example(cls) for cls in ELEMENTWISE])
 def test_every_rule(rule: Any, real: str) -> None:
-    parts = _cuda.step_kernel_parts(Program((stage(rule),), real, real), False)
+    parts = _launch.step_kernel_parts(Program((stage(rule),), real, real), False)
     found = check(type(rule).__name__, parts, real, wide=False)
     lanes = {"float32": "v4.f32", "float64": "v2.f64"}[real]
     assert f"ld.global.{lanes}" in found
@@ -127,7 +128,7 @@ def test_every_rule(rule: Any, real: str) -> None:
 @pytest.mark.parametrize("varied", [False, True])
 def test_a_chain_of_three_is_one_kernel(real: str, varied: bool) -> None:
     chain = tuple(map(stage, (rules.ClipGrad(), rules.WeightDecay(), rules.Adam())))
-    parts = _cuda.step_kernel_parts(Program(chain, real, real), varied)
+    parts = _launch.step_kernel_parts(Program(chain, real, real), varied)
     found = check(f"ClipGrad, WeightDecay, Adam{' (varied)' * varied}", parts, real, wide=False)
     assert any(op.startswith("sqrt.rn") for op in found)
 
@@ -135,14 +136,14 @@ def test_a_chain_of_three_is_one_kernel(real: str, varied: bool) -> None:
 @pytest.mark.parametrize("narrow", ["float16", "bfloat16"])
 def test_masters_of_narrow_parameters(narrow: str) -> None:
     program = Program((stage(rules.Adam()),), "float32", narrow, narrow)
-    parts = _cuda.step_kernel_parts(program, False)
+    parts = _launch.step_kernel_parts(program, False)
     found = check(f"MixedPrecision(Adam) of {narrow}", parts, "float32", wide=False)
     assert {"ld.global.v4.u16", "st.global.v4.u16"} <= found
 
 
 def test_a_gradient_of_another_dtype_is_read_as_it_is() -> None:
     program = Program((stage(rules.Descent()),), "float32", "float64")
-    found = check("Descent of float64", _cuda.step_kernel_parts(program, False), "float32", True)
+    found = check("Descent of float64", _launch.step_kernel_parts(program, False), "float32", True)
     assert {op for op in found if op.endswith("f64")} <= {
         "ld.global.f64",
         "ld.global.v2.f64",
@@ -156,16 +157,16 @@ def test_norms(p: float, real: str) -> None:
     program = Program((stage(rules.Momentum()), barrier(p), stage(rules.Adam())), real, real)
     kinds = sums_of_norm(p, real)
     for kind in kinds:
-        measure = _cuda.measure_kernel_parts(program, False, 0, p, kind)
+        measure = _launch.measure_kernel_parts(program, False, 0, p, kind)
         found = check(f"norm {p:g}, {kind}", measure, real, True)
         assert "bar.sync" in found
         is_last = kind is kinds[-1]
-        combine = _cuda.combine_kernel_parts(real, p, kind, is_last)
+        combine = _launch.combine_kernel_parts(real, p, kind, is_last)
         check(f"norm {p:g}, {kind}, combined", combine, real, True)
 
 
 def test_no_stage_is_stored_while_a_norm_is_measured() -> None:
     program = Program((stage(rules.Adam()), barrier(2.0)), "float32", "float32")
-    parts = _cuda.measure_kernel_parts(program, False, 0, 2.0, "squares")
+    parts = _launch.measure_kernel_parts(program, False, 0, 2.0, "squares")
     stores = {op for op in opcodes(ptx_of(parts, (9, 0))) if op.startswith("st.global")}
     assert stores == {"st.global.f64"}  # the sum of a block

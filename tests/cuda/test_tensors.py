@@ -24,12 +24,12 @@ from optimisers import (  # noqa: E402
     Descent,
     MixedPrecision,
     OptimiserChain,
-    _device,
-    _rule,
-    _torch,
     setup,
     update_,
 )
+from optimisers._arrays import devices  # noqa: E402
+from optimisers._arrays import torch as _torch  # noqa: E402
+from optimisers.rules import _base  # noqa: E402
 
 pytestmark = [
     pytest.mark.skipif(not SIMULATED, reason="needs Numba's simulator"),
@@ -40,9 +40,9 @@ pytestmark = [
 
 @pytest.fixture(autouse=True)
 def _on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_device, "_is_plain_cuda", lambda x: x.ndim > 0)  # not counts
-    monkeypatch.setattr(_device._Torch, "device", lambda self, x: 0)
-    monkeypatch.setattr(_device._Torch, "stream", lambda self, x: 0)
+    monkeypatch.setattr(devices, "_is_plain_cuda", lambda x: x.ndim > 0)  # not counts
+    monkeypatch.setattr(devices._Torch, "device", lambda self, x: 0)
+    monkeypatch.setattr(devices._Torch, "stream", lambda self, x: 0)
     monkeypatch.setattr(_torch, "_viewer", lambda: None)
     monkeypatch.setattr(_torch, "view", lambda x: x if type(x) is np.ndarray else None)
 
@@ -56,7 +56,7 @@ def a_model(seed: int) -> dict[str, np.ndarray]:
 
 
 @BOTH
-@parametrize("rule", [*map(example, _rule.registry()), OptimiserChain(AccumGrad(2), Adam())])
+@parametrize("rule", [*map(example, _base.registry()), OptimiserChain(AccumGrad(2), Adam())])
 def test_every_rule(rule: Any, call: Any) -> None:
     here, there = a_model(0), tensors(a_model(0))
     state_here, state_there = setup(rule, here), setup(rule, there)

@@ -28,7 +28,6 @@ from optimisers import (
     Momentum,
     OptimiserChain,
     Rule,
-    _cuda,
     adjust,
     adjust_,
     destructure,
@@ -41,7 +40,8 @@ from optimisers import (
     update,
     update_,
 )
-from optimisers._language import StepError
+from optimisers._cuda import launch as _launch
+from optimisers._steps.grammar import StepError
 from optimisers.words import sqrt
 
 pytestmark = [
@@ -338,7 +338,7 @@ def test_what_no_kernel_takes_is_refused_with_the_way_out(rule: Any, dtype: str)
 
 
 def test_without_the_compiler_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_cuda, "is_installed", lambda: False)
+    monkeypatch.setattr(_launch, "is_installed", lambda: False)
     model = {"w": device(np.ones(3))}
     state = setup(Descent(), model)
     with pytest.raises(
@@ -469,6 +469,6 @@ def test_a_master_is_made_on_the_device() -> None:
 
 
 def test_the_simulator_is_what_it_says() -> None:
-    from optimisers._device_words import is_simulated
+    from optimisers._cuda.words import is_simulated
 
     assert is_simulated() is SIMULATED

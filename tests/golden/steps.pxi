@@ -1,4 +1,4 @@
-# Written by tools/emit_steps.py from the steps in rules.py. Do not edit.
+# Written by tools/emit_steps.py from the steps of the rules. Do not edit.
 
 # A block step: x, g and the old slots are read, dx and the new slots written, n numbers each.
 # One that finishes a chain finds x in place of dx, and leaves there x - dx. Where it is led by

@@ -1,0 +1,385 @@
+"""The engine for arrays on CUDA devices: batches of leaves.
+
+The shape is that of `_kernels`: a `Batch` takes leaves, settles that nothing is written which is
+read elsewhere, measures norms, and says which calls make the update. Leaves of one `Kind` go into
+one launch. Where the rows of a launch are those of the last step, nothing is checked or sent anew.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import operator
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .._arrays import devices
+from .._arrays.devices import Library
+from .._arrays.library import maywrite
+from . import launch as _launch
+from . import texts
+from .jobs import AccumulatePlan, ChainPlan, Job, Kind, MixedPlan, NormPlan, Plan, StepPlan
+from .texts import Program
+
+if TYPE_CHECKING:
+    from .._engine.arrays import Call
+
+__all__ = [
+    "AccumulatePlan", "Batch", "ChainPlan", "MixedPlan", "NormPlan", "Plan", "StepPlan", "summed"
+]  # fmt: skip
+
+Array = Any
+
+REALS = ("float32", "float64")
+"""The dtypes that kernels compute in."""
+FLOATS = (*REALS, "float16", "bfloat16")
+"""The dtypes that kernels read, and round to."""
+MOST_IDLE = 4
+"""How many launches of a kind are kept: models that are updated by turns find each its own."""
+
+
+# --- all leaves ------------------------------------------------------------------------------
+
+
+class _Group:
+    """Leaves that go into one launch."""
+
+    def __init__(self) -> None:
+        self.jobs: list[Job] = []
+        self.launch: _launch.Launch
+        self.is_known = False
+        """Whether the launch had the same rows before."""
+
+
+class Batch:
+    """Leaves to be updated together.
+
+    Parameters
+    ----------
+    blank : callable or None
+        Given a state, returns an empty one of the same form, which the run then fills, as it fills
+        a new array for each parameter. None updates in place.
+    new_x, new_state : dict
+        What to enter by place, where it is not written in place.
+    lower : callable
+        Returns the plan of a rule, or None.
+    """
+
+    def __init__(
+        self,
+        blank: Callable[[Any], Any] | None,
+        new_x: dict[int, Array],
+        new_state: dict[int, Any],
+        lower: Callable[[Any], Plan | None],
+    ) -> None:
+        self.blank, self.new_x, self.new_state = blank, new_x, new_state
+        self.lower = lower
+        self.last_rule: Any = None
+        self.last_plan: Plan | None = None
+        self.jobs: list[Job] = []
+        self.groups: dict[Kind, _Group] = {}
+        self.kept: list[Any] = []
+        """What must live until the launches are enqueued."""
+        self.lasting: list[tuple[Job, Any, Array, Array]] = []
+        """Jobs that their leaves are to keep, with those, parameters and gradients."""
+        self.streams: dict[tuple[str, int], int] = {}
+        self.failed = -1
+        self.on = _call_on if _launch.devices() > 1 else _call
+
+    def plan(self, rule: Any) -> Plan | None:
+        """Return what `lower` makes of a rule; leaves one after the other often have the same."""
+        if rule is not self.last_rule:
+            self.last_rule, self.last_plan = rule, self.lower(rule)
+        return self.last_plan
+
+    def places(self) -> list[int]:
+        """Return the places taken."""
+        return [job.place for job in self.jobs]
+
+    def again(self, place: int, leaf: Any, x: Array, g: Array) -> bool:
+        """Take a leaf that has a job from its last step, if that is to be done again."""
+        job: Job | None = leaf.job
+        if job is None or self.blank is not None or not job.again(leaf, x, g):
+            return False
+        job.place = place
+        self._add(job, job.kind.program, x)
+        return True
+
+    def take(self, place: int, leaf: Any, x: Array, g: Array, where: Callable[[], str]) -> bool:
+        """Take one leaf if the kernels can; tell whether.
+
+        Raises
+        ------
+        ImportError
+            If they could, but there is no compiler for them; with the path, from `where()`.
+        """
+        state: Any = leaf.state
+        plan, lib, of_g = self.plan(leaf.rule), devices.library(x), devices.library(g)
+        if plan is None or lib is None or of_g is None or not isinstance(state, tuple):
+            return False
+        dtype, grad = lib.dtype(x), of_g.dtype(g)
+        if dtype not in FLOATS or grad not in FLOATS:
+            return False
+        made = state if self.blank is None else self.blank(state)
+        is_mixed = isinstance(plan, MixedPlan)
+        given, narrow = x, None
+        if devices.axes(lib, x) is None:  # with gaps: a copy without takes its place
+            x = lib.copy(x)
+        old = new = x
+        old_state, new_state = state, made
+        if isinstance(plan, MixedPlan):
+            if len(state) != 2 or not devices.lies_like(lib, state[0], x):
+                return False
+            plan, narrow = plan.inner, dtype
+            (old, old_state), (new, new_state) = state, made
+        real = lib.dtype(old)
+        if real not in REALS or not isinstance(old_state, tuple):
+            return False
+        if not _launch.is_installed():
+            raise ImportError(
+                f"at {where()}: arrays of {lib.name} on a GPU are updated by kernels that the "
+                "package numba-cuda compiles, which is not installed; `pip install "
+                "'optimisers[cuda13]'` brings it for drivers of CUDA 13, 'optimisers[cuda12]' for "
+                "those of CUDA 12"
+            )
+        job = Job(lib, place, old, real)
+        if not plan.stack(job, old_state, new_state):
+            return False
+        given_g, g = g, devices.laid_out(lib, g, x)
+        of_g = of_g if g is given_g else lib
+        target = x
+        if self.blank is not None or given is not x:
+            target = lib.blank(x)
+            if self.blank is None and maywrite(given):
+                job.back = given, target
+            elif job.moves:
+                self.new_x[place] = target
+        if not is_mixed:
+            new = target
+        if self.blank is not None:
+            self.new_state[place] = made
+            if is_mixed and not job.moves:
+                job.carried.append((state[:1], made[:1]))
+        job.g = g
+        job.lay_out(of_g.address(g), (job.address(old), job.address(new), job.address(target)))
+        self.kept += x, g, target, state, made
+        self._add(job, Program(tuple(job.stages), real, grad, narrow, job.moves), x)
+        if self.blank is None and given is x and given_g is g and of_g is lib and job.repeats:
+            self.lasting.append((job, leaf, x, g))
+        return True
+
+    def _add(self, job: Job, program: Program, x: Array) -> None:
+        stream = self._stream(job.lib, x, job.device)
+        kind: Kind | None = getattr(job, "kind", None)
+        if kind is None or kind.stream != stream:
+            kind = job.kind = Kind.of(program, job.device, stream)
+        group = self.groups.get(kind)
+        if group is None:
+            group = self.groups[kind] = _Group()
+        group.jobs.append(job)
+        self.jobs.append(job)
+
+    def _stream(self, lib: Library, x: Array, device: int) -> int:
+        if lib.name == "Numba":  # whose arrays have each its own
+            return lib.stream(x)
+        key = lib.name, device
+        if key not in self.streams:
+            self.streams[key] = lib.stream(x)
+        return self.streams[key]
+
+    # --- before anything is written ----------------------------------------------------------
+
+    def settle(self) -> tuple[int, int] | None:
+        """Compile and send what the run needs, and see that nothing is written that is read.
+
+        Gradients that lie in memory which the run writes are copied. Where two leaves would write
+        the same memory, their places are returned, else None.
+        """
+        check = None
+        is_checked = True
+        for kind, group in self.groups.items():
+            self._lend(kind, group)
+            is_checked &= group.is_known and group.launch.check is (check or group.launch.check)
+            check = group.launch.check
+        if not is_checked:
+            if clash := self._clash():
+                return clash
+            check = object()
+            for group in self.groups.values():
+                group.launch.check = check
+        for kind, group in self.groups.items():
+            numbers = [job.numbers for job in group.jobs]
+            if group.is_known:
+                self.on(kind.device, group.launch.renumber, numbers)
+            else:
+                self.on(kind.device, self._prepare, kind, group, numbers)
+        return None
+
+    def _lend(self, kind: Kind, group: _Group) -> None:
+        """Give a group a launch that no batch uses: the one that had its rows, or most of them."""
+        tokens, idle = [job.token for job in group.jobs], kind.idle
+        for k, launch in enumerate(idle):
+            if launch.tokens == tokens and launch.grid is _launch.grid:
+                group.launch, group.is_known = idle.pop(k), True
+                return
+        at = group.jobs[0].words[texts.PARAMETER]
+        near = [k for k, a in enumerate(idle) if a.rows.values[texts.PARAMETER] == at]
+        if near or len(idle) == MOST_IDLE:
+            group.launch = idle.pop(near[0] if near else 0)
+        else:
+            group.launch = _launch.Launch(kind.program, _launch.stream_of(kind.stream, kind.device))
+        group.launch.tokens = tokens
+
+    def _clash(self) -> tuple[int, int] | None:
+        """Return two places that would write the same memory; part gradients from what is."""
+        spans = sorted(
+            (*span, job.place) for job in self.jobs if job.length for span in self._written(job)
+        )
+        for before, after in itertools.pairwise(spans):
+            if after[0] < before[1]:
+                return before[2], after[2]
+        starts, ends = [span[0] for span in spans], [span[1] for span in spans]
+        for job in self.jobs:
+            size = job.length * devices.itemsize(job.kind.program.grad)
+            low = job.words[texts.GRAD]
+            at = bisect.bisect_right(ends, low)
+            if job.length and at < len(spans) and starts[at] < low + size:
+                self._copy_gradient(job)
+        return None
+
+    def _written(self, job: Job) -> list[tuple[int, int]]:
+        """Return the memory that was there before and is written, as spans of addresses."""
+        if self.blank is not None:
+            return []
+        program, words = job.kind.program, job.words
+        real = job.length * devices.itemsize(program.real)
+        spans = [(at, at + real) for at in job.addresses[1::2]]
+        if job.moves:
+            spans.append((words[texts.OUT], words[texts.OUT] + real))
+        if job.moves and program.narrow:
+            size = job.length * devices.itemsize(program.narrow)
+            spans.append((words[texts.ROUNDED], words[texts.ROUNDED] + size))
+        counts = (count.ctypes.data for count, _ in job.counts if type(count) is np.ndarray)
+        return [*spans, *((at, at + 8) for at in counts)]
+
+    def _copy_gradient(self, job: Job) -> None:
+        lib = devices.library(job.g)
+        assert lib is not None
+        copy = lib.copy(job.g)
+        self.kept.append(copy)
+        job.lay_out(lib.address(copy), job.words[texts.PARAMETER : texts.SLOTS])
+        self.lasting = [entry for entry in self.lasting if entry[0] is not job]
+
+    def _prepare(self, kind: Kind, group: _Group, numbers: list[tuple[float, ...]]) -> None:
+        launch, jobs = group.launch, group.jobs
+        rows = [word for job in jobs for word in job.words]
+        firsts = launch.lay_out([job.length for job in jobs])
+        rows[texts.FIRST_BLOCK :: texts.width(kind.program)] = firsts
+        limits = [float(rule.omega) for job in jobs for rule in job.norms]
+        launch.prepare(rows, numbers, limits)
+
+    def measure(self) -> None:
+        """Find the norms; wait for them only where one that is not finite has to be refused.
+
+        Raises
+        ------
+        FloatingPointError
+            If one is; `failed` is the place.
+        """
+        strict = []
+        for kind, group in self.groups.items():
+            if kind.has_norms:
+                self.on(kind.device, _make, group.launch.measures())
+                if any(rule.throw for job in group.jobs for rule in job.norms):
+                    strict.append((kind, group))
+        if not strict:
+            return
+        found: list[tuple[Job, list[float]]] = []
+        for kind, group in strict:
+            norms = iter(self.on(kind.device, group.launch.norms))
+            found += [(job, [next(norms) for _ in job.norms]) for job in group.jobs]
+        for job, norms_of_job in sorted(found, key=lambda pair: pair[0].place):
+            self.failed = job.place
+            for rule, norm in zip(job.norms, norms_of_job, strict=True):
+                rule.factor(norm)
+        self.failed = -1
+
+    # --- running -----------------------------------------------------------------------------
+
+    def calls(self) -> list[Call]:
+        """Return the calls that enqueue the update of every leaf and count it."""
+        calls: list[Call] = []
+        for kind, group in self.groups.items():
+            for call in group.launch.run():
+                calls.append(call if self.on is _call else (_call_on, kind.device, *call))
+            calls.append((kind.idle.append, group.launch))
+        for job in self.jobs:
+            if job.back is not None and job.moves:
+                calls.append((job.lib.assign, *job.back))
+            for old, new in job.carried:
+                calls.append((_carry_over, old, new))
+            for count, value in job.counts:
+                calls.append((operator.setitem, count, ..., value))
+        calls += [(_give, *entry) for entry in self.lasting]
+        return calls
+
+
+@dataclass
+class _Sum:
+    """Stands for a leaf whose state is the first of two arrays to be added."""
+
+    rule: Any
+    state: tuple[Array]
+    job: None = None
+
+
+def summed(a: Array, b: Array, hold: Plan) -> Array:
+    """Return the sum of two arrays of Numba; `hold` is the plan of ``sum + g``."""
+    lib = devices.library(a)
+    assert lib is not None
+    if devices.axes(lib, a) is None:
+        a = lib.copy(a)
+    batch = Batch(lambda state: tuple(map(lib.blank, state)), {}, {}, lambda rule: hold)
+    was_taken = batch.take(0, _Sum(hold.rule, (a,)), a, b, str)
+    assert was_taken, "gradients are checked before they are summed"
+    batch.settle()
+    _make(batch.calls())
+    return batch.new_state[0][0]
+
+
+def _carry_over(old: Any, new: Any) -> None:
+    """Copy a state that this step leaves alone."""
+    if old is new:
+        return
+    if isinstance(old, tuple):
+        for a, b in zip(old, new, strict=True):
+            _carry_over(a, b)
+    elif (lib := devices.library(new)) is not None:
+        lib.assign(new, old)
+    else:
+        new[...] = old
+
+
+def _give(job: Job, leaf: Any, x: Array, g: Array) -> None:
+    """Let a leaf keep its job for the next step."""
+    job.remember(leaf, x, g)
+    leaf.job = job
+
+
+def _make(calls: Iterable[Call]) -> None:
+    for function, *args in calls:
+        function(*args)
+
+
+def _call_on(device: int, function: Callable[..., Any], *args: Any) -> Any:
+    """Make a call while a device is the current one of Numba."""
+    with _launch.device(device):
+        return function(*args)
+
+
+def _call(device: int, function: Callable[..., Any], *args: Any) -> Any:
+    """Make a call; there is but one device."""
+    return function(*args)

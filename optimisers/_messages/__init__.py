@@ -1,0 +1,1 @@
+"""What is said to the user: how values are shown, what was meant, what to write instead."""

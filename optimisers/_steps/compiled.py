@@ -1,0 +1,202 @@
+"""A rule's step as machine code, made by Numba while the program runs.
+
+a) `rebound` gives a step other globals: for each word of the language a function of single numbers,
+   with the values that the word has on arrays and in `_cpu/words.pxi`. So the function that the
+   user wrote is compiled as it stands.
+b) `block_step` compiles it into a loop of the signature that the kernels call. Numba neither fuses
+   multiplications with additions nor reorders anything unless told so: the bits are those of the
+   array code.
+c) Numba caches only functions that stand in a file. So the loop is written to one, in the user's
+   folder for caches (`cache`), under a name that is a digest of all that decides on the
+   machine code.
+
+Numba is imported when the first step is compiled, and is optional.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+import platform
+import sys
+import warnings
+from collections.abc import Callable, Mapping
+from types import CellType, CodeType, FunctionType
+from typing import Any
+
+import numpy as np
+
+from . import cache as step_cache
+
+# --- words -----------------------------------------------------------------------------------
+
+
+def scalar_words(real: type) -> dict[str, Callable[..., Any]]:
+    """Return the words of a step for single numbers of the type `real`, as plain Python."""
+    zero, one, minus_one = real(0), real(1), real(-1)
+
+    def sqrt(x: Any) -> Any:
+        return math.sqrt(x)
+
+    def absolute(x: Any) -> Any:
+        return math.fabs(x)
+
+    def abs2(x: Any) -> Any:
+        return x * x
+
+    def sign(x: Any) -> Any:
+        return one if x > zero else (minus_one if x < zero else x + zero)
+
+    def maximum(x: Any, y: Any) -> Any:
+        return x if (x > y) | (x != x) else y
+
+    def minimum(x: Any, y: Any) -> Any:
+        return x if (x < y) | (x != x) else y
+
+    def clip(x: Any, low: Any, high: Any) -> Any:
+        x = x if (x > low) | (x != x) else low
+        return x if (x < high) | (x != x) else high
+
+    def where(condition: Any, x: Any, y: Any) -> Any:
+        return x if condition else y
+
+    def zeros_like(x: Any) -> Any:
+        return zero
+
+    words = sqrt, absolute, abs2, sign, maximum, minimum, clip, where, zeros_like
+    return {word.__name__: word for word in words}
+
+
+def rebound(step: FunctionType, words: Mapping[str, object]) -> FunctionType:
+    """Return `step` with other meanings of the names that it takes from outside."""
+    code = step.__code__
+    cells = tuple(CellType(words[name]) for name in code.co_freevars)
+    return FunctionType(code, {"__name__": __name__, **words}, code.co_name, None, cells)
+
+
+# --- the loop over a block -------------------------------------------------------------------
+
+
+def block_text(slots: int, coefs: int) -> str:
+    """Return the text of a function with the C signature of a block step."""
+
+    def tuple_of(items: list[str]) -> str:
+        return f"({''.join(f'{item}, ' for item in items)})"
+
+    slot = [f"slot{k}" for k in range(slots)]
+    lines = [
+        "def block(x, g, dx, slots, coefs, n):",
+        *(f"    {name} = slots[{k}]" for k, name in enumerate(slot)),
+        f"    numbers = {tuple_of([f'coefs[{k}]' for k in range(coefs)])}",
+        "    for i in range(n):",
+        f"        old = {tuple_of([f'{name}[i]' for name in slot])}",
+        "        dx[i], new = step(x[i], g[i], old, numbers)",
+        *(f"        {name}[i] = new[{k}]" for k, name in enumerate(slot)),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+_made: dict[str, Any] = {}  # by digest; the functions live as long as the process
+
+
+def block_step(rule: str, step: FunctionType, slots: int, coefs: int, dtype: str) -> int | None:
+    """Return the address of a compiled block step, None where it has to stay array code.
+
+    One thread at a time may call it, whose turn it is (`_fork.compiling`).
+
+    Parameters
+    ----------
+    rule : str
+        Name of the rule, for the warning.
+    step : function
+        In the language of steps.
+    slots, coefs : int
+        How many of each it takes.
+    dtype : str
+        "float32" or "float64".
+
+    Warns
+    -----
+    RuntimeWarning
+        Once, if Numba is there but cannot compile it.
+    """
+    key = _digest(step, slots, coefs, dtype)
+    if key not in _made:
+        _made[key] = None
+        try:
+            _made[key] = _compile(step, slots, coefs, dtype, key)
+        except Exception as error:
+            reason = str(error).strip() or type(error).__name__
+            warnings.warn(
+                f"Numba cannot compile {rule}.step, so it runs as array code: same numbers, "
+                f"slower. The reason: {reason}",
+                RuntimeWarning,
+                stacklevel=7,  # the caller of `update`
+            )
+    made = _made[key]
+    return None if made is None else int(made.address)
+
+
+def _compile(step: FunctionType, slots: int, coefs: int, dtype: str, key: str) -> Any:
+    """Return the compiled block step, None where Numba is not installed or switched off."""
+    try:
+        import numba
+    except ModuleNotFoundError as error:
+        if error.name == "numba":
+            return None
+        raise
+    if numba.config.DISABLE_JIT:
+        return None
+    options = {"error_model": "numpy"}  # x / 0 is inf or nan
+    jit = numba.njit(**options)
+    words = {name: jit(word) for name, word in scalar_words(getattr(np, dtype)).items()}
+    text = block_text(slots, coefs)
+
+    numbers = numba.types.CPointer(numba.from_dtype(np.dtype(dtype)))
+    signature = numba.types.void(
+        numbers, numbers, numbers, numba.types.CPointer(numbers), numbers, numba.types.intp
+    )
+
+    def made(file: str, cache: bool) -> Any:
+        given = {"__name__": __name__, "step": jit(rebound(step, words))}
+        exec(compile(text, file, "exec"), given)
+        if not cache:
+            return numba.cfunc(signature, **options)(given["block"])
+        folder = numba.core.caching.FunctionCache(given["block"]).cache_path
+        if not step_cache.is_safe(folder):
+            return None
+        found = numba.cfunc(signature, cache=True, **options)(given["block"])
+        step_cache.close_to_others(folder)
+        return found
+
+    file = step_cache.written(text, f"{key}_{numba.__version__}")
+    if file is not None:
+        with contextlib.suppress(Exception):  # a broken cache must not be in the way
+            if (found := made(file, True)) is not None:
+                return found
+    return made("<step>", False)
+
+
+# --- its name -------------------------------------------------------------------------------
+
+
+def _digest(step: FunctionType, slots: int, coefs: int, dtype: str) -> str:
+    """Return a name for the machine code: whatever changes it changes the name.
+
+    The processor is not in it: Numba keeps the code for each apart.
+    """
+    codes = [step.__code__, *(word.__code__ for word in scalar_words(float).values())]
+    facts = [
+        platform.python_implementation(),
+        sys.version_info[:3],
+        dtype,
+        block_text(slots, coefs),
+        *map(_code_facts, codes),
+    ]
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:24]
+
+
+def _code_facts(code: CodeType) -> tuple[object, ...]:
+    names = code.co_varnames, code.co_names, code.co_freevars
+    return code.co_code, code.co_consts, *names

@@ -1,0 +1,1 @@
+"""Trees of parameters: paths, nodes, walks, ties; no numerics."""
