@@ -19,6 +19,7 @@ from device import reports  # noqa: E402
 from numba import config, cuda  # noqa: E402
 from util import ELEMENTWISE, example, parametrize  # noqa: E402
 
+from optimisers import rules  # noqa: E402
 from optimisers._cuda import launch as _launch  # noqa: E402
 from optimisers._cuda.texts import Program, Stage, sums_of_norm  # noqa: E402
 from optimisers.rules.norms import _Scale  # noqa: E402
