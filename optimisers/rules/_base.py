@@ -45,6 +45,7 @@ from ._numbers import (
     read_only,
     widened,
 )
+from ._program import Program, Step, numbers
 
 Array = Any
 Numbers = tuple[Any, ...]
@@ -214,6 +215,14 @@ class Rule(ABC):
         if isinstance(dx, Maybe):
             return state, chosen(dx.made, as_like(x, widened(x) - widened(dx.step)), x)
         return state, None if dx is None else as_like(x, widened(x) - widened(dx))
+
+    def program(self) -> Program | None:
+        """Return what `apply` and `move` do as stages, or None, if these alone say it.
+
+        Compiled code runs the stages (see `rules._program`). A subclass that overrides `apply` or
+        `move` overrides this too, or else it has no program.
+        """
+        return None
 
     def fields(self) -> Iterator[tuple[str, Any]]:
         """Yield the name and value of each hyperparameter, those of inner rules included."""
@@ -437,19 +446,25 @@ class ElementwiseRule(Rule):
             made.append(as_like(state.t, t))
         return (self.State(*made) if made else ()), as_like(given, dx)
 
+    def program(self) -> Program | None:
+        step = type(self).step
+        # A decorated one is another function than its text says.
+        is_plain = isinstance(step, FunctionType) and not hasattr(step, "__wrapped__")
+        return (Step(self),) if is_plain else None
+
     def _coefs_for(self, x: Any, t: Any) -> tuple[Any, ...]:
         """Return the numbers that the step needs at count `t`, computed in double, cast once."""
         if is_tracer(t) or any(map(holds_traced, attributes(self).values())):
             with double():
                 rule = with_attributes(self, lifted)
                 t = t.astype(np.int64) if is_jax(t) else t  # so that t + 1 is more, and 2 t too
-                return cast_like(x, rule.coefs() if t is None else rule.coefs(t))
+                return cast_like(x, numbers(rule, t))
         rule = with_attributes(self, settled)
         if t is not None:
             if is_mapped(t):
                 t = t.double()
             t = t if is_traced(t) else int(t)
-        return cast_like(x, rule.coefs() if t is None else rule.coefs(t))
+        return cast_like(x, numbers(rule, t))
 
 
 def class_names(rule: Rule) -> Iterator[str]:

@@ -28,6 +28,7 @@ from ._numbers import (
     largest_count,
     widened,
 )
+from ._program import Hold, Program
 
 
 class AccumGradState(NamedTuple):
@@ -101,6 +102,9 @@ class AccumGrad(Rule):
             return AccumGradState(total, as_like(state.count, counted(state.count))), None
         (total,), mean = _Release(self.n).apply((state.sum,), x, dx)
         return AccumGradState(total, as_like(state.count, state.count * 0)), mean
+
+    def program(self) -> Program:
+        return (Hold(self.n, (), _Hold(), _Release(self.n)),)
 
     def _last(self, count: Array) -> int:
         """Return how many gradients are held when the next one makes the step."""

@@ -14,6 +14,7 @@ from ._numbers import (
     applied,
     as_like,
 )
+from ._program import Parts, Program, placed, program_of
 
 
 @dataclass(frozen=True, init=False, repr=False)
@@ -91,6 +92,14 @@ class OptimiserChain(Rule):
             if dx is None:
                 break
         return tuple(new), dx if made is None or dx is None else Maybe(step=dx, made=made)
+
+    def program(self) -> Program | None:
+        joined: Program = (Parts(len(self.rules)),)
+        for k, rule in enumerate(self.rules):
+            if (program := program_of(rule)) is None:
+                return None
+            joined += placed(program, k)
+        return joined
 
     def fields(self) -> Iterator[tuple[str, Any]]:
         for rule in self.rules:

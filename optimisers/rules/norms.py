@@ -23,6 +23,7 @@ from ._fields import Order, Upper
 from ._numbers import (
     is_traced,
 )
+from ._program import Measure, Program, Step
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,9 @@ class ClipNorm(Rule):
             factor = self.factor(norm(dx, self.p))
         _, dx = _Scale(factor).apply((), x, dx)
         return state, dx
+
+    def program(self) -> Program:
+        return Measure(self), Step(_Scale(1.0))
 
     def factor(self, norm: Any) -> Any:
         """Return what a gradient of this norm is multiplied with."""

@@ -19,6 +19,7 @@ from ._numbers import (
     moved,
     widened,
 )
+from ._program import Master, Program, placed, program_of
 
 
 class MixedPrecisionState(NamedTuple):
@@ -117,6 +118,10 @@ class MixedPrecision(Rule):
         if new.dtype == master.dtype:  # and so may be the same memory
             new = self._lift(new)
         return MixedPrecisionState(master, inner), new
+
+    def program(self) -> Program | None:
+        inner = program_of(self.rule)
+        return None if inner is None else (Master(self.dtype), *placed(inner, 1))
 
     def _lift(self, x: Array) -> Array:
         """Return a copy of `x` in the master's precision."""

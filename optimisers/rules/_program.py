@@ -1,0 +1,147 @@
+"""What a rule does, as a flat tuple of stages that every engine reads.
+
+A *place* is a path of indices into the state of the rule: () is the whole state, (1, 0) is part 0
+of its part 1. A rule of rules joins the programs of the rules in it, with their places behind its
+own (`placed`).
+
+    rule                            program
+    Adam()                          Step(adam)
+    OptimiserChain(clip, adam)      Parts(2), Step(clip, (0,)), Step(adam, (1,))
+    ClipNorm()                      Measure(clip_norm), Step(scale)
+    AccumGrad(n)                    Hold(n, add, release)
+    MixedPrecision("f4", adam)      Master("f4"), Step(adam, (1,))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from .._arrays.jax import attributes, holds_traced, settled, with_attributes
+from .._arrays.torch import is_mapped
+
+if TYPE_CHECKING:
+    from ._base import ElementwiseRule, Rule
+
+Place = tuple[int, ...]
+
+
+class Step(NamedTuple):
+    """One elementwise step; its state is an array for each slot, and then `t` if it counts."""
+
+    rule: ElementwiseRule
+    at: Place = ()
+
+
+class Measure(NamedTuple):
+    """A number found over a whole array, which the step that follows takes in place of coefs.
+
+    `rule.p` is the order of the norm that is taken, and ``rule.factor(norm)`` is the number.
+    """
+
+    rule: Any
+    at: Place = ()
+    over: str = "array"
+
+
+class Hold(NamedTuple):
+    """Of n gradients, the step `add` takes all but the last, and what follows does not run.
+
+    The last goes to `release`, and on from there. Both steps have one slot; the state is this
+    array, and a count of the gradients in it.
+    """
+
+    n: int
+    at: Place
+    add: ElementwiseRule
+    release: ElementwiseRule
+
+
+class Master(NamedTuple):
+    """What follows updates a copy of the parameter in this dtype, which is part 0 of the state."""
+
+    dtype: np.dtype[Any]
+    at: Place = ()
+
+
+class Parts(NamedTuple):
+    """Nothing is done; the state here is a tuple of n parts, at whose places other stages stand."""
+
+    n: int
+    at: Place = ()
+
+
+Stage = Step | Measure | Hold | Master | Parts
+Program = tuple[Stage, ...]
+
+
+def placed(program: Iterable[Stage], index: int) -> Program:
+    """Return a program whose state is part `index` of the state around it."""
+    return tuple(stage._replace(at=(index, *stage.at)) for stage in program)
+
+
+def program_of(rule: Rule) -> Program | None:
+    """Return what a rule does, or None if only its `apply` says so.
+
+    A class that overrides `apply` or `move`, and does not say by `program` what these do, has none;
+    nor has a rule with numbers that JAX traces or ``torch.vmap`` maps. The numbers in a program are
+    ordinary ones.
+    """
+    if not _says_all(type(rule)):
+        return None
+    program = rule.program()
+    if program is None:
+        return None
+    stages = []
+    for stage in program:
+        if isinstance(stage, (Step, Measure)):
+            if (ordinary := _in_numbers(stage.rule)) is None:
+                return None
+            if ordinary is not stage.rule:
+                stage = stage._replace(rule=ordinary)
+        stages.append(stage)
+    return tuple(stages)
+
+
+def _says_all(cls: type) -> bool:
+    """Tell whether `program` is defined no farther up than all else that a step does."""
+    for base in cls.__mro__:
+        own = vars(base)
+        if "program" in own:
+            return True
+        if "apply" in own or "move" in own:
+            return False
+    return False
+
+
+def _in_numbers(rule: Any) -> Any:
+    """Return a rule with ordinary numbers, or None if nobody can say yet what they are."""
+    numbers = attributes(rule).values()
+    if all(map(_is_python, numbers)):
+        return rule
+    if any(map(holds_traced, numbers)) or any(map(_holds_mapped, numbers)):
+        return None
+    return with_attributes(rule, settled)
+
+
+def _is_python(value: Any) -> bool:
+    """Tell whether a value is a number of Python, or holds nothing else."""
+    cls = type(value)
+    return (
+        cls is float or cls is bool or cls is int or (cls is tuple and all(map(_is_python, value)))
+    )
+
+
+def _holds_mapped(value: Any) -> bool:
+    """Tell whether ``torch.vmap`` maps a number in `value`."""
+    return any(map(_holds_mapped, value)) if type(value) is tuple else is_mapped(value)
+
+
+def numbers(rule: ElementwiseRule, t: Any = None) -> tuple[Any, ...]:
+    """Return the numbers that a step takes at count `t`; coefs are asked for here alone.
+
+    And by the CPU kernels, which ask without a call of Python in between.
+    """
+    return tuple(rule.coefs(t) if rule.counts else rule.coefs())
