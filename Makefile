@@ -39,7 +39,7 @@ test-gpu: $(VENV)/test ## run the tests of CUDA kernels on a GPU, with the extra
 	@$(BIN)/python -m pytest $(addprefix tests/cuda/test_,parity.py trees.py page.py gpu.py) $(args)
 
 docs-test: $(VENV)/test ## run the examples in the docstrings, in README.md and in docs/
-	@$(BIN)/python -m pytest --doctest-modules --doctest-ignore-import-errors optimisers tests/test_readme.py $(args)
+	@$(BIN)/python -m pytest --doctest-modules --doctest-ignore-import-errors optimisers tests/package/test_readme.py $(args)
 
 examples: $(VENV)/demo ## run every example on a small size
 	@mkdir -p build
@@ -89,15 +89,15 @@ sanitize: build/address,undefined/built ## run the tests of the kernels under GC
 	    $(BIN)/python -m pytest $(PARALLEL) -p no:cacheprovider $(or $(args),$(SANITIZED))
 
 sanitize-threads: build/thread/built ## look for races: first where there are some, two threads on one model, then where none may be
-	@! $(RACES) tests/test_threads.py -k no_harm > build/thread/races 2>&1
+	@! $(RACES) tests/engine/test_threads.py -k no_harm > build/thread/races 2>&1
 	@grep -q "ThreadSanitizer: data race .*_loop$$" build/thread/races
-	@$(RACES) $(or $(args),tests/test_threads.py tests/test_engine.py -k "threads and not no_harm and not threadpoolctl and not environment")
+	@$(RACES) $(or $(args),tests/engine/test_threads.py tests/engine/test_engine.py -k "threads and not no_harm and not threadpoolctl and not environment")
 
 attack: $(VENV)/test ## repeat many times what may break things: damaged files, code of users, threads, forks, kills, ...
 	@$(BIN)/python -m pytest $(PARALLEL) --attack -m attack $(args)
 
 fuzz: $(VENV)/test ## of these: throw 20,000 random trees, states and gradients at the engine
-	@$(BIN)/python -m pytest $(PARALLEL) --attack tests/test_fuzz.py $(args)
+	@$(BIN)/python -m pytest $(PARALLEL) --attack tests/engine/test_fuzz.py $(args)
 
 attack-files: $(VENV)/test ## of these: damage and forge files 20,000 times, kill and interrupt 2,000 saves
 	@$(BIN)/python -m pytest $(PARALLEL) --attack -m attack -k "test_io or checkpointer" $(args)
@@ -107,12 +107,12 @@ fuzz-guided: $(VENV)/test $(VENV)/fuzz ## the same for some minutes, chosen by a
 	@mkdir -p build/fuzz
 	@set -e; for test in $(addprefix test_,$(FUZZED)); do \
 	    mkdir -p build/fuzz/$$test; echo $$test; \
-	    $(BIN)/python tests/guided_fuzz.py $$test build/fuzz/$$test -artifact_prefix=build/fuzz/ \
+	    $(BIN)/python tests/engine/guided_fuzz.py $$test build/fuzz/$$test -artifact_prefix=build/fuzz/ \
 	        -verbosity=0 -print_final_stats=1 -len_control=0 -max_len=4096 $(or $(args),-max_total_time=120); \
 	done
 
 big: $(VENV)/test ## update arrays of more than 2^31 numbers; needs 18 GB
-	@$(BIN)/python -m pytest --big tests/test_big.py $(args)
+	@$(BIN)/python -m pytest --big tests/engine/test_big.py $(args)
 
 oracles: $(VENV)/oracles ## install PyTorch, JAX, optax, ... so that the tests compare with them
 
@@ -133,7 +133,7 @@ portable: $(VENV)/portable ## compile the extensions for Windows, macOS and ARM,
 	@$(BIN)/python tools/portable.py build/portable
 
 # As a user gets it: built from the source archive with the newest NumPy, and run with another.
-ELSEWHERE := $(patsubst %,../../tests/test_%.py,autograd compose destructure io parity ties words)
+ELSEWHERE := $(patsubst %,../../tests/%.py,guests/test_autograd rules/test_compose flat/test_destructure io/test_io rules/test_parity trees/test_ties steps/test_words)
 
 oldest: ## install and test the library beside the oldest versions of what it needs
 newest: ## the same beside the newest; PYTHON=python3.14 takes another Python
@@ -189,7 +189,7 @@ $(VENV)/built: $(VENV)/made pyproject.toml setup.py optimisers/_steps.pxi $(wild
 
 # The library with kernels under the checks that the folder is named after, and how it is run there.
 ALONE := env PYTHONSAFEPATH=1 OPTIMISERS_ISA=baseline
-SANITIZED := $(addprefix tests/test_,$(addsuffix .py,engine half_kernels parity compose hostile fuzz nonfinite threads))
+SANITIZED := $(patsubst %,tests/%.py,engine/test_engine arrays/test_half_kernels rules/test_parity rules/test_compose engine/test_hostile engine/test_fuzz engine/test_nonfinite engine/test_threads)
 RACES = $(ALONE) PYTHONPATH=build/thread TSAN_OPTIONS=die_after_fork=0 \
     LD_PRELOAD="$$(gcc -print-file-name=libtsan.so)" \
     $(BIN)/python -m pytest -s -p no:cacheprovider

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 HOME = "https://github.com/optimisers/optimisers"
 YAML = [*(ROOT / ".github").rglob("*.yml"), ROOT / "CITATION.cff", *ROOT.glob("*-recipe/*.yaml")]

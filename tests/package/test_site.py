@@ -14,7 +14,7 @@ from optimisers.rules._base import registry
 
 check_site = pytest.importorskip("check_site")
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def test_every_public_name_has_a_page() -> None:

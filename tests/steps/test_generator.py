@@ -1,8 +1,8 @@
-"""The generator of the block loops: what it writes, and what it refuses.
+"""The generator of the compiled steps: its text, and what it refuses.
 
-After a wanted change of what it writes, renew tests/golden/steps.pxi and look at the difference:
+After a wanted change of what it writes, renew the golden text and look at the difference:
 
-    python tools/emit_steps.py tests/golden/steps.py tests/golden/steps.pxi && git diff tests/golden
+    cd tests/steps/golden && python ../../../tools/emit_steps.py steps.py steps.pxi && git diff .
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 import emit_steps
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 GOLDEN = Path(__file__).parent / "golden"
 RULES = [file.read_text() for file in sorted((ROOT / "optimisers" / "rules").glob("[a-z]*.py"))]
 SOURCE, TEXT = GOLDEN / "steps.py", GOLDEN / "steps.pxi"

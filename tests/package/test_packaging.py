@@ -26,7 +26,7 @@ from optimisers import _info
 from optimisers._engine import cpu
 from optimisers.rules._base import registry
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "optimisers"
 
 # A module imports from its own folder, and from folders and files on floors below.

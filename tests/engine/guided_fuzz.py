@@ -1,6 +1,6 @@
 """Let atheris choose what the tests of test_fuzz.py are given, by which code that reaches.
 
-    python tests/guided_fuzz.py test_changes_of_such_states -runs=20000
+    python tests/engine/guided_fuzz.py test_changes_of_such_states -runs=20000
 
 What follows the name of the test is for libFuzzer. It stops at the first failure, which Hypothesis
 shows as source code.

@@ -16,7 +16,7 @@ import pytest
 from optimisers import ElementwiseRule
 from optimisers.rules._base import registry
 
-BENCH = Path(__file__).parent.parent / "asv_bench"
+BENCH = Path(__file__).parents[2] / "asv_bench"
 ELEMENTWISE = [cls.__name__ for cls in registry() if issubclass(cls, ElementwiseRule)]
 
 WITHOUT_PEERS = """

@@ -21,7 +21,7 @@ from util import PUBLIC, example, parametrize
 import optimisers as opt
 from optimisers._messages import names as _names
 
-PAGE = Path(__file__).parent.parent / "docs/coming-from/names.md"
+PAGE = Path(__file__).parents[2] / "docs/coming-from/names.md"
 FIELDS = _names._fields()
 FOREIGN = sorted(
     {name for row in FIELDS for name in row.names if name} - {row.name for row in FIELDS}

@@ -26,7 +26,7 @@ import optimisers.io._atomic as atomic
 from optimisers import Adam, Descent, setup, update_
 from optimisers.io import Checkpoint, Checkpointer, File, FileFormatError, load, save
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 POSIX = pytest.mark.skipif(os.name != "posix", reason="a matter of POSIX systems")
 
 
