@@ -29,6 +29,8 @@ from typing import Any, TypeVar, cast
 
 import numpy as np
 
+from .states import map_state, parts_of_state
+
 Array = Any
 T = TypeVar("T")
 
@@ -234,23 +236,28 @@ def with_attributes(rule: T, change: Callable[[Any], Any]) -> T:
 
 def holds_traced(value: Any) -> bool:
     """Tell whether JAX traces a number in `value`."""
-    if type(value) is tuple or type(value) is list:
-        return any(map(holds_traced, value))
+    return any(map(_is_traced, parts_of_state(value, (tuple, list))))
+
+
+def _is_traced(value: Any) -> bool:
     return value.is_traced or not value.is_scalar if type(value) is Number else is_tracer(value)
 
 
 def settled(value: Any) -> Any:
     """Return an ordinary number for one in two parts that is known."""
-    if type(value) is tuple or type(value) is list:
-        new = [settled(v) for v in value]
-        return value if all(map(operator.is_, new, value)) else type(value)(new)
+    return map_state(_settled, value, into=(tuple, list))
+
+
+def _settled(value: Any) -> Any:
     return value if type(value) is not Number or holds_traced(value) else value.value()
 
 
 def lifted(value: Any) -> Any:
     """Return a traced number in double; to be called within `double`."""
-    if type(value) is tuple or type(value) is list:
-        return type(value)(map(lifted, value))
+    return map_state(_lifted, value, into=(tuple, list))
+
+
+def _lifted(value: Any) -> Any:
     if type(value) is Number:
         jnp = sys.modules["jax"].numpy
         return sum(jnp.asarray(part).astype(jnp.float64) for part in (value.high, value.low))
@@ -310,9 +317,7 @@ class Maybe(SimpleNamespace):
 def chosen(made: Array, new: T, old: T) -> T:
     """Return `new` where `made` says so, else `old`, in each array of a tree of JAX or PyTorch."""
     if not is_jax(made):
-        if isinstance(new, tuple) and isinstance(old, tuple):
-            parts = [chosen(made, a, b) for a, b in zip(new, old, strict=True)]
-            return cast(T, new._make(parts) if hasattr(new, "_make") else tuple(parts))
-        return cast(T, sys.modules["torch"].where(made, new, old))
+        where = sys.modules["torch"].where
+        return cast(T, map_state(lambda a, b: where(made, b, a), old, new, into=tuple))
     jax = cast(Any, sys.modules["jax"])
     return cast(T, jax.tree_util.tree_map(lambda a, b: jax.numpy.where(made, a, b), new, old))

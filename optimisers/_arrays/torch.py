@@ -19,6 +19,7 @@ import numpy as np
 
 from .dlpack import Viewer
 from .library import dtype_name, is_narrow, maywrite
+from .states import map_state, parts_of_state
 
 Tensor = Any
 
@@ -98,12 +99,8 @@ def refuse_given_back(x: Tensor, state: Any, where: Callable[[], str]) -> None:
     """Raise if a parameter, or a tensor of its state, has no memory any more."""
     if is_given_back(x):
         raise ValueError(_GIVEN_BACK.format(what="parameter", where=where()))
-    parts = [state]
-    while parts:
-        part = parts.pop()
-        if isinstance(part, tuple):
-            parts += part
-        elif is_tensor(part) and is_given_back(part):
+    for part in parts_of_state(state, tuple):
+        if is_tensor(part) and is_given_back(part):
             raise ValueError(_GIVEN_BACK.format(what="state", where=where()))
 
 
@@ -136,9 +133,7 @@ def _bfloat16() -> np.dtype[Any] | None:
 
 def _view_state(state: Any) -> Any:
     """Return a state with views in place of its tensors; what has none is None."""
-    if isinstance(state, tuple):
-        return tuple(map(_view_state, state))
-    return view(state) if is_tensor(state) else state
+    return map_state(lambda part: view(part) if is_tensor(part) else part, state, into=tuple)
 
 
 class _Sight:
@@ -204,11 +199,11 @@ def _axes(x: np.ndarray) -> tuple[int, ...] | None:
 
 
 def _reordered(state: Any, axes: Sequence[int]) -> Any:
-    if isinstance(state, tuple):
-        return tuple(_reordered(a, axes) for a in state)
-    if isinstance(state, np.ndarray) and state.ndim == len(axes):
-        return state.transpose(axes)
-    return state
+    def reordered(part: Any) -> Any:
+        is_like_parameter = isinstance(part, np.ndarray) and part.ndim == len(axes)
+        return part.transpose(axes) if is_like_parameter else part
+
+    return map_state(reordered, state, into=tuple)
 
 
 # --- what takes the place of a tensor ----------------------------------------------------------
@@ -231,10 +226,7 @@ def like(x: Tensor, new: Any) -> Tensor:
 
 def state_like(old: Any, new: Any, x: Tensor) -> Any:
     """Return the state that the kernels made of ``arrays(old, x, _)``, with tensors."""
-    if isinstance(new, tuple):
-        made = [state_like(a, b, x) for a, b in zip(old, new, strict=True)]
-        return type(old)._make(made) if hasattr(old, "_make") else tuple(made)
-    return _tensor(new, x)
+    return map_state(lambda made, _: _tensor(made, x), new, old, into=tuple)
 
 
 def _tensor(a: Any, x: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ import numpy as np
 from .._arrays import devices
 from .._arrays.devices import Library
 from .._arrays.library import maywrite
+from .._arrays.states import parts_of_state
 from . import launch as _launch
 from . import texts
 from .jobs import AccumulatePlan, ChainPlan, Job, Kind, MixedPlan, NormPlan, Plan, StepPlan
@@ -352,15 +353,13 @@ def summed(a: Array, b: Array, hold: Plan) -> Array:
 
 def _carry_over(old: Any, new: Any) -> None:
     """Copy a state that this step leaves alone."""
-    if old is new:
-        return
-    if isinstance(old, tuple):
-        for a, b in zip(old, new, strict=True):
-            _carry_over(a, b)
-    elif (lib := devices.library(new)) is not None:
-        lib.assign(new, old)
-    else:
-        new[...] = old
+    for a, b in zip(parts_of_state(old, tuple), parts_of_state(new, (tuple,)), strict=True):
+        if a is b:
+            continue
+        if (lib := devices.library(b)) is not None:
+            lib.assign(b, a)
+        else:
+            b[...] = a
 
 
 def _give(job: Job, leaf: Any, x: Array, g: Array) -> None:

@@ -27,6 +27,7 @@ from .._arrays import devices
 from .._arrays import torch as _torch
 from .._arrays.jax import is_jax, is_tracer
 from .._arrays.library import isnumeric, library_of, maywrite, of_class, refuse_masked_parameter
+from .._arrays.states import parts_of_state
 from .._messages.text import short
 from .._trees.parameters import overlap, span
 from ..rules._base import ANEW
@@ -402,11 +403,7 @@ def _clash(
 
 def _arrays_in(state: Any) -> Iterator[np.ndarray]:
     """Yield the arrays of a state that the kernels have taken."""
-    if isinstance(state, tuple):
-        for part in state:
-            yield from _arrays_in(part)
-    elif isinstance(state, np.ndarray):
-        yield state
+    return (part for part in parts_of_state(state, tuple) if isinstance(part, np.ndarray))
 
 
 def _device_batch(batch: Any, in_place: bool) -> Any:

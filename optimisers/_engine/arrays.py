@@ -21,6 +21,7 @@ from .._arrays import devices
 from .._arrays import torch as _torch
 from .._arrays.jax import Number, is_jax, is_tracer, with_attributes
 from .._arrays.library import is_narrow, isnumeric, library_of, maywrite, refuse_masked
+from .._arrays.states import map_state, parts_of_state
 from .._messages.text import short
 from .._trees.nodes import children, rebuild
 from .._trees.parameters import carry, overlap
@@ -168,9 +169,10 @@ def opened(value: Any) -> Any:
 
     Rules with a `step` keep the two parts of theirs: they compute with both (see `_jax`).
     """
-    if type(value) is tuple or type(value) is list:
-        new = [opened(v) for v in value]
-        return value if all(map(operator.is_, new, value)) else type(value)(new)
+    return map_state(_opened, value, into=(tuple, list))
+
+
+def _opened(value: Any) -> Any:
     if type(value) is Number:
         return value.value()
     if isinstance(value, Rule) and type(value).apply is not ElementwiseRule.apply:
@@ -180,15 +182,15 @@ def opened(value: Any) -> Any:
 
 def _apart(state: Any, given: list[Array]) -> Any:
     """Return a state that shares no memory with arrays that were `given` to the rule."""
-    if isinstance(state, np.ndarray):
-        arrays = [np.asarray(a) for a in given if isinstance(a, np.ndarray)]
-        shared = any(np.may_share_memory(np.asarray(state), a) for a in arrays)
-        return fresh(state) if shared else state
-    if type(state) is tuple:
-        return tuple(_apart(part, given) for part in state)
-    if isinstance(state, tuple) and hasattr(state, "_make"):
-        return type(state)._make(_apart(part, given) for part in state)
-    return state
+    arrays = [np.asarray(a) for a in given if isinstance(a, np.ndarray)]
+
+    def unshared(part: Any) -> Any:
+        if not isinstance(part, np.ndarray):
+            return part
+        shared = any(np.may_share_memory(np.asarray(part), a) for a in arrays)
+        return fresh(part) if shared else part
+
+    return map_state(unshared, state, into=tuple) if arrays else state
 
 
 # --- copies and writing ----------------------------------------------------------------------
@@ -196,41 +198,40 @@ def _apart(state: Any, given: list[Array]) -> Any:
 
 def fresh(state: Any) -> Any:
     """Return a copy of a state that shares no memory with it."""
-    if isinstance(state, np.ndarray):
-        return np.array(state, order="K", subok=not isinstance(state, np.memmap))
-    if type(state) is tuple:
-        return tuple(map(fresh, state))
-    if isinstance(state, tuple) and hasattr(state, "_make"):
-        return type(state)._make(map(fresh, state))
-    if _torch.is_tensor(state):
-        return _torch.fresh(state)
-    if devices.library(state) is not None:
-        return devices.fresh(state)
-    if isnumeric(state) or is_jax(state):
-        return state
-    return copy.deepcopy(state)
+    return map_state(_copied, state, into=tuple)
+
+
+def _copied(part: Any) -> Any:
+    """Return a copy of a part; in lists and dicts, what is there twice stays one thing."""
+    if isinstance(part, np.ndarray):
+        return np.array(part, order="K", subok=not isinstance(part, np.memmap))
+    if _torch.is_tensor(part):
+        return _torch.fresh(part)
+    if devices.library(part) is not None:
+        return devices.fresh(part)
+    if isnumeric(part) or is_jax(part):
+        return part
+    return copy.deepcopy(part)
 
 
 def blank(state: Any) -> Any:
     """Return a state of the same form whose arrays are still empty; the rest is copied."""
-    if isinstance(state, np.ndarray):
-        return np.empty_like(np.asarray(state))
-    if isinstance(state, tuple):
-        return tuple.__new__(type(state), map(blank, state))
-    if _torch.is_tensor(state):
-        return _torch.blank(state)
-    lib = devices.library(state)
-    return fresh(state) if lib is None else lib.blank(state)
+    return map_state(_blank, state, into=tuple)
+
+
+def _blank(part: Any) -> Any:
+    if isinstance(part, np.ndarray):
+        return np.empty_like(np.asarray(part))
+    if _torch.is_tensor(part):
+        return _torch.blank(part)
+    lib = devices.library(part)
+    return _copied(part) if lib is None else lib.blank(part)
 
 
 def refuse_masked_state(state: Any, where: Callable[[], str]) -> None:
     """Raise if an array of a state has a mask."""
-    if isinstance(state, dict):
-        state = [*state.values()]
-    if isinstance(state, tuple | list):
-        for part in state:
-            refuse_masked_state(part, where)
-    refuse_masked(state, lambda: f"in the state at {where()}", "its .filled(0) is an array")
+    for part in parts_of_state(state):
+        refuse_masked(part, lambda: f"in the state at {where()}", "its .filled(0) is an array")
 
 
 Call = tuple[Any, ...]

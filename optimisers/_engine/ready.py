@@ -12,6 +12,7 @@ import numpy as np
 from .. import _fork, words
 from .._arrays import torch as _torch
 from .._arrays.jax import attributes, holds_traced, settled, with_attributes
+from .._arrays.states import parts_of_state
 from ..rules._base import ElementwiseRule, Rule, _registry
 from ..rules.accumulate import AccumGrad, _Hold, _Release
 from ..rules.chain import OptimiserChain
@@ -76,15 +77,18 @@ def _lower(rule: Any, kit: _Kit) -> Any:
 
 def _is_python(value: Any) -> bool:
     """Tell whether a value is a number of Python, or holds nothing else."""
-    cls = type(value)
-    return (
-        cls is float or cls is bool or cls is int or (cls is tuple and all(map(_is_python, value)))
-    )
+    if type(value) in (float, bool, int):
+        return True
+    return type(value) is tuple and all(map(_is_number, parts_of_state(value, tuple)))
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (float, bool, int)
 
 
 def _holds_mapped(value: Any) -> bool:
     """Tell whether ``torch.vmap`` maps a number in `value`."""
-    return any(map(_holds_mapped, value)) if type(value) is tuple else _torch.is_mapped(value)
+    return any(map(_torch.is_mapped, parts_of_state(value, tuple)))
 
 
 def _behaves_as(known: type[Rule], cls: type[Rule]) -> bool:

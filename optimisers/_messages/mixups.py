@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from .._arrays.library import isnumeric
+from .._arrays.states import named_parts
 from .._trees.nodes import children, is_node
 from .._trees.walks import walk
 from ..rules._base import Rule, class_names, registry
@@ -182,15 +183,12 @@ def _leaf_hint(leaf: Any, name: str) -> str:
     return ""
 
 
-def _slots(state: Any, name: str, path: str = "") -> Iterator[str]:
+def _slots(state: Any, name: str) -> Iterator[str]:
     """Yield where a part of a state has a name."""
-    if isinstance(state, tuple):
-        names = getattr(state, "_fields", None)
-        for k, part in enumerate(state):
-            below = f"{path}.{names[k]}" if names else f"{path}[{k}]"
-            if names and names[k] == name:
-                yield below
-            yield from _slots(part, name, below)
+    for names, _ in named_parts(state, tuple):
+        if name in names:
+            upto = names[: names.index(name) + 1]
+            yield "".join(f".{n}" if isinstance(n, str) else f"[{n}]" for n in upto)
 
 
 # --- what things are ---------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from .._arrays.jax import (
     is_tracer,
 )
 from .._arrays.library import dtype_name, is_narrow, isnumeric, library_of
+from .._arrays.states import map_state
 from .._arrays.torch import is_mapped, is_tensor
 from ..words import is_complex, maximum, minimum, namespace
 
@@ -50,8 +51,8 @@ def moved(rule: Rule, state: Any, x: Any, *gs: Any) -> tuple[Any, Any]:
     if not (rule._widens and is_narrow(x)):
         return rule.move(state, x, *gs)
     wide = (read_only(widened(a)) for a in (x, *gs))
-    made, new = rule.move(_each(widened, state), *wide)
-    return _each(_narrowed, state, made), None if new is None else as_like(x, new)
+    made, new = rule.move(map_state(widened, state, wide=False), *wide)
+    return map_state(_narrowed, state, made, wide=False), None if new is None else as_like(x, new)
 
 
 def applied(rule: Rule, state: Any, x: Any, *gs: Any) -> tuple[Any, Any]:
@@ -59,8 +60,8 @@ def applied(rule: Rule, state: Any, x: Any, *gs: Any) -> tuple[Any, Any]:
     if not (rule._widens and is_narrow(x)):
         return rule.apply(state, x, *gs)
     wide = (read_only(widened(a)) for a in (x, *gs))
-    made, dx = rule.apply(_each(widened, state), *wide)
-    return _each(_narrowed, state, made), dx
+    made, dx = rule.apply(map_state(widened, state, wide=False), *wide)
+    return map_state(_narrowed, state, made, wide=False), dx
 
 
 def widened(x: Any) -> Any:
@@ -133,25 +134,6 @@ def largest(dtype: Any) -> float:
 
 LOST = 2.0, 4.0, 8.0
 """How often a change counts, one after the other, that rounding would lose."""
-
-
-def _each(change: Callable[..., Any], *states: Any) -> Any:
-    """Return the last of some states with each part changed; the others have parts to go by.
-
-    A kind of state that has `is_wide` keeps no numbers that are to be rounded.
-    """
-    first, last = states[0], states[-1]
-    if isinstance(first, dict) and isinstance(last, dict):
-        same = first.keys() == last.keys() and type(last) is dict
-        return {k: _each(change, *(s[k] for s in states)) for k in last} if same else last
-    if not (isinstance(first, (tuple, list)) and isinstance(last, (tuple, list))):
-        return change(*states)
-    if len(first) != len(last) or hasattr(type(last), "is_wide"):
-        return last
-    parts = [_each(change, *parts) for parts in zip(*states, strict=True)]
-    if hasattr(last, "_make"):
-        return last._make(parts)
-    return type(last)(parts) if type(last) in (tuple, list) else last
 
 
 def _copy(x: Any) -> Any:

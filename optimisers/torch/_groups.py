@@ -21,6 +21,7 @@ from difflib import get_close_matches
 from numbers import Number
 from typing import Any
 
+from .._arrays.states import parts_of_state
 from .._messages import names as _names
 from .._messages.text import plain
 from ..rules._base import Rule, class_names, registry
@@ -106,8 +107,11 @@ def _unknown(group: Mapping[str, Any], own: Collection[str]) -> Iterator[str]:
 
 
 def _is_number(value: Any) -> bool:
-    if isinstance(value, list | tuple):
-        return bool(value) and all(map(_is_number, value))
+    parts = [*parts_of_state(value, (list, tuple))]
+    return bool(parts) and all(map(_is_one_number, parts))
+
+
+def _is_one_number(value: Any) -> bool:
     if isinstance(value, bool):
         return False
     tensor = sys.modules["torch"].Tensor

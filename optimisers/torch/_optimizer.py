@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,6 +14,7 @@ except ImportError as error:  # pragma: no cover
     raise ImportError("optimisers.torch needs PyTorch: install the package torch") from error
 
 from .._arrays.library import maywrite
+from .._arrays.states import map_state, named_parts, parts_of_state
 from .._engine import advance as engine
 from .._engine import cpu
 from .._engine.arrays import Call
@@ -500,38 +500,26 @@ def _number(name: str, value: Tensor) -> Any:
 
 
 def _is_plain(value: Any) -> bool:
-    if isinstance(value, tuple):
-        return all(map(_is_plain, value))
-    return isinstance(value, bool | int | float | str)
+    return all(isinstance(v, bool | int | float | str) for v in parts_of_state(value, tuple))
 
 
 # --- states as dictionaries --------------------------------------------------------------------
 
 
-def _named(state: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+def _named(state: Any) -> Iterator[tuple[str, Any]]:
     """Yield what a rule remembers, under names such as ``m``, or ``1.m`` in a chain."""
-    if not isinstance(state, tuple):
-        yield path or "state", state
-        return
-    names = getattr(state, "_fields", range(len(state)))
-    for name, below in zip(names, state, strict=True):
-        yield from _named(below, f"{path}.{name}" if path else str(name))
+    for names, part in named_parts(state, tuple):
+        yield ".".join(map(str, names)) or "state", part
 
 
 def _is_empty(state: Any) -> bool:
-    return isinstance(state, tuple) and all(map(_is_empty, state))
+    return not any(True for _ in parts_of_state(state, tuple))
 
 
-def _form_of(state: Any, path: str = "") -> Any:
+def _form_of(state: Any) -> Any:
     """Return a state with the names of `_named` in place of what they stand for."""
-    if not isinstance(state, tuple):
-        return path or "state"
-    names = getattr(state, "_fields", range(len(state)))
-    below = [
-        _form_of(s, f"{path}.{name}" if path else str(name))
-        for name, s in zip(names, state, strict=True)
-    ]
-    return type(state)._make(below) if hasattr(state, "_make") else tuple(below)
+    names = (name for name, _ in _named(state))
+    return map_state(lambda _: next(names), state, into=tuple)
 
 
 def _filler(form: Any, names: tuple[str, ...]) -> Callable[[dict[str, Any]], Any]:
@@ -539,14 +527,7 @@ def _filler(form: Any, names: tuple[str, ...]) -> Callable[[dict[str, Any]], Any
     if getattr(form, "_fields", None) == names:
         make = form._make
         return lambda kept: make(kept.values())
-    return functools.partial(_filled, form)
-
-
-def _filled(form: Any, kept: dict[str, Any]) -> Any:
-    if isinstance(form, str):
-        return kept[form]
-    below = [_filled(f, kept) for f in form]
-    return type(form)(*below) if hasattr(form, "_fields") else tuple(below)
+    return lambda kept: map_state(kept.__getitem__, form, into=tuple)
 
 
 def _check_names(expected: dict[str, Any], found: dict[str, Any], rule: Rule, path: str) -> None:
