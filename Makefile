@@ -6,7 +6,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 # Tests on all cores; `make test args=-n0` runs them in one process. Each takes up to 2 GB.
 PARALLEL := -n logical --maxprocesses 8 --dist worksteal
-SIMULATED := NUMBA_ENABLE_CUDASIM=1 $(BIN)/python -m pytest $(addprefix tests/cuda/test_,parity.py trees.py tensors.py page.py)
+# Tests are chosen by their marks: `make test args=--markers` tells what each stands for.
+SIMULATED := NUMBA_ENABLE_CUDASIM=1 $(BIN)/python -m pytest tests/cuda
 args ?=
 
 .DEFAULT_GOAL := help
@@ -26,17 +27,16 @@ test: $(VENV)/test ## run the tests, but for those that build the library anew
 	@$(BIN)/python -m pytest $(PARALLEL) -m "not slow" $(args)
 
 test-all: $(VENV)/oracles $(VENV)/test $(VENV)/demo $(VENV)/bench $(VENV)/cuda ## run all tests, beside the libraries we compare with and with CUDA simulated; measure what they reach
-	@$(SIMULATED) -q $(PARALLEL) --cov --cov-report= --cov-fail-under=0 -k "not test_every_rule and not test_chains and not test_special"
-	@$(BIN)/python -m pytest tests/cuda/test_ptx.py -q $(PARALLEL) --cov --cov-append --cov-report= --cov-fail-under=0 -k "three or masters"
+	@$(SIMULATED) -m "simulated and not slow" -q $(PARALLEL) --cov --cov-report= --cov-fail-under=0
+	@$(BIN)/python -m pytest tests/cuda -m "compiled and not slow" -q $(PARALLEL) --cov --cov-append --cov-report= --cov-fail-under=0
 	@$(BIN)/python -m pytest $(PARALLEL) --peers=required --cov --cov-append --cov-report=term $(args)
 
 test-cuda: $(VENV)/test $(VENV)/cuda ## run the tests of CUDA kernels without a GPU: simulated, and compiled
-	@$(SIMULATED) $(PARALLEL) $(args)
-	@$(BIN)/python -m pytest $(PARALLEL) tests/cuda/test_ptx.py $(args)
-	@$(BIN)/python -m pytest tests/cuda/test_launch_overhead.py $(args)
+	@$(SIMULATED) -m simulated $(PARALLEL) $(args)
+	@$(BIN)/python -m pytest tests/cuda -m compiled $(PARALLEL) $(args)
 
 test-gpu: $(VENV)/test ## run the tests of CUDA kernels on a GPU, with the extra cuda12 or cuda13
-	@$(BIN)/python -m pytest $(addprefix tests/cuda/test_,parity.py trees.py page.py gpu.py) $(args)
+	@$(BIN)/python -m pytest tests/cuda -m "gpu or simulated" $(args)
 
 docs-test: $(VENV)/test ## run the examples in the docstrings, in README.md and in docs/
 	@$(BIN)/python -m pytest --doctest-modules --doctest-ignore-import-errors optimisers tests/package/test_readme.py $(args)
@@ -86,12 +86,12 @@ types: $(VENV)/dev ## check types: mypy on the package, pyright on a user's code
 sanitize: build/address,undefined/built ## run the tests of the kernels under GCC's checks of memory and of undefined behaviour
 	@$(ALONE) PYTHONPATH=build/address,undefined PYTHONMALLOC=malloc ASAN_OPTIONS=detect_leaks=0 \
 	    LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
-	    $(BIN)/python -m pytest $(PARALLEL) -p no:cacheprovider $(or $(args),$(SANITIZED))
+	    $(BIN)/python -m pytest -m sanitized $(PARALLEL) -p no:cacheprovider $(or $(args),tests)
 
 sanitize-threads: build/thread/built ## look for races: first where there are some, two threads on one model, then where none may be
-	@! $(RACES) tests/engine/test_threads.py -k no_harm > build/thread/races 2>&1
+	@! $(RACES) -m racy > build/thread/races 2>&1
 	@grep -q "ThreadSanitizer: data race .*_loop$$" build/thread/races
-	@$(RACES) $(or $(args),tests/engine/test_threads.py tests/engine/test_engine.py -k "threads and not no_harm and not threadpoolctl and not environment")
+	@$(RACES) -m races $(args)
 
 attack: $(VENV)/test ## repeat many times what may break things: damaged files, code of users, threads, forks, kills, ...
 	@$(BIN)/python -m pytest $(PARALLEL) --attack -m attack $(args)
@@ -100,7 +100,7 @@ fuzz: $(VENV)/test ## of these: throw 20,000 random trees, states and gradients 
 	@$(BIN)/python -m pytest $(PARALLEL) --attack tests/engine/test_fuzz.py $(args)
 
 attack-files: $(VENV)/test ## of these: damage and forge files 20,000 times, kill and interrupt 2,000 saves
-	@$(BIN)/python -m pytest $(PARALLEL) --attack -m attack -k "test_io or checkpointer" $(args)
+	@$(BIN)/python -m pytest $(PARALLEL) --attack -m attack tests/io $(args)
 
 FUZZED := what_is_refused_changes_nothing_and_what_is_taken_is_right flat_vectors_of_such_models changes_of_such_states
 fuzz-guided: $(VENV)/test $(VENV)/fuzz ## the same for some minutes, chosen by atheris by what code they reach
@@ -112,7 +112,7 @@ fuzz-guided: $(VENV)/test $(VENV)/fuzz ## the same for some minutes, chosen by a
 	done
 
 big: $(VENV)/test ## update arrays of more than 2^31 numbers; needs 18 GB
-	@$(BIN)/python -m pytest --big tests/engine/test_big.py $(args)
+	@$(BIN)/python -m pytest --big -m big $(args)
 
 oracles: $(VENV)/oracles ## install PyTorch, JAX, optax, ... so that the tests compare with them
 
@@ -127,16 +127,14 @@ wheel: $(VENV)/test $(VENV)/wheel ## build a wheel for this Linux and others, an
 	@cd build/wheel; wheel=$$(ls -t ../../dist/*manylinux*.whl | head -1); \
 	venv/bin/python -m pip install -qq --disable-pip-version-check "$$wheel[test]"; \
 	venv/bin/python -P -m optimisers; \
-	venv/bin/pytest -q $(PARALLEL) -c ../../pyproject.toml $(ELSEWHERE) $(args)
+	venv/bin/pytest -q $(PARALLEL) -c ../../pyproject.toml -m elsewhere ../../tests $(args)
 
 portable: $(VENV)/portable ## compile the extensions for Windows, macOS and ARM, without running them
 	@$(BIN)/python tools/portable.py build/portable
 
-# As a user gets it: built from the source archive with the newest NumPy, and run with another.
-ELSEWHERE := $(patsubst %,../../tests/%.py,guests/test_autograd rules/test_compose flat/test_destructure io/test_io rules/test_parity trees/test_ties steps/test_words)
-
 oldest: ## install and test the library beside the oldest versions of what it needs
 newest: ## the same beside the newest; PYTHON=python3.14 takes another Python
+# As a user gets it: built from the source archive with the newest NumPy, and run with another.
 oldest newest: $(VENV)/test
 	@rm -rf build/$@
 	@$(BIN)/python -m build --no-isolation --sdist --outdir build/$@ > $(VENV)/sdist.log
@@ -147,7 +145,7 @@ oldest newest: $(VENV)/test
 	venv/bin/python -m pip install -qq --disable-pip-version-check --constraint floors.txt \
 	    "optimisers[test] @ file://$$archive#sha256=$$digest"; \
 	venv/bin/python -P -m optimisers; \
-	venv/bin/pytest -q $(PARALLEL) -c ../../pyproject.toml $(ELSEWHERE) $(args)
+	venv/bin/pytest -q $(PARALLEL) -c ../../pyproject.toml -m elsewhere ../../tests $(args)
 
 reproducible: $(VENV)/test ## build the archives in two places, under other circumstances; compare
 	@$(BIN)/python tools/reproducible.py build/reproducible
@@ -189,7 +187,6 @@ $(VENV)/built: $(VENV)/made pyproject.toml setup.py optimisers/_steps.pxi $(wild
 
 # The library with kernels under the checks that the folder is named after, and how it is run there.
 ALONE := env PYTHONSAFEPATH=1 OPTIMISERS_ISA=baseline
-SANITIZED := $(patsubst %,tests/%.py,engine/test_engine arrays/test_half_kernels rules/test_parity rules/test_compose engine/test_hostile engine/test_fuzz engine/test_nonfinite engine/test_threads)
 RACES = $(ALONE) PYTHONPATH=build/thread TSAN_OPTIONS=die_after_fork=0 \
     LD_PRELOAD="$$(gcc -print-file-name=libtsan.so)" \
     $(BIN)/python -m pytest -s -p no:cacheprovider

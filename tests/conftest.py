@@ -7,6 +7,7 @@ import importlib.util
 import re
 from collections import Counter
 from collections.abc import Generator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,6 +26,9 @@ COUNTS: dict[str, tuple[int, int, str]] = {
 
 Each is an option, and a fixture; a test that asks for one is an attack.
 """
+
+ALONE = {"compiled", "elsewhere", "portable", "races", "racy", "sanitized", "simulated"}
+"""Marks of tests that run where not all libraries are, or under checks that few libraries stand."""
 
 MISSING = re.compile(r"could not import '([\w.]+)'")
 
@@ -84,6 +88,15 @@ def demand_peers(report: pytest.TestReport | pytest.CollectReport, config: pytes
         if missing:
             report.outcome = "failed"
             report.longrepr = f"{missing[1]} is required here; `make oracles` installs it"
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Import no file that has none of the tests asked for, since its imports may fail there."""
+    wanted = ALONE.intersection(config.option.markexpr.split(" and "))
+    if not wanted or not re.fullmatch(r"test_.*\.py", collection_path.name):
+        return None
+    text = collection_path.read_text("utf-8")
+    return not all(f"mark.{name}" in text for name in wanted) or None
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` chooses

@@ -44,6 +44,8 @@ from optimisers import (
 )
 from optimisers._engine import cpu
 
+pytestmark = pytest.mark.sanitized
+
 ml_dtypes = pytest.importorskip("ml_dtypes")
 
 HALVES = [np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)]

@@ -15,6 +15,8 @@ import pytest
 
 pytest.importorskip("numba_cuda")
 
+pytestmark = [pytest.mark.compiled, pytest.mark.slow]
+
 COMMAND = Path(__file__).parents[2] / "asv_bench" / "launch_overhead.py"
 
 

@@ -27,6 +27,8 @@ from optimisers.rules.norms import _Scale  # noqa: E402
 if config.ENABLE_CUDASIM:
     pytest.skip("the simulator compiles nothing", allow_module_level=True)
 
+pytestmark = pytest.mark.compiled
+
 ARCHITECTURES = [(8, 0), (9, 0)]
 REALS = ["float32", "float64"]
 MOST_REGISTERS = 80
@@ -115,6 +117,7 @@ def check(name: str, parts: Any, real: str, wide: bool, most: int = MOST_REGISTE
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("real", REALS)
 @parametrize("rule", [example(cls) for cls in ELEMENTWISE])
 def test_every_rule(rule: Any, real: str) -> None:
@@ -142,6 +145,7 @@ def test_masters_of_narrow_parameters(narrow: str) -> None:
     assert {"ld.global.v4.u16", "st.global.v4.u16"} <= found
 
 
+@pytest.mark.slow
 def test_a_gradient_of_another_dtype_is_read_as_it_is() -> None:
     program = Program((stage(rules.Descent()),), "float32", "float64")
     found = check("Descent of float64", _launch.step_kernel_parts(program, False), "float32", True)
@@ -152,6 +156,7 @@ def test_a_gradient_of_another_dtype_is_read_as_it_is() -> None:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("real", REALS)
 @pytest.mark.parametrize("p", [2.0, 3.0, 0.5, 0.0, 1.0, np.inf, -np.inf, -2.0])
 def test_norms(p: float, real: str) -> None:
@@ -166,6 +171,7 @@ def test_norms(p: float, real: str) -> None:
         check(f"norm {p:g}, {kind}, combined", combine, real, True)
 
 
+@pytest.mark.slow
 def test_no_stage_is_stored_while_a_norm_is_measured() -> None:
     program = Program((stage(rules.Adam()), barrier(2.0)), "float32", "float32")
     parts = _launch.measure_kernel_parts(program, False, 0, 2.0, "squares")

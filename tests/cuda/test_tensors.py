@@ -32,6 +32,7 @@ from optimisers._arrays import torch as _torch  # noqa: E402
 from optimisers.rules import _base  # noqa: E402
 
 pytestmark = [
+    pytest.mark.simulated,
     pytest.mark.skipif(not SIMULATED, reason="needs Numba's simulator"),
     pytest.mark.usefixtures("small_grid"),
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
@@ -55,6 +56,7 @@ def a_model(seed: int) -> dict[str, np.ndarray]:
     return {"w": normal((4, 3), np.float32, seed), "b": normal((3,), np.float32, seed + 1)}
 
 
+@pytest.mark.slow
 @BOTH
 @parametrize("rule", [*map(example, _base.registry()), OptimiserChain(AccumGrad(2), Adam())])
 def test_every_rule(rule: Any, call: Any) -> None:

@@ -45,6 +45,7 @@ from optimisers._steps.grammar import StepError
 from optimisers.words import sqrt
 
 pytestmark = [
+    pytest.mark.simulated,
     needs_a_device,
     pytest.mark.usefixtures("small_grid"),
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),

@@ -20,6 +20,8 @@ from optimisers import (
 from optimisers._engine import advance as engine
 from optimisers._engine import cpu
 
+pytestmark = pytest.mark.big
+
 LONG = 2**31 + 5
 """Numbers in the arrays; the last are beyond what 32 bits can count, signed."""
 WHERE = [0, 1, 2**31 - 1, 2**31, LONG - 1]

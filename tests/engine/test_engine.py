@@ -53,6 +53,8 @@ from optimisers import (
 from optimisers._engine import advance as engine
 from optimisers._engine import cpu, ready
 
+pytestmark = pytest.mark.sanitized
+
 BLOCK, CHAIN_BLOCK, WORK_PER_THREAD = cpu.kernels.settings()
 SIZES = [(), (0,), 1, 8, BLOCK - 1, BLOCK + 1, 9 * BLOCK + 5, (3, BLOCK)]
 NORMS = [ClipNorm(1e-3, p) for p in (2, 1, 0, 0.5, 3, -1, np.inf, -np.inf)]
@@ -191,6 +193,7 @@ def test_leaves_side_by_side_are_led_as_each_alone(call):
         assert_same_bits((state[key], model[key]), alone[key])
 
 
+@pytest.mark.races
 @BOTH
 @parametrize("threads", [1, 2, 5])
 def test_number_of_threads_changes_no_bit(threads, call, expected):
@@ -199,6 +202,7 @@ def test_number_of_threads_changes_no_bit(threads, call, expected):
     assert_same_bits(trained(call), expected)
 
 
+@pytest.mark.races
 @parametrize("threads", [1, 2, 5])
 def test_threads_on_a_long_norm(threads):
     """More numbers than a partial sum holds: which thread adds what must not matter."""
@@ -316,6 +320,7 @@ def test_number_of_threads_follows_threadpoolctl():
     assert get_num_threads() == before
 
 
+@pytest.mark.races
 def test_set_num_threads():
     before = get_num_threads()
     set_num_threads(7)
@@ -328,6 +333,7 @@ def test_set_num_threads():
     assert get_num_threads() == before
 
 
+@pytest.mark.races
 @FORKS_WITH_THREADS
 def test_a_forked_process_can_update_with_threads():
     done = run(
@@ -376,6 +382,7 @@ def test_a_busy_processor_holds_nothing_up():
     assert done.stdout.split() == ["200", "1"], done.stderr
 
 
+@pytest.mark.races
 @parametrize("threads", [1, 3])
 def test_updates_from_several_python_threads(threads):
     set_num_threads(threads)

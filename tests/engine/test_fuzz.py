@@ -39,6 +39,8 @@ from optimisers import (
 )
 from optimisers._engine import cpu
 
+pytestmark = pytest.mark.sanitized
+
 
 @pytest.fixture(scope="module", autouse=True)
 def _small_blocks():

@@ -33,6 +33,8 @@ from optimisers import (
     update_,
 )
 
+pytestmark = pytest.mark.sanitized
+
 # --- states made by hand ---------------------------------------------------------------------
 
 

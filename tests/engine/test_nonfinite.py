@@ -28,6 +28,8 @@ from optimisers import (
 from optimisers._engine import cpu, ready
 from optimisers.io import load, save
 
+pytestmark = pytest.mark.sanitized
+
 BAD = np.nan, np.inf, -np.inf
 DTYPES = "f4", "f8", "f2", "c8", "g", ">f4", "bfloat16"
 SIZES = (), 1, 31, 33, 16384, 16385, 100_001

@@ -29,6 +29,8 @@ from optimisers import (
 )
 from optimisers._engine import cpu
 
+pytestmark = [pytest.mark.portable, pytest.mark.sanitized]
+
 # A fork beside other threads is a thing to be warned of, and what is tested here.
 WARNINGS = ["-W", "error", "-W", "ignore:This process:DeprecationWarning"]
 RULE = OptimiserChain(WeightDecay(0.1), ClipNorm(1.0), Adam())
@@ -92,6 +94,7 @@ def together(workers):
         raise errors[0]
 
 
+@pytest.mark.races
 @parametrize("threads", [1, 3])
 def test_threads_on_models_of_their_own(threads, seconds):
     """Eight train for as long as they may; then each is trained alone for as many steps."""
@@ -115,6 +118,7 @@ def test_threads_on_models_of_their_own(threads, seconds):
         assert_same_bits(trained[k], alone)
 
 
+@pytest.mark.racy
 @parametrize("threads", [1, 3])
 def test_threads_on_one_model_do_no_harm_but_to_the_model(threads, seconds):
     """Without a lock the numbers may be any, but shapes and dtypes stay and nothing crashes."""
@@ -137,6 +141,7 @@ def test_threads_on_one_model_do_no_harm_but_to_the_model(threads, seconds):
     train(state, model, range(2))  # and it can still be trained
 
 
+@pytest.mark.races
 @parametrize("threads", [1, 3])
 def test_threads_on_one_model_that_take_turns(threads):
     """With a lock around the call there is nothing to see of the threads."""
@@ -177,6 +182,7 @@ def run(code, **environment):
     return done.stdout
 
 
+@pytest.mark.races
 @parametrize("kilobytes", [128, 256])
 def test_threads_of_python_with_a_small_stack(kilobytes):
     said = run(
@@ -190,6 +196,7 @@ def test_threads_of_python_with_a_small_stack(kilobytes):
     assert said == "trained\n"
 
 
+@pytest.mark.races
 def test_threads_of_the_kernels_with_a_small_stack():
     said = run(
         """
@@ -203,6 +210,7 @@ def test_threads_of_the_kernels_with_a_small_stack():
     assert said == "trained\n"
 
 
+@pytest.mark.races
 @FORKS_WITH_THREADS
 @parametrize("busy", [False, True])
 def test_a_fork_in_the_middle_of_training(busy):

@@ -34,6 +34,8 @@ from optimisers import (
 from optimisers._trees.parameters import same_elements
 from optimisers.rules import _base
 
+pytestmark = pytest.mark.elsewhere
+
 Point = namedtuple("Point", "x y")
 
 

@@ -25,6 +25,8 @@ from optimisers import (
     update_,
 )
 
+pytestmark = pytest.mark.elsewhere
+
 autograd = pytest.importorskip("autograd")
 anp = autograd.numpy
 

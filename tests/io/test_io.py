@@ -46,6 +46,8 @@ from optimisers.io._encoder import Encoder, raw
 from optimisers.io._pairs import Pairs
 from optimisers.io._safetensors import write
 
+pytestmark = pytest.mark.elsewhere
+
 
 @pytest.fixture
 def path(tmp_path: Path) -> str:

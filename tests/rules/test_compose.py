@@ -33,6 +33,8 @@ from optimisers import (
 from optimisers._engine import cpu
 from optimisers.rules.norms import norm
 
+pytestmark = [pytest.mark.elsewhere, pytest.mark.portable, pytest.mark.sanitized]
+
 ORDERS = pytest.mark.parametrize("p", [2, 1, 0.5, 3, math.inf, -math.inf, 0, -1])
 KERNEL_DTYPES = ["float32", "float64"]
 BLOCK = cpu.kernels.settings()[1]

@@ -44,6 +44,8 @@ from optimisers import (
 from optimisers import update as pure_update
 from optimisers._engine import cpu, ready
 
+pytestmark = [pytest.mark.elsewhere, pytest.mark.portable, pytest.mark.sanitized]
+
 BLOCK = cpu.kernels.settings()[0]
 SIZES = [(), (0,), (3, 0, 2), (1,), (7,), BLOCK - 1, BLOCK, BLOCK + 1, (5, BLOCK + 3)]
 

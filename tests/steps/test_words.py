@@ -48,6 +48,8 @@ from optimisers.words import (
     zeros_like,
 )
 
+pytestmark = [pytest.mark.elsewhere, pytest.mark.portable]
+
 REAL = ["float16", "float32", "float64", "longdouble", "bfloat16"]
 COMPLEX = ["complex64", "complex128", "clongdouble"]
 

@@ -27,6 +27,8 @@ from optimisers import (
 )
 from optimisers._trees.parameters import View, carry, laid_out, owners, same_elements
 
+pytestmark = pytest.mark.elsewhere
+
 BOTH = pytest.mark.parametrize("call", [update, update_])
 
 

@@ -13,8 +13,7 @@ import pytest
 
 pytest.importorskip("numba_cuda")
 
-from conftest import SIMULATED
-from device import device, host, host_state, needs_a_device
+from device import SIMULATED, device, host, host_state, needs_a_device
 from util import (
     BOTH,
     ELEMENTWISE,
@@ -50,6 +49,7 @@ from optimisers._cuda import launch as _launch
 from optimisers._cuda.words import vocabulary
 
 pytestmark = [
+    pytest.mark.simulated,
     needs_a_device,
     pytest.mark.usefixtures("small_grid"),
     # Simulated numbers are NumPy's, which warn of what hardware does not mind.
@@ -87,6 +87,7 @@ def check_steps(call: Any, rule: Any, model: Any, gradients: Any, same: Any) -> 
 EACH = pytest.mark.parametrize(("dtype", "call"), [("float32", update_), ("float64", update)])
 
 
+@pytest.mark.slow
 @EACH
 @parametrize("rule", EVERY_ELEMENTWISE)
 def test_every_rule(rule: Any, dtype: str, call: Any) -> None:
@@ -94,6 +95,7 @@ def test_every_rule(rule: Any, dtype: str, call: Any) -> None:
     check_steps(call, rule, numbers(dtype, 0), gradients, same_numbers)
 
 
+@pytest.mark.slow
 @EACH
 @parametrize("rule", EXACT_CHAINS)
 def test_chains(rule: Any, dtype: str, call: Any) -> None:
@@ -104,6 +106,7 @@ def test_chains(rule: Any, dtype: str, call: Any) -> None:
     check_steps(call, rule, model, gradients, same_numbers)
 
 
+@pytest.mark.slow
 @KERNEL_DTYPES
 @parametrize("rule", [example(cls) for cls in ELEMENTWISE])
 def test_special_numbers(rule: Any, dtype: str) -> None:
