@@ -30,7 +30,7 @@ from ._engine.cpu import set_num_threads as set_num_threads
 from ._flat import destructure as destructure
 from ._fork import compiling as _compiling
 from ._info import show_versions as show_versions
-from ._state import Leaf as Leaf
+from ._leaf import Leaf as Leaf
 from ._state import adjust as adjust
 from ._state import adjust_ as adjust_
 from ._state import freeze_ as freeze_

@@ -9,143 +9,32 @@ trees (`_replace`).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from functools import partial, reduce
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
-
-import numpy as np
+from collections.abc import Sequence
+from typing import Any, Literal, TypeVar, cast
 
 from . import _pytree
-from ._arrays.library import (
-    is_immutable,
-    isnumeric,
-    maywrite,
-    of_class,
-    plain,
-    refuse_masked_parameter,
-)
+from ._arrays.library import is_immutable, isnumeric, plain
 from ._arrays.torch import is_tensor, refuse_given_back
 from ._engine import advance as engine
 from ._engine import cpu
-from ._engine.arrays import Call, at_once, fresh, shown, writing
+from ._engine.arrays import at_once, fresh
+from ._engine.tied import Tied, reunited
 from ._kernels import are_distinct
+from ._leaf import Leaf
 from ._messages.calls import explained
 from ._messages.text import short
 from ._trees.lockstep import gather, place, places
-from ._trees.nodes import is_node, mirror, rebuild, register_leaf, trainable_keys
-from ._trees.parameters import carry, laid_out, overlap, parameters, same_elements
+from ._trees.nodes import is_node, mirror, rebuild, trainable_keys
+from ._trees.parameters import parameters
 from ._trees.paths import KeyPath
 from ._trees.untrained import refuse_no_tree, tell
 from ._trees.walks import fmap, fold, walk
 from .rules._base import Rule, adjusted, refuse_unknown, started
-from .rules._numbers import read_only
 
 Array = Any
 Tree = Any
 Model = TypeVar("Model")
 OnNonfinite = Literal["ignore", "skip", "raise"]
-
-
-@register_leaf
-class Leaf:
-    """What a state tree holds for one trainable array.
-
-    Mutable; its identity says which parameters are tied: the same `Leaf` at two places of a state
-    tree makes the arrays there one parameter, arrays of JAX too (which `setup` never ties).
-
-    Parameters
-    ----------
-    rule : Rule
-        The rule that updates the parameter.
-    state
-        What the rule remembers.
-    frozen : bool
-        Whether updates pass it by.
-    skipped : int
-        How many updates passed it by for a gradient that was not finite (see `update`).
-
-    Notes
-    -----
-    To JAX and optree a leaf is a node: the numbers of its rule and its state are the children, so
-    state trees go through `jax.jit`, `jax.lax.scan` and `jax.vmap`, and another learning rate does
-    not compile anew. Both learn that when leaves are made or unpickled and whenever a state tree is
-    handed to this library, if they are imported by then; so import them first. Each number crosses
-    as two, what float32 holds of it and the rest. In a leaf that comes back it is a number again,
-    put together when `rule` is looked at.
-
-    JAX makes one leaf for each place of a tied parameter. `update` goes on to treat them as one and
-    gives back one; `adjust_` and `freeze_` should until then be given all places. What was skipped
-    is forgotten there: it is no part of a tree of JAX.
-
-    Examples
-    --------
-    >>> import numpy as np, optimisers
-    >>> optimisers.setup(optimisers.Momentum(), np.zeros(2))
-    Leaf(Momentum(eta=0.01, rho=0.9), MomentumState(v=array([0., 0.])))
-    """
-
-    __slots__ = ("__weakref__", "crossed", "frozen", "job", "rule", "skipped", "state", "tie")
-
-    rule: Rule
-    state: Any
-    frozen: bool
-    skipped: int
-    job: Any
-    """What the CUDA kernels keep from step to step, or None; never looked at elsewhere."""
-    tie: _pytree.Tie | None
-    """What it has in common with the leaves that JAX makes of it, one for each of its places."""
-    crossed: _pytree.Crossed | None
-    """The rule as JAX or optree gave it back, if they made this leaf; `rule` is then set late."""
-
-    def __init__(self, rule: Rule, state: Any, frozen: bool = False, skipped: int = 0) -> None:
-        _pytree.announce(Leaf)
-        self.rule = rule
-        self.state = state
-        self.frozen = frozen
-        self.skipped = skipped
-        self.job = None
-        self.tie = None
-        self.crossed = None
-
-    if not TYPE_CHECKING:  # type checkers know what there is
-
-        def __getattr__(self, name: str) -> Any:
-            if name == "rule" and self.crossed is not None:
-                self.rule = rule = self.crossed.rule()
-                return rule
-            if name[0] == "_" or name in Leaf.__slots__:
-                message = f"{type(self).__name__!r} object has no attribute {name!r}"
-                raise AttributeError(message, name=name, obj=self)
-            from ._messages.mixups import not_of_leaf
-
-            raise not_of_leaf(self, name)
-
-    def renewed(self, rule: Rule, state: Any) -> Leaf:
-        """Return another leaf for the same places."""
-        new = Leaf(rule, state, self.frozen, self.skipped)
-        new.tie = self.tie
-        return new
-
-    def __reduce__(self) -> Any:
-        return _unpickled, (self.rule, self.state, self.frozen, self.tie, self.skipped)
-
-    def __repr__(self) -> str:
-        more = ", frozen=True" * self.frozen
-        if self.skipped:
-            more += f", skipped={self.skipped}"
-        return f"Leaf({self.rule!r}, {self.state!r}{more})"
-
-
-def _unpickled(
-    rule: Rule, state: Any, frozen: bool, tie: _pytree.Tie | None, skipped: int = 0
-) -> Leaf:
-    leaf = Leaf(rule, state, frozen, skipped)
-    leaf.tie = tie
-    _pytree.note_crossing(tie)
-    return leaf
-
-
-_pytree.announce(Leaf)
 
 
 # --- setup -----------------------------------------------------------------------------------
@@ -369,7 +258,7 @@ def _stepped(
     on_nonfinite: OnNonfinite,
 ) -> tuple[Tree, Model]:
     held, xs, gs = gather(Leaf, state, model, grad)
-    leaves = _reunited(held) if _pytree.have_ties_crossed() else held
+    leaves = reunited(held) if _pytree.have_ties_crossed() else held
     higher = higher and [gather(Leaf, state, model, h)[2] for h in higher]
 
     def where(k: int) -> str:
@@ -380,7 +269,7 @@ def _stepped(
             leaves, xs, gs, higher, where, in_place, on_nonfinite
         )
     else:
-        tied = _Tied(leaves, held, xs, where)
+        tied = Tied(leaves, held, xs, where)
         new_x, new_state, skipped = tied.advance(gs, higher, in_place, on_nonfinite)
 
     if in_place and not new_x:
@@ -432,161 +321,6 @@ def _renewed(
     for leaf, other in zip(leaves, held, strict=True) if leaves is not held else ():
         made[id(other)] = made[id(leaf)]
     return fmap(lambda leaf: made.get(id(leaf), leaf), state)
-
-
-# --- ties ------------------------------------------------------------------------------------
-
-
-def _reunited(leaves: list[Leaf]) -> list[Leaf]:
-    """Return for each leaf the first that it is tied to, where JAX has made several of one."""
-    first: dict[int, Leaf] = {}
-    return [leaf if leaf.tie is None else first.setdefault(id(leaf.tie), leaf) for leaf in leaves]
-
-
-class _Tied:
-    """The places of a model, grouped by leaf: one step for each group, spread to its places."""
-
-    def __init__(
-        self, leaves: list[Leaf], held: list[Leaf], xs: list[Array], where: Callable[[int], str]
-    ) -> None:
-        self.held, self.xs, self.where = held, xs, where
-        groups: dict[int, list[int]] = {}
-        for k, leaf in enumerate(leaves):
-            groups.setdefault(id(leaf), []).append(k)
-        self.groups = list(groups.values())
-        self.leaves = [leaves[group[0]] for group in self.groups]
-
-    def advance(
-        self,
-        gs: list[Any],
-        higher: Sequence[list[Any]],
-        in_place: bool,
-        on_nonfinite: OnNonfinite,
-    ) -> tuple[dict[int, Array], dict[int, Any], list[int]]:
-        """Do what `_engine.advance` does, for all places."""
-        groups = [*zip(self.leaves, self.groups, strict=True)]
-        summed, *higher = [[self._sum(g, *group) for group in groups] for g in (gs, *higher)]
-        xs = [self._primary(group) for group in self.groups]
-
-        def where(j: int) -> str:
-            return self.where(self.groups[j][0])
-
-        first, states, skipped = engine.advance(
-            self.leaves,
-            xs,
-            summed,
-            higher,
-            where,
-            in_place,
-            on_nonfinite,
-            partial(self._beside, summed) if in_place else None,
-        )
-        new_x: dict[int, Array] = {}
-        for j, group in enumerate(self.groups):
-            moved = summed[j] is not None and not self.leaves[j].frozen
-            x = self.xs[group[0]]
-            new = plain(first.get(j))
-            if new is None and not in_place:
-                new = plain(fresh(x))
-            if isinstance(new, np.ndarray) and any(self.xs[k] is not x for k in group):
-                new = laid_out(new, x)  # so that each view of x has its like
-            by_array = {id(x): of_class(x, new)}
-            for k in group:
-                other = self.xs[k]
-                if id(other) not in by_array:
-                    made = None
-                    if same_elements(x, other):
-                        made = None if new is None else of_class(other, shown(new, x, other))
-                    elif moved and not (in_place and maywrite(other)):
-                        made = of_class(other, plain(fresh(x if new is None else new)))
-                    by_array[id(other)] = made
-                if by_array[id(other)] is not None:
-                    new_x[k] = by_array[id(other)]
-        new_state = {self.groups[j][0]: state for j, state in states.items()}
-        return new_x, new_state, [self.groups[j][0] for j in skipped]
-
-    def _beside(
-        self,
-        summed: list[Any],
-        new_x: dict[int, Array],
-        new_state: dict[int, Any],
-        skipped: Sequence[int],
-    ) -> list[Call]:
-        """Return the calls that write a group's new values into its separate arrays and leaves."""
-        calls: list[Call] = []
-        written = []
-        for j, group in enumerate(self.groups):
-            if summed[j] is None or self.leaves[j].frozen:
-                continue
-            x = self.xs[group[0]]
-            if j not in new_x:
-                written.append((group[0], x))
-            for k in group[1:]:
-                other = self.xs[k]
-                if other is not x and not same_elements(x, other) and maywrite(other):
-                    written.append((k, other))
-                    calls.append(writing(other, new_x.get(j, x)))
-        if calls and (clash := overlap(written)):
-            raise engine.overlapping(*map(self.where, clash))
-        return calls + self._told(new_state, skipped)
-
-    def _told(self, new_state: dict[int, Any], skipped: Sequence[int]) -> list[Call]:
-        """Return the calls that tell a group's other leaves what its first comes to hold."""
-        calls: list[Call] = []
-        passed = set(skipped)
-        for j, (leaf, group) in enumerate(zip(self.leaves, self.groups, strict=True)):
-            for other in {id(self.held[k]): self.held[k] for k in group}.values():
-                if other is not leaf:
-                    calls.append((setattr, other, "state", new_state.get(j, leaf.state)))
-                    calls.append((setattr, other, "skipped", leaf.skipped + (j in passed)))
-        return calls
-
-    def _primary(self, group: list[int]) -> Array:
-        """Return the group's first array, read-only if one of its places is."""
-        x = self.xs[group[0]]
-        return x if all(maywrite(self.xs[k]) for k in group) else read_only(x)
-
-    def _sum(self, gs: list[Any], leaf: Any, group: list[int]) -> Any:
-        """Return the sum of a group's gradients as its first place sees it; None if all are."""
-        first = group[0]
-        if len(group) == 1:
-            return gs[first]  # which the engine checks
-        given = {}
-        x, g = self.xs[first], gs[first]
-        # PyTorch has summed what it hands over as the one gradient of one tensor.
-        once = is_tensor(x) and all(self.xs[k] is x and gs[k] is g for k in group)
-        for k in group[:1] if once else group:
-            as_seen = partial(self._carried, source=first, target=k)
-            g = engine.checked(gs[k], leaf, self.xs[k], partial(self.where, k), as_seen)
-            if g is not None:
-                given[k] = g
-        for k in group[1:] if given else ():
-            self._refuse_misfit(first, k)
-        seen = [self._carried(g, source=k, target=first) for k, g in given.items()]
-        return reduce(engine.summed, seen) if seen else None
-
-    def _carried(self, values: Array, source: int, target: int) -> Array:
-        """Return values laid out like the array in one place as they appear through another's."""
-        x, other = self.xs[source], self.xs[target]
-        return values if x is other or not same_elements(x, other) else carry(values, x, other)
-
-    def _refuse_misfit(self, first: int, k: int) -> None:
-        """Raise if two places are not views of one array, nor can have the same numbers."""
-        x, other = self.xs[first], self.xs[k]
-        refuse_masked_parameter(other, partial(self.where, k))
-        if other is x or (isnumeric(other) and same_elements(x, other)):
-            return
-        if not isnumeric(other) or other.shape != x.shape or other.dtype != x.dtype:
-            raise ValueError(
-                f"{self.where(first)} and {self.where(k)} share a Leaf, but are separate arrays, "
-                f"{_kind(x)} and {_kind(other)}; call setup anew with this model"
-            )
-
-
-def _kind(x: Any) -> str:
-    if not isnumeric(x):
-        return short(x)
-    return f"of shape {tuple(x.shape)} and dtype {x.dtype}"
 
 
 # --- adjust, freeze, thaw --------------------------------------------------------------------

@@ -15,9 +15,10 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import numpy as np
 
 from ._arrays.library import dtype_name, isnumeric, library_of
+from ._leaf import Leaf
 from ._messages.calls import explained
 from ._messages.text import short
-from ._state import Leaf, setup, update, update_
+from ._state import setup, update, update_
 from ._trees.untrained import refuse_no_tree, tell
 from ._trees.walks import fmap, walk
 from .rules._base import Rule

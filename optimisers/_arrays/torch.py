@@ -136,40 +136,10 @@ def _view_state(state: Any) -> Any:
     return map_state(lambda part: view(part) if is_tensor(part) else part, state, into=tuple)
 
 
-class _Sight:
-    """Stands for a leaf, with views in its state."""
-
-    __slots__ = ("frozen", "rule", "state")
-
-    frozen: bool
-    rule: Any
-    state: Any
-
-
-def sights(
-    leaves: Sequence[Any], xs: Sequence[Any], gs: Sequence[Any], places: Sequence[int]
-) -> tuple[list[Any], list[Any], list[Any], list[int]]:
-    """Return what the kernels may take for the tensors at `places`, and the other places.
-
-    The lists are as long as those given, with None elsewhere.
-    """
-    n = len(leaves)
-    stand_ins: list[Any] = [None] * n
-    views: list[Any] = [None] * n
-    grads: list[Any] = [None] * n
-    others: list[int] = []
+def viewers() -> tuple[Callable[[Tensor], Any], Callable[[Any], Any]]:
+    """Return the quickest functions that make views, of a tensor and of those in a state."""
     quick = _viewer()
-    see, see_state = (view, _view_state) if quick is None else (quick.view, quick.view_state)
-    for k in places:
-        g, leaf = gs[k], leaves[k]
-        seen = see(g) if is_tensor(g) else None
-        if seen is None:  # NumPy's own, or in need of a check
-            others.append(k)
-            continue
-        views[k], grads[k] = see(xs[k]), seen
-        stand_ins[k] = sight = _Sight()
-        sight.frozen, sight.rule, sight.state = False, leaf.rule, see_state(leaf.state)
-    return stand_ins, views, grads, others
+    return (view, _view_state) if quick is None else (quick.view, quick.view_state)
 
 
 def arrays(state: Any, x: Tensor, g: Tensor) -> tuple[Any, np.ndarray, np.ndarray] | None:

@@ -11,7 +11,6 @@ import bisect
 import itertools
 import operator
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,6 +19,7 @@ from .._arrays import devices
 from .._arrays.devices import Library
 from .._arrays.library import maywrite
 from .._arrays.states import parts_of_state
+from .._leaf import Item
 from . import launch as _launch
 from . import texts
 from .jobs import AccumulatePlan, ChainPlan, Job, Kind, MixedPlan, NormPlan, Plan, StepPlan
@@ -328,15 +328,6 @@ class Batch:
         return calls
 
 
-@dataclass
-class _Sum:
-    """Stands for a leaf whose state is the first of two arrays to be added."""
-
-    rule: Any
-    state: tuple[Array]
-    job: None = None
-
-
 def summed(a: Array, b: Array, hold: Plan) -> Array:
     """Return the sum of two arrays of Numba; `hold` is the plan of ``sum + g``."""
     lib = devices.library(a)
@@ -344,7 +335,7 @@ def summed(a: Array, b: Array, hold: Plan) -> Array:
     if devices.axes(lib, a) is None:
         a = lib.copy(a)
     batch = Batch(lambda state: tuple(map(lib.blank, state)), {}, {}, lambda rule: hold)
-    was_taken = batch.take(0, _Sum(hold.rule, (a,)), a, b, str)
+    was_taken = batch.take(0, Item(hold.rule, (a,)), a, b, str)
     assert was_taken, "gradients are checked before they are summed"
     batch.settle()
     _make(batch.calls())

@@ -47,6 +47,7 @@ from .arrays import (
     writing,
 )
 from .ready import cuda_kit, lower, lower_for_device
+from .tensors import sights
 
 Array = Any
 
@@ -144,8 +145,8 @@ def advance(
         rest = batch.gather(leaves, xs, gs, lower, not judges and beside is None and not skipped)
         tensors = _torch.places(xs, rest) if rest else []
         if tensors:
-            *sights, unseen = _torch.sights(leaves, xs, gs, tensors)
-            unseen += batch.gather(*sights, lower)
+            *as_views, unseen = sights(leaves, xs, gs, tensors)
+            unseen += batch.gather(*as_views, lower)
             rest = sorted({*rest}.difference(tensors).union(unseen))
     except Exception as error:
         if batch.ran:

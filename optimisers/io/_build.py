@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, NoReturn
 
+from .._leaf import Leaf
 from .._pytree import Tie
-from .._state import Leaf
 from ..rules._base import Rule
 from ._array_reader import ArrayReader
 from ._contents import Contents

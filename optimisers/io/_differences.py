@@ -11,8 +11,8 @@ import numpy as np
 
 from .._arrays.jax import attributes
 from .._arrays.library import is_narrow_dtype, isnumeric, library_of
+from .._leaf import Leaf
 from .._messages.text import plain
-from .._state import Leaf
 from .._trees.nodes import children, is_node
 from .._trees.parameters import owners
 from .._trees.paths import KeyPath

@@ -15,8 +15,8 @@ import numpy as np
 
 from .._arrays.jax import Number, attributes, is_tracer
 from .._arrays.library import is_immutable, library_of
+from .._leaf import Leaf
 from .._messages.text import plain
-from .._state import Leaf
 from .._trees.nodes import children, is_node
 from .._trees.parameters import View, owners
 from .._trees.paths import KeyPath

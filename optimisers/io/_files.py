@@ -13,8 +13,8 @@ from typing import Any, Self
 
 import numpy as np
 
+from .._leaf import Leaf
 from .._messages.text import short
-from .._state import Leaf
 from .._trees.walks import walk
 from . import _safetensors as form
 from ._archive import Archive

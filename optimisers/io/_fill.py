@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from .._leaf import Leaf
 from .._pytree import Tie
-from .._state import Leaf
 from .._trees.nodes import rebuild
 from .._trees.paths import KeyPath
 from .._trees.walks import fold, walk

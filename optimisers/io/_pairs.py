@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from .._arrays.library import isnumeric, library_of
-from .._state import Leaf
+from .._leaf import Leaf
 from .._trees.nodes import children, is_node, rebuild
 from .._trees.parameters import owners
 from .._trees.paths import KeyPath

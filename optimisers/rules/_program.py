@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from .._arrays.jax import attributes, holds_traced, settled, with_attributes
+from .._arrays.states import parts_of_state
 from .._arrays.torch import is_mapped
 
 if TYPE_CHECKING:
@@ -128,15 +129,12 @@ def _in_numbers(rule: Any) -> Any:
 
 def _is_python(value: Any) -> bool:
     """Tell whether a value is a number of Python, or holds nothing else."""
-    cls = type(value)
-    return (
-        cls is float or cls is bool or cls is int or (cls is tuple and all(map(_is_python, value)))
-    )
+    return all(type(part) in (float, bool, int) for part in parts_of_state(value, tuple))
 
 
 def _holds_mapped(value: Any) -> bool:
     """Tell whether ``torch.vmap`` maps a number in `value`."""
-    return any(map(_holds_mapped, value)) if type(value) is tuple else is_mapped(value)
+    return any(map(is_mapped, parts_of_state(value, tuple)))
 
 
 def numbers(rule: ElementwiseRule, t: Any = None) -> tuple[Any, ...]:

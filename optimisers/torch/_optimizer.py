@@ -18,6 +18,7 @@ from .._arrays.states import map_state, named_parts, parts_of_state
 from .._engine import advance as engine
 from .._engine import cpu
 from .._engine.arrays import Call
+from .._leaf import Item
 from .._messages import names as _names
 from .._messages.calls import explained
 from .._messages.text import plain, warn_caller
@@ -31,18 +32,6 @@ __all__ = ["Optimizer"]
 
 Tensor = Any
 Group = dict[str, Any]
-
-
-class _Leaf:
-    """What the engine needs to know of a parameter; it lives for one step."""
-
-    __slots__ = ("frozen", "job", "rule", "state")
-
-    def __init__(self, rule: Rule, state: Any) -> None:
-        self.frozen = False
-        self.job = None
-        self.rule = rule
-        self.state = state
 
 
 def _hint(name: str) -> str:
@@ -269,7 +258,7 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
         return loss
 
     def _advance(self) -> None:
-        leaves: list[_Leaf] = []
+        leaves: list[Item] = []
         xs: list[Tensor] = []
         gs: list[Tensor] = []
         begun: list[int] = []
@@ -281,7 +270,7 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
                     state = self._state(p, rule, kept)
                     if kept is None or (not kept and not _is_empty(state)):
                         begun.append(len(xs))
-                    leaves.append(_Leaf(rule, state))
+                    leaves.append(Item(rule, state))
                     xs.append(p)
                     gs.append(g)
 

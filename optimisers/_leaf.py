@@ -1,0 +1,128 @@
+"""Items, which are updated, and leaves, which are the items of a state tree."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from . import _pytree
+from ._trees.nodes import register_leaf
+from .rules._base import Rule
+
+
+class Item:
+    """Whatever the engine updates: the rule of an array, and what the rule remembers of it."""
+
+    __slots__ = ("frozen", "job", "rule", "state")
+
+    rule: Rule
+    state: Any
+    frozen: bool
+    """Whether updates pass it by."""
+    job: Any
+    """What the CUDA kernels keep from step to step, or None; never looked at elsewhere."""
+
+    def __init__(self, rule: Rule, state: Any, frozen: bool = False) -> None:
+        self.rule = rule
+        self.state = state
+        self.frozen = frozen
+        self.job = None
+
+
+@register_leaf
+class Leaf(Item):
+    """What a state tree holds for one trainable array.
+
+    Mutable; its identity says which parameters are tied: the same `Leaf` at two places of a state
+    tree makes the arrays there one parameter, arrays of JAX too (which `setup` never ties).
+
+    Parameters
+    ----------
+    rule : Rule
+        The rule that updates the parameter.
+    state
+        What the rule remembers.
+    frozen : bool
+        Whether updates pass it by.
+    skipped : int
+        How many updates passed it by for a gradient that was not finite (see `update`).
+
+    Notes
+    -----
+    To JAX and optree a leaf is a node: the numbers of its rule and its state are the children, so
+    state trees go through `jax.jit`, `jax.lax.scan` and `jax.vmap`, and another learning rate does
+    not compile anew. Both learn that when leaves are made or unpickled and whenever a state tree is
+    handed to this library, if they are imported by then; so import them first. Each number crosses
+    as two, what float32 holds of it and the rest. In a leaf that comes back it is a number again,
+    put together when `rule` is looked at.
+
+    JAX makes one leaf for each place of a tied parameter. `update` goes on to treat them as one and
+    gives back one; `adjust_` and `freeze_` should until then be given all places. What was skipped
+    is forgotten there: it is no part of a tree of JAX.
+
+    Examples
+    --------
+    >>> import numpy as np, optimisers
+    >>> optimisers.setup(optimisers.Momentum(), np.zeros(2))
+    Leaf(Momentum(eta=0.01, rho=0.9), MomentumState(v=array([0., 0.])))
+    """
+
+    __slots__ = ("__weakref__", "crossed", "skipped", "tie")
+
+    skipped: int
+    tie: _pytree.Tie | None
+    """What it has in common with the leaves that JAX makes of it, one for each of its places."""
+    crossed: _pytree.Crossed | None
+    """The rule as JAX or optree gave it back, if they made this leaf; `rule` is then set late."""
+
+    def __init__(self, rule: Rule, state: Any, frozen: bool = False, skipped: int = 0) -> None:
+        _pytree.announce(Leaf)
+        self.rule = rule
+        self.state = state
+        self.frozen = frozen
+        self.skipped = skipped
+        self.job = None
+        self.tie = None
+        self.crossed = None
+
+    if not TYPE_CHECKING:  # type checkers know what there is
+
+        def __getattr__(self, name: str) -> Any:
+            if name == "rule" and self.crossed is not None:
+                self.rule = rule = self.crossed.rule()
+                return rule
+            if name[0] == "_" or name in _SLOTS:
+                message = f"{type(self).__name__!r} object has no attribute {name!r}"
+                raise AttributeError(message, name=name, obj=self)
+            from ._messages.mixups import not_of_leaf
+
+            raise not_of_leaf(self, name)
+
+    def renewed(self, rule: Rule, state: Any) -> Leaf:
+        """Return another leaf for the same places."""
+        new = Leaf(rule, state, self.frozen, self.skipped)
+        new.tie = self.tie
+        return new
+
+    def __reduce__(self) -> Any:
+        return _unpickled, (self.rule, self.state, self.frozen, self.tie, self.skipped)
+
+    def __repr__(self) -> str:
+        more = ", frozen=True" * self.frozen
+        if self.skipped:
+            more += f", skipped={self.skipped}"
+        return f"Leaf({self.rule!r}, {self.state!r}{more})"
+
+
+_SLOTS = {*Item.__slots__, *Leaf.__slots__}
+
+
+def _unpickled(
+    rule: Rule, state: Any, frozen: bool, tie: _pytree.Tie | None, skipped: int = 0
+) -> Leaf:
+    leaf = Leaf(rule, state, frozen, skipped)
+    leaf.tie = tie
+    _pytree.note_crossing(tie)
+    return leaf
+
+
+_pytree.announce(Leaf)
