@@ -16,7 +16,7 @@ PACKAGE = Path(optimisers.__file__).parent
 
 OTHERS = {
     "_cuda/jobs.py: _Memory": "what a job has seen of an item, compared at its next step",
-    "io/_contents.py: LeafNode": "a leaf in a file: the numbers of its rule and its state there",
+    "io/_entries.py: LeafNode": "a leaf in a file: the numbers of its rule and its state there",
 }
 """Classes that have a rule and a state, and are not updated."""
 
