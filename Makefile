@@ -175,9 +175,9 @@ $(VENV)/made: pyproject.toml
 	@touch $@
 
 # A change in the rules that leaves the formulas alone leaves this file, and so the kernels, alone.
-RULES := $(sort $(wildcard optimisers/rules/[a-z]*.py))
-optimisers/_steps.pxi: $(RULES) optimisers/_steps/grammar.py tools/emit_steps.py
-	@$(PYTHON) tools/emit_steps.py $(RULES) $@.new
+FORMULAS := optimisers/words.py $(sort $(wildcard optimisers/rules/[a-z]*.py))
+optimisers/_steps.pxi: $(FORMULAS) optimisers/_steps/grammar.py tools/emit_steps.py
+	@$(PYTHON) tools/emit_steps.py $(FORMULAS) $@.new
 	@cmp -s $@ $@.new && rm $@.new || mv $@.new $@
 
 $(VENV)/built: $(VENV)/made pyproject.toml setup.py optimisers/_steps.pxi $(wildcard optimisers/*.pyx optimisers/*/*.pyx optimisers/_cpu/*)

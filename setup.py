@@ -25,7 +25,7 @@ from setuptools.modified import newer_group
 sys.path.insert(0, "tools")
 from emit_steps import generate
 
-RULES = sorted(Path("optimisers/rules").glob("[a-z]*.py"))
+FORMULAS = [Path("optimisers/words.py"), *sorted(Path("optimisers/rules").glob("[a-z]*.py"))]
 STEPS = Path("optimisers/_steps.pxi")
 KERNELS = Path("optimisers/_kernels.pyx")
 PARTS = sorted(path for path in Path("optimisers/_cpu").iterdir() if path.suffix in {".pxi", ".h"})
@@ -107,7 +107,7 @@ class BuildKernels(build_ext):
     def build_extensions(self) -> None:
         if not self.compiles():
             raise SystemExit(NO_COMPILER)
-        steps = generate(*(file.read_text(encoding="utf-8") for file in RULES))
+        steps = generate(*(file.read_text(encoding="utf-8") for file in FORMULAS))
         if not STEPS.exists() or STEPS.read_text(encoding="utf-8") != steps:
             STEPS.write_text(steps, encoding="utf-8")
 

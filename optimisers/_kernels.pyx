@@ -2,8 +2,9 @@
 # cython: initializedcheck=False, freethreading_compatible=True
 """The CPU engine: runs the steps of many leaves, block by block, without the GIL.
 
-a) A *step* is one rule's formula as a loop over a block of numbers. The steps are written by
-   tools/emit_steps.py from the rules into _steps.pxi, for float and double, and included below.
+a) A *step* is one rule's formula as a loop over a block of numbers. The steps, and the words that
+   they call, are written by tools/emit_steps.py from words.py and the rules into _steps.pxi, for
+   float and double, and included below.
 b) A `Plan` is a rule made ready: it knows how to stack its steps on a leaf.
 c) A `Batch` gathers leaves: for each a *segment* (parameter, gradient, length) and for each step of
    its rule a *stage* (function, slots, coefs). What the kernels cannot take is handed back
@@ -48,9 +49,8 @@ cimport numpy as cnp
 cnp.import_array()
 
 include "_cpu/platform.pxi"   # the compiler, the processor, Python, NumPy; sizes that were measured
-include "_cpu/words.pxi"      # the vocabulary of a step, for one number
 include "_cpu/steps.pxi"      # the table of steps, which the generated file fills
-include "_steps.pxi"          # ... as tools/emit_steps.py writes it from the rules
+include "_steps.pxi"          # the words and the steps, written by tools/emit_steps.py
 fill_table()
 include "_cpu/work.pxi"       # the memory of a batch: leaves, their stages, arrays that are held
 include "_cpu/spans.pxi"      # memory that is written, sorted by address

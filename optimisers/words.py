@@ -1,9 +1,9 @@
 """The vocabulary of a step: the only functions that a rule's formula may call.
 
 Each word works elementwise on any array that knows its namespace: NumPy arrays of every dtype,
-JAX arrays and tracers, PyTorch tensors, CuPy arrays, HIPS-autograd boxes. The CPU kernels and the
-CUDA kernels have words of the same names with the same values, special values included:
-``sign(nan)`` is nan, ``maximum`` and ``minimum`` pass nan on, ``sign(0)`` is 0.
+JAX arrays and tracers, PyTorch tensors, CuPy arrays, HIPS-autograd boxes. Compiled code has the
+words for one number, with the same values, special values included: ``sign(nan)`` is nan,
+``maximum`` and ``minimum`` pass nan on, ``sign(0)`` is 0.
 
 A step is written with these words and the operators ``+ - * /`` and ``< <= > >=``:
 
@@ -19,7 +19,8 @@ import functools
 import importlib
 import math
 import sys
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import array_api_compat
 import numpy as np
@@ -43,6 +44,31 @@ __all__ = [
 _NUMPY = (np.ndarray, np.generic)
 _WHOLE = (int, np.integer)
 _REAL = (float, int, np.floating, np.integer)
+
+TEXTS: dict[Callable[..., Any], str] = {}
+"""The words of a step, each with its text for one number."""
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def _step_word(text: str) -> Callable[[_Function], _Function]:
+    """Make a function a word of steps, which compiled code computes for one number by `text`.
+
+    A text is an expression of the arguments, or lines of which the last returns one. Its numbers
+    have the type of the arguments. It may call a function of C by a name that Python's `math` and
+    NumPy have for it, too. An argument that stands alone behind `if` is a comparison. Its values
+    are NumPy's, bit for bit. It has neither `or` nor `and`, so that compilers make it vector
+    instructions.
+
+    tools/emit_steps.py reads the texts here, from the syntax tree, and writes them as Cython;
+    `_steps.compiled` makes functions of them, for Numba on the CPU and for CUDA.
+    """
+
+    def register(function: _Function) -> _Function:
+        TEXTS[function] = text
+        return function
+
+    return register
 
 
 def namespace(x: Any) -> Any:
@@ -87,6 +113,7 @@ def _beside(x: Any, y: Any) -> Any:
     return namespace(x).asarray(y, dtype=x.dtype)
 
 
+@_step_word("sqrt(x)")
 def sqrt(x: Any) -> Any:
     """Square root; its derivative at 0 is 0, so that one through a rule is finite there.
 
@@ -114,11 +141,13 @@ def _traced_sqrt(xp: Any) -> Any:
     return sys.modules["jax"].jit(functools.partial(_differentiable_sqrt, xp))
 
 
+@_step_word("fabs(x)")
 def absolute(x: Any) -> Any:
     """Absolute value, ``|x|``; real for complex `x`."""
     return namespace(x).abs(x)
 
 
+@_step_word("x * x")
 def abs2(x: Any) -> Any:
     """Squared absolute value, ``|x|²``; real for complex `x`."""
     if is_complex(x):
@@ -128,6 +157,7 @@ def abs2(x: Any) -> Any:
     return x * x
 
 
+@_step_word("1 if x > 0 else -1 if x < 0 else x + 0")  # nan stays nan, -0 becomes 0
 def sign(x: Any) -> Any:
     """Sign: -1, 0 or 1, nan for nan, and ``z/|z|`` for complex z."""
     if _is_tensor(x):  # by `where`, since tensors that are sharded or mapped take no mask
@@ -139,6 +169,7 @@ def sign(x: Any) -> Any:
     return namespace(x).sign(x)
 
 
+@_step_word("x if (x > y) | (x != x) else y")
 def maximum(x: Any, y: Any) -> Any:
     """Larger of two numbers, nan if either is.
 
@@ -149,17 +180,28 @@ def maximum(x: Any, y: Any) -> Any:
     return _common(x, y).maximum(x, _beside(x, y))
 
 
+@_step_word("x if (x < y) | (x != x) else y")
 def minimum(x: Any, y: Any) -> Any:
     """Smaller of two numbers, nan if either is; complex numbers as in `maximum`."""
     x, y = _real(x), _real(y)
     return _common(x, y).minimum(x, _beside(x, y))
 
 
+@_step_word(
+    """
+    if (low < 0) & (high > 0):      # asked before a loop: then no limit ties with another zero,
+        x = low if low > x else x   # and each line is one instruction, which keeps nan
+        return high if high < x else x
+    x = low if (x <= low) | (low != low) else x
+    return high if (x >= high) | (high != high) else x
+    """
+)
 def clip(x: Any, low: Any, high: Any) -> Any:
     """Number nearest to `x` in ``[low, high]``, nan for nan."""
     return minimum(maximum(x, low), high)
 
 
+@_step_word("x if condition else y")
 def where(condition: Any, x: Any, y: Any) -> Any:
     """Return `x` where `condition` holds, else `y`."""
     if isinstance(condition, np.bool) or not hasattr(condition, "dtype"):
@@ -167,6 +209,7 @@ def where(condition: Any, x: Any, y: Any) -> Any:
     return _common(condition, x, y).where(condition, x, y)
 
 
+@_step_word("0")
 def zeros_like(x: Any) -> Any:
     """Zeros in the shape of `x`."""
     return namespace(x).zeros_like(x)

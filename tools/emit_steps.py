@@ -1,4 +1,6 @@
-"""Write the formulas of the rules as typed block loops for Cython.
+"""Write the words of steps and the formulas of the rules for Cython: functions, block loops.
+
+A word becomes an inline function of one float or one double, by its text in words.py.
 
 Each `step` becomes, for float and for double, one function over a block of numbers. The formula
 itself is copied as it stands: the statements between the unpacking of `state` and `coefs` and the
@@ -7,7 +9,8 @@ itself is copied as it stands: the statements between the unpacking of `state` a
 A loop that finishes a chain is also written with the steps of each of `LEADS` ahead of it, so that
 a number passes through them without a way to memory and back.
 
-Run by setup.py; by hand, of some files: ``python tools/emit_steps.py RULES.py ... _steps.pxi``.
+Run by setup.py; by hand, of some files:
+``python tools/emit_steps.py words.py RULES.py ... _steps.pxi``.
 """
 
 from __future__ import annotations
@@ -19,13 +22,15 @@ import functools
 import importlib.util
 import pathlib
 import sys
+import textwrap
+from collections.abc import Iterable, Mapping
 
 # By its path, since the package cannot be imported before it is built.
 PATH = pathlib.Path(__file__).parent.parent / "optimisers" / "_steps" / "grammar.py"
 spec = importlib.util.spec_from_file_location("grammar", PATH)
 language = sys.modules["grammar"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(language)
-Step, StepError = language.Step, language.StepError
+Step, StepError, Word = language.Step, language.StepError, language.Word
 
 LEADS = [
     ("ClipGrad", "WeightDecay"),
@@ -37,15 +42,59 @@ LEADS = [
 """Steps without slots that users put ahead of a rule, longest first; `_Scale` is ClipNorm's."""
 
 HEADER = """\
-# Written by tools/emit_steps.py from the steps of the rules. Do not edit.
+# Written by tools/emit_steps.py from words.py and the steps of the rules. Do not edit.
 
+# The words, for one number."""
+
+STEPS = """\
 # A block step: x, g and the old slots are read, dx and the new slots written, n numbers each.
 # One that finishes a chain finds x in place of dx, and leaves there x - dx. Where it is led by
-# others, coefs are those of all, one after another.
-"""
+# others, coefs are those of all, one after another."""
 
 
-def read_steps(source: str) -> list[Step]:
+class Typed(ast.NodeTransformer):
+    """The functions of C for one type, which has this at the end of their names."""
+
+    def __init__(self, suffix: str) -> None:
+        self.suffix = suffix
+
+    def visit_Call(self, node: ast.Call) -> ast.Call:
+        self.generic_visit(node)
+        return ast.Call(ast.Name(f"c_{node.func.id}{self.suffix}"), node.args, [])
+
+
+def emit_functions(words: Iterable[Word]) -> str:
+    """Return the declarations of the functions of C that words call.
+
+    They begin with ``c_``, since words have names of functions of C.
+    """
+    called = {name: count for word in words for name, count in word.called.items()}
+    lines = ['cdef extern from "<math.h>" nogil:']
+    for name, count in called.items():
+        lines += [
+            f'    float c_{name}f "{name}f"({", ".join(["float"] * count)})',
+            f'    double c_{name} "{name}"({", ".join(["double"] * count)})',
+        ]
+    return "\n".join(lines)
+
+
+def emit_word(word: Word) -> str:
+    """Return a word as a Cython function."""
+    arguments = [f"{'bint' if a in word.comparisons else 'real'} {a}" for a in word.arguments]
+
+    def text(suffix: str, indent: str) -> str:
+        body = [Typed(suffix).visit(copy.deepcopy(statement)) for statement in word.body]
+        return textwrap.indent("\n".join(map(ast.unparse, body)), indent)
+
+    lines = [f"cdef inline real {word.name}({', '.join(arguments)}) noexcept nogil:"]
+    if word.called:
+        lines += ["    if real is float:", text("f", " " * 8), "    else:", text("", " " * 8)]
+    else:
+        lines.append(text("", " " * 4))
+    return "\n".join(lines)
+
+
+def read_steps(source: str, words: Mapping[str, Word]) -> list[Step]:
     """Return the steps of every class in `source`, in order."""
     lines = source.splitlines()
     classes = [node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)]
@@ -53,7 +102,7 @@ def read_steps(source: str) -> list[Step]:
     for cls in classes:
         for node in cls.body:
             if isinstance(node, ast.FunctionDef) and node.name == "step":
-                found.append(language.take_apart(language.Source(cls.name, lines), node))
+                found.append(language.take_apart(language.Source(cls.name, lines), node, words))
     return found
 
 
@@ -131,9 +180,10 @@ def emit_loops(step: Step, finish: bool) -> list[str]:
     return [emit_loop(step, real, finish) for real in ("float", "double")]
 
 
-def generate(*sources: str) -> str:
-    """Return the text of _steps.pxi for the texts of the files of rules."""
-    steps = {step.rule: step for source in sources for step in read_steps(source)}
+def generate(vocabulary: str, *sources: str) -> str:
+    """Return the text of _steps.pxi for the texts of words.py and of the files of rules."""
+    words = language.read_words(vocabulary)
+    steps = {step.rule: step for source in sources for step in read_steps(source, words)}
     leads = [lead for lead in LEADS if {*lead} <= {*steps}]
     followers = [step for step in steps.values() if not any(step.rule in lead for lead in leads)]
     loops, table = [], ["cdef int fill_table() except -1:"]
@@ -153,9 +203,11 @@ def generate(*sources: str) -> str:
                 f"    add_led({step.rule!r},",
                 f"            {whole.rule}_float_finish, {whole.rule}_double_finish)",
             ]
-    return HEADER + "\n\n" + "\n\n\n".join([*loops, "\n".join([*table, "    return 0"])]) + "\n"
+    functions = [emit_functions(words.values()), *map(emit_word, words.values())]
+    table.append("    return 0")
+    return "\n\n\n".join([HEADER, *functions, STEPS, *loops, "\n".join(table)]) + "\n"
 
 
 if __name__ == "__main__":
-    *rules, target = map(pathlib.Path, sys.argv[1:])
-    target.write_text(generate(*(file.read_text() for file in rules)))
+    *sources, target = map(pathlib.Path, sys.argv[1:])
+    target.write_text(generate(*(file.read_text() for file in sources)))

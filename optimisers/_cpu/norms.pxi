@@ -13,7 +13,7 @@ cdef double norm_of(Run* run, Segment* leaf, Py_ssize_t stage, double p) noexcep
     if p == 1:
         return reduce(run, leaf, stage, ABSOLUTE, 0, 1)
     if p == 2:
-        value = c_sqrt(reduce(run, leaf, stage, SQUARES, 0, 1))
+        value = sqrt(reduce(run, leaf, stage, SQUARES, 0, 1))
         if not leaf.is_double or 1e-140 < value < 1e150 or value != value:
             return value            # no square overflowed or lost its digits
     largest = reduce(run, leaf, stage, LARGEST if p > 0 else SMALLEST, 0, 1)

@@ -113,10 +113,6 @@ cdef extern from "numpy/arrayobject.h":
         NPY_USERDEF
     object PyArray_NewLikeArray(cnp.ndarray like, int order, void* dtype, int subok)
 
-cdef extern from "<math.h>" nogil:
-    float sqrtf(float)
-    double c_sqrt "sqrt"(double)
-
 ctypedef void (*Step)(
     const void*, const void*, void*, void**, const void*, Py_ssize_t
 ) noexcept nogil

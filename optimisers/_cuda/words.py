@@ -229,12 +229,9 @@ def _simulated(real: str, grad: str, narrow: str) -> dict[str, Any]:
     def store(memory: Any, at: int, values: tuple[Any, ...]) -> None:
         memory[lanes * at : lanes * (at + 1)] = values
 
-    # `math` has neither float32 nor what hardware makes of numbers that it refuses.
-    hardware_like = {"sqrt": np.sqrt, "absolute": np.fabs}
-    words = {**scalar_words(number), **hardware_like}
-    wide_words = {**scalar_words(np.float64), **hardware_like}
+    wide_words = scalar_words(np.float64, np)
     return {
-        **words,
+        **scalar_words(number, np),
         **{f"wide_{name}": word for name, word in wide_words.items()},
         "jit": lambda function: function,
         "cuda": cuda,

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .. import _fork, words
+from .. import _fork
 from .._arrays import torch as _torch
 from .._arrays.jax import attributes, holds_traced, settled, with_attributes
 from .._arrays.states import parts_of_state
@@ -145,11 +145,11 @@ def _check_language(rule: Any) -> int:
         If the step is not in the language of steps.
     """
     with _fork.compiling:
-        from .._steps import grammar
+        from .._steps import compiled, grammar
 
     cls = type(rule)
     coefs = len(rule.coefs(1) if cls.counts else rule.coefs())
-    grammar.check(cls, coefs, {name: getattr(words, name) for name in grammar.WORDS})
+    grammar.check(cls, coefs, compiled.WORDS)
     return coefs
 
 

@@ -1,8 +1,8 @@
 """A rule's step as machine code, made by Numba while the program runs.
 
-a) `rebound` gives a step other globals: for each word of the language a function of single numbers,
-   with the values that the word has on arrays and in `_cpu/words.pxi`. So the function that the
-   user wrote is compiled as it stands.
+a) `scalar_words` makes of each word a function of single numbers, by its text in `words`, and
+   `rebound` gives a step these in place of the functions of arrays. So the function that the user
+   wrote is compiled as it stands.
 b) `block_step` compiles it into a loop of the signature that the kernels call. Numba neither fuses
    multiplications with additions nor reorders anything unless told so: the bits are those of the
    array code.
@@ -15,7 +15,9 @@ Numba is imported when the first step is compiled, and is optional.
 
 from __future__ import annotations
 
+import ast
 import contextlib
+import copy
 import hashlib
 import math
 import platform
@@ -27,52 +29,55 @@ from typing import Any
 
 import numpy as np
 
+from .. import words
 from . import cache as step_cache
+from . import grammar
 
 # --- words -----------------------------------------------------------------------------------
 
 
-def scalar_words(real: type) -> dict[str, Callable[..., Any]]:
-    """Return the words of a step for single numbers of the type `real`, as plain Python."""
-    zero, one, minus_one = real(0), real(1), real(-1)
-
-    def sqrt(x: Any) -> Any:
-        return math.sqrt(x)
-
-    def absolute(x: Any) -> Any:
-        return math.fabs(x)
-
-    def abs2(x: Any) -> Any:
-        return x * x
-
-    def sign(x: Any) -> Any:
-        return one if x > zero else (minus_one if x < zero else x + zero)
-
-    def maximum(x: Any, y: Any) -> Any:
-        return x if (x > y) | (x != x) else y
-
-    def minimum(x: Any, y: Any) -> Any:
-        return x if (x < y) | (x != x) else y
-
-    def clip(x: Any, low: Any, high: Any) -> Any:
-        x = x if (x > low) | (x != x) else low
-        return x if (x < high) | (x != x) else high
-
-    def where(condition: Any, x: Any, y: Any) -> Any:
-        return x if condition else y
-
-    def zeros_like(x: Any) -> Any:
-        return zero
-
-    words = sqrt, absolute, abs2, sign, maximum, minimum, clip, where, zeros_like
-    return {word.__name__: word for word in words}
+WORDS = grammar.words_of(words.TEXTS)
 
 
-def rebound(step: FunctionType, words: Mapping[str, object]) -> FunctionType:
+def scalar_words(real: type, library: Any = math) -> dict[str, Callable[..., Any]]:
+    """Return the words of a step for single numbers of the type `real`, as plain Python.
+
+    Parameters
+    ----------
+    real : type
+        The type of the arguments, and of the numbers in a text.
+    library : module
+        Where functions of C are found: `math`, which compilers know, or NumPy. As plain Python
+        `math` refuses the root of -1, and returns double for float32.
+    """
+    return {name: _scalar_word(word, real, library) for name, word in WORDS.items()}
+
+
+def _scalar_word(word: grammar.Word, real: type, library: Any) -> Callable[..., Any]:
+    module = ast.parse(f"def {word.name}({', '.join(word.arguments)}): pass")
+    body = [_TypedNumbers().visit(copy.deepcopy(statement)) for statement in word.body]
+    module.body[0].body = body  # type: ignore[attr-defined]
+    ast.fix_missing_locations(module)
+    defined: dict[str, Any] = {}
+    given = {"__name__": __name__, "real": real}
+    given |= {called: getattr(library, called) for called in word.called}
+    exec(compile(module, "<word>", "exec"), given, defined)
+    made: Callable[..., Any] = defined[word.name]
+    return made
+
+
+class _TypedNumbers(ast.NodeTransformer):
+    """Makes each number of a text one of the type ``real``."""
+
+    def visit_Constant(self, node: ast.Constant) -> ast.expr:
+        return ast.Call(ast.Name("real", ast.Load()), [node], [])
+
+
+def rebound(step: FunctionType, meanings: Mapping[str, object]) -> FunctionType:
     """Return `step` with other meanings of the names that it takes from outside."""
     code = step.__code__
-    cells = tuple(CellType(words[name]) for name in code.co_freevars)
-    return FunctionType(code, {"__name__": __name__, **words}, code.co_name, None, cells)
+    cells = tuple(CellType(meanings[name]) for name in code.co_freevars)
+    return FunctionType(code, {"__name__": __name__, **meanings}, code.co_name, None, cells)
 
 
 # --- the loop over a block -------------------------------------------------------------------
@@ -150,7 +155,7 @@ def _compile(step: FunctionType, slots: int, coefs: int, dtype: str, key: str) -
         return None
     options = {"error_model": "numpy"}  # x / 0 is inf or nan
     jit = numba.njit(**options)
-    words = {name: jit(word) for name, word in scalar_words(getattr(np, dtype)).items()}
+    meanings = {name: jit(word) for name, word in scalar_words(getattr(np, dtype)).items()}
     text = block_text(slots, coefs)
 
     numbers = numba.types.CPointer(numba.from_dtype(np.dtype(dtype)))
@@ -159,7 +164,7 @@ def _compile(step: FunctionType, slots: int, coefs: int, dtype: str, key: str) -
     )
 
     def made(file: str, cache: bool) -> Any:
-        given = {"__name__": __name__, "step": jit(rebound(step, words))}
+        given = {"__name__": __name__, "step": jit(rebound(step, meanings))}
         exec(compile(text, file, "exec"), given)
         if not cache:
             return numba.cfunc(signature, **options)(given["block"])

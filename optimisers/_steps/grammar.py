@@ -5,32 +5,21 @@ made of names, ``+ - * /`` and *words*; a comparison stands only as the first ar
 Numbers come from `coefs`, so that each is cast once and no float64 creeps into float32.
 
 tools/emit_steps.py reads the library's own rules with this at build time, by its path and before
-the package can be imported; `_engine` reads the rules of users. So nothing else is imported here.
+the package can be imported; `_engine` reads the rules of users. So nothing else is imported here,
+and the words are handed in.
 """
 
 from __future__ import annotations
 
 import ast
 import dis
+import functools
 import inspect
 import linecache
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import CodeType, FunctionType
 from typing import Any, NoReturn
-
-WORDS = {
-    "abs2": 1,
-    "absolute": 1,
-    "clip": 3,
-    "maximum": 2,
-    "minimum": 2,
-    "sign": 1,
-    "sqrt": 1,
-    "where": 3,
-    "zeros_like": 1,
-}
-"""How many arguments each word takes."""
 
 ARGUMENTS = ["x", "dx", "state", "coefs"]
 NEARBY = {
@@ -51,6 +40,66 @@ CHOOSE = "`where(condition, v, w)` chooses, element by element"
 
 class StepError(ValueError):
     """A step that is not in the language of steps; the message shows where and what to write."""
+
+
+@dataclass(frozen=True)
+class Word:
+    """A function that a step may call."""
+
+    name: str
+    arguments: tuple[str, ...]
+    body: tuple[ast.stmt, ...]
+    """Its text for one number, which ends with a `return`."""
+    meaning: object = None
+    """The function of arrays, of a word that is read while the program runs."""
+
+    @functools.cached_property
+    def comparisons(self) -> set[str]:
+        """Those of its arguments that are comparisons."""
+        tests = [n.test for n in self._nodes() if isinstance(n, ast.If | ast.IfExp)]
+        return {test.id for test in tests if isinstance(test, ast.Name)}
+
+    @functools.cached_property
+    def called(self) -> dict[str, int]:
+        """The functions of C that its text calls, each with the number of its arguments."""
+        calls = [node for node in self._nodes() if isinstance(node, ast.Call)]
+        return {n.func.id: len(n.args) for n in calls if isinstance(n.func, ast.Name)}
+
+    def _nodes(self) -> Iterator[ast.AST]:
+        return (node for statement in self.body for node in ast.walk(statement))
+
+
+def read_word(name: str, arguments: Iterable[str], text: str, meaning: object = None) -> Word:
+    """Return the word of which `text` is what `optimisers.words` says of one number."""
+    body = ast.parse(inspect.cleandoc(text)).body
+    match body:
+        case [ast.Expr(value=value)]:
+            body = [ast.Return(value)]
+    return Word(name, tuple(arguments), tuple(body), meaning)
+
+
+def read_words(source: str) -> dict[str, Word]:
+    """Return the words in the text of words.py."""
+    found = {}
+    for node in ast.parse(source).body:
+        match node:
+            case ast.FunctionDef(
+                decorator_list=[
+                    ast.Call(func=ast.Name(id="_step_word"), args=[ast.Constant(value=str(text))])
+                ]
+            ):
+                found[node.name] = read_word(node.name, (a.arg for a in node.args.args), text)
+    return found
+
+
+def words_of(texts: Mapping[Callable[..., Any], str]) -> dict[str, Word]:
+    """Return the words that these functions are, each with its text for one number."""
+    return {
+        function.__name__: read_word(
+            function.__name__, inspect.signature(function).parameters, text, function
+        )
+        for function, text in texts.items()
+    }
 
 
 @dataclass
@@ -91,7 +140,7 @@ class Source:
         raise StepError(message)
 
 
-def take_apart(source: Source, function: ast.FunctionDef) -> Step:
+def take_apart(source: Source, function: ast.FunctionDef, words: Mapping[str, Word]) -> Step:
     """Split a step into the names it unpacks, its formula, and what it returns.
 
     Raises
@@ -99,14 +148,14 @@ def take_apart(source: Source, function: ast.FunctionDef) -> Step:
     StepError
         If it is not in the language.
     """
-    return _Reader(source).read(function)
+    return _Reader(source, words).read(function)
 
 
 class _Reader:
     """Reads one step from its first line to its last."""
 
-    def __init__(self, source: Source) -> None:
-        self.source = source
+    def __init__(self, source: Source, words: Mapping[str, Word]) -> None:
+        self.source, self.words = source, words
         self.step = Step(source.rule)
         self.known = {"x", "dx"}
         self.arrays = {"x", "dx"}  # and what was made of them; coefs are single numbers
@@ -170,7 +219,7 @@ class _Reader:
                 self.arrays.add(name.id)
 
     def introduce(self, name: ast.Name) -> None:
-        if name.id in (*WORDS, *self.step.coefs, "state", "coefs"):
+        if name.id in (*self.words, *self.step.coefs, "state", "coefs"):
             self.refuse(name, f"`{name.id}` has a meaning already: choose another name")
         self.known.add(name.id)
 
@@ -222,7 +271,7 @@ class _Reader:
                 for arg in args:
                     if not isinstance(arg, ast.Compare):
                         self.formula(arg)
-                if not isinstance(function, ast.Name) or function.id not in WORDS:
+                if not isinstance(function, ast.Name) or function.id not in self.words:
                     self.refuse(
                         node, f"{ast.unparse(function)} is no word: {self.instead(function)}"
                     )
@@ -241,17 +290,18 @@ class _Reader:
                 self.refuse(
                     node,
                     f"`{ast.unparse(node)}`: a formula has names, + - * / and words "
-                    f"({', '.join(WORDS)})",
+                    f"({', '.join(sorted(self.words))})",
                 )
 
     def call(
         self, node: ast.Call, word: str, args: list[ast.expr], keywords: list[ast.keyword]
     ) -> None:
-        if keywords or len(args) != WORDS[word]:
-            self.refuse(node, f"{word} takes {WORDS[word]} arguments, by position")
+        known = self.words[word]
+        if keywords or len(args) != len(known.arguments):
+            self.refuse(node, f"{word} takes {len(known.arguments)} arguments, by position")
         self.step.words.setdefault(word, node.lineno)
-        for k, arg in enumerate(args):
-            if (word, k) == ("where", 0):
+        for argument, arg in zip(known.arguments, args, strict=True):
+            if argument in known.comparisons:
                 self.condition(arg)
             elif isinstance(arg, ast.Compare):
                 self.formula(arg)
@@ -273,7 +323,7 @@ class _Reader:
             return
         if name in ("state", "coefs"):
             self.refuse(node, f"unpack it: `(a, b) = {name}`")
-        if name in WORDS:
+        if name in self.words:
             self.refuse(node, f"{name} is a word: call it")
         self.refuse(
             node,
@@ -283,17 +333,18 @@ class _Reader:
 
     def instead(self, function: ast.expr) -> str:
         last = ast.unparse(function).rpartition(".")[2]
-        if last in WORDS:
+        if last in self.words:
             return f"write {last}(...), after `from optimisers.words import {last}`"
         if last in NEARBY:
             return f"write {NEARBY[last]}"
-        return f"there are {', '.join(WORDS)}. A rule that needs more subclasses Rule, with `apply`"
+        known = ", ".join(sorted(self.words))
+        return f"there are {known}. A rule that needs more subclasses Rule, with `apply`"
 
 
 # --- steps of live classes -------------------------------------------------------------------
 
 
-def check(rule: Any, coefs: int, words: Mapping[str, object]) -> None:
+def check(rule: Any, coefs: int, words: Mapping[str, Word]) -> None:
     """Check the step of a user's rule.
 
     Where the text of the step is not to be had, its code is looked at as far as that goes.
@@ -305,7 +356,7 @@ def check(rule: Any, coefs: int, words: Mapping[str, object]) -> None:
     coefs : int
         How many numbers its `coefs` returns.
     words : mapping
-        What each word is; the step must not mean something else by it.
+        The words; the step must not mean something else by one.
 
     Raises
     ------
@@ -324,7 +375,7 @@ def check(rule: Any, coefs: int, words: Mapping[str, object]) -> None:
         _check_code(source, code, words)
         said = dict.fromkeys(_outer_names(code), first)
     else:
-        taken = take_apart(source, function)
+        taken = take_apart(source, function, words)
         said = taken.words
         for kind, names, given in (
             ("state", taken.slots, len(rule.slots)),
@@ -336,7 +387,7 @@ def check(rule: Any, coefs: int, words: Mapping[str, object]) -> None:
                 source.refuse(f"it unpacks {len(names)} from {kind}, but {giver} {given}", line)
     known = visible(step)
     for word, line in said.items():
-        if known.get(word) is not words[word]:
+        if known.get(word) is not words[word].meaning:
             what = f"is {known[word]!r:.60}" if word in known else "means nothing"
             source.refuse(
                 f"{word} {what} here: write `from optimisers.words import {word}` above", line
@@ -385,7 +436,7 @@ def _is_text_of(node: ast.FunctionDef, code: CodeType) -> bool:
     )
 
 
-def _check_code(source: Source, code: CodeType, words: Mapping[str, object]) -> None:
+def _check_code(source: Source, code: CodeType, words: Mapping[str, Word]) -> None:
     """Look at compiled code for what betrays a step that is not in the language."""
     line = code.co_firstlineno
     for instruction in dis.get_instructions(code):
@@ -400,7 +451,7 @@ def _check_code(source: Source, code: CodeType, words: Mapping[str, object]) -> 
     for name in _outer_names(code):
         if name not in words:
             source.refuse(
-                f"{name} is no word; there are {', '.join(WORDS)}. What else a step needs, "
+                f"{name} is no word; there are {', '.join(sorted(words))}. What else a step needs, "
                 "`coefs` returns",
                 code.co_firstlineno,
             )

@@ -2,7 +2,8 @@
 
 After a wanted change of what it writes, renew the golden text and look at the difference:
 
-    cd tests/steps/golden && python ../../../tools/emit_steps.py steps.py steps.pxi && git diff .
+    python tools/emit_steps.py optimisers/words.py tests/steps/golden/steps.{py,pxi}
+    git diff tests/steps/golden
 """
 
 from __future__ import annotations
@@ -18,17 +19,21 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = Path(__file__).parent / "golden"
+WORDS = (ROOT / "optimisers" / "words.py").read_text()
 RULES = [file.read_text() for file in sorted((ROOT / "optimisers" / "rules").glob("[a-z]*.py"))]
+KNOWN = emit_steps.language.read_words(WORDS)
 SOURCE, TEXT = GOLDEN / "steps.py", GOLDEN / "steps.pxi"
 
 
 def test_golden_text():
-    assert emit_steps.generate(SOURCE.read_text()) == TEXT.read_text(), __doc__
+    assert emit_steps.generate(WORDS, SOURCE.read_text()) == TEXT.read_text(), __doc__
 
 
 def test_the_built_steps_are_those_of_the_rules():
     built = ROOT / "optimisers" / "_steps.pxi"
-    assert emit_steps.generate(*RULES) == built.read_text(), "build anew: make test, or setup.py"
+    assert emit_steps.generate(WORDS, *RULES) == built.read_text(), (
+        "build anew: make test, or setup.py"
+    )
 
 
 def test_every_class_with_a_step_is_found():
@@ -39,13 +44,13 @@ def test_every_class_with_a_step_is_found():
         if isinstance(cls, ast.ClassDef)
         and any(isinstance(node, ast.FunctionDef) and node.name == "step" for node in cls.body)
     ]
-    steps = [step for text in RULES for step in emit_steps.read_steps(text)]
+    steps = [step for text in RULES for step in emit_steps.read_steps(text, KNOWN)]
     assert [step.rule for step in steps] == expected
     assert len(expected) > 15
 
 
 def test_what_leads_keeps_nothing_and_is_led_by_nobody():
-    steps = {step.rule: step for text in RULES for step in emit_steps.read_steps(text)}
+    steps = {step.rule: step for text in RULES for step in emit_steps.read_steps(text, KNOWN)}
     leading = {rule for lead in emit_steps.LEADS for rule in lead}
     assert leading
     assert not any(steps[rule].slots for rule in leading)
@@ -63,8 +68,9 @@ def test_longer_leads_come_first():
 
 def test_command_line(tmp_path):
     target = tmp_path / "steps.pxi"
-    command = [sys.executable, ROOT / "tools" / "emit_steps.py", SOURCE, target]
-    subprocess.run(command, check=True, timeout=30)
+    command = [sys.executable, ROOT / "tools" / "emit_steps.py"]
+    files = [ROOT / "optimisers" / "words.py", SOURCE, target]
+    subprocess.run([*command, *files], check=True, timeout=30)
     assert target.read_text() == TEXT.read_text()
 
 
@@ -73,7 +79,7 @@ def test_other_text_than_steps_changes_nothing():
     source = (
         SOURCE.read_text().replace("No slots.", "None whatever.").replace("self.eta", "self.rate")
     )
-    assert emit_steps.generate(source) == TEXT.read_text()
+    assert emit_steps.generate(WORDS, source) == TEXT.read_text()
 
 
 # --- the language of steps -------------------------------------------------------------------
@@ -135,7 +141,7 @@ def test_what_is_no_step_is_refused_with_its_line(case):
     body, line, text = REFUSED[case]
     source = HEAD + textwrap.indent(body, "        ")
     with pytest.raises(emit_steps.StepError) as caught:
-        emit_steps.generate(source)
+        emit_steps.generate(WORDS, source)
     message = str(caught.value)
     assert "Bad.step" in message
     assert f"line {line}" in message
@@ -150,7 +156,7 @@ def test_the_arguments_of_a_step_have_their_names(signature):
     with pytest.raises(
         emit_steps.StepError, match=r"Bad\.step, line 3.*step\(x, dx, state, coefs\)"
     ):
-        emit_steps.generate(source)
+        emit_steps.generate(WORDS, source)
 
 
 def test_what_a_step_may_say():
@@ -166,7 +172,7 @@ def test_what_a_step_may_say():
     return d, (a, b)
     """
     source = HEAD.replace("Bad", "Good") + textwrap.indent(textwrap.dedent(body), "        ")
-    text = emit_steps.generate(source)
+    text = emit_steps.generate(WORDS, source)
     assert "cdef void Good_float_loop" in text
     assert "d = where(c < one, a, +a) + where(c >= one, b, b)" in text
     assert "add_step('Good', 2, 4,\n             Good_float, Good_double," in text

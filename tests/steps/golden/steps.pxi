@@ -1,4 +1,60 @@
-# Written by tools/emit_steps.py from the steps of the rules. Do not edit.
+# Written by tools/emit_steps.py from words.py and the steps of the rules. Do not edit.
+
+# The words, for one number.
+
+
+cdef extern from "<math.h>" nogil:
+    float c_sqrtf "sqrtf"(float)
+    double c_sqrt "sqrt"(double)
+    float c_fabsf "fabsf"(float)
+    double c_fabs "fabs"(double)
+
+
+cdef inline real sqrt(real x) noexcept nogil:
+    if real is float:
+        return c_sqrtf(x)
+    else:
+        return c_sqrt(x)
+
+
+cdef inline real absolute(real x) noexcept nogil:
+    if real is float:
+        return c_fabsf(x)
+    else:
+        return c_fabs(x)
+
+
+cdef inline real abs2(real x) noexcept nogil:
+    return x * x
+
+
+cdef inline real sign(real x) noexcept nogil:
+    return 1 if x > 0 else -1 if x < 0 else x + 0
+
+
+cdef inline real maximum(real x, real y) noexcept nogil:
+    return x if (x > y) | (x != x) else y
+
+
+cdef inline real minimum(real x, real y) noexcept nogil:
+    return x if (x < y) | (x != x) else y
+
+
+cdef inline real clip(real x, real low, real high) noexcept nogil:
+    if (low < 0) & (high > 0):
+        x = low if low > x else x
+        return high if high < x else x
+    x = low if (x <= low) | (low != low) else x
+    return high if (x >= high) | (high != high) else x
+
+
+cdef inline real where(bint condition, real x, real y) noexcept nogil:
+    return x if condition else y
+
+
+cdef inline real zeros_like(real x) noexcept nogil:
+    return 0
+
 
 # A block step: x, g and the old slots are read, dx and the new slots written, n numbers each.
 # One that finishes a chain finds x in place of dx, and leaves there x - dx. Where it is led by
