@@ -6,6 +6,7 @@ import contextlib
 import sys
 import zlib
 from collections.abc import Iterable, Iterator
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -101,27 +102,46 @@ class ArrayReader:
 
     def _read_block(self, numbers: list[int], begin: int) -> None:
         """Read arrays that lie one after another, and make each of its own bytes."""
-        bases, tensors, crc32, ndarray = self.bases, self.tensors, zlib.crc32, np.ndarray
+        tensors = self.tensors
         data = memoryview(bytearray(tensors[numbers[-1]].entry.stop - begin))
         self.source.fill(data, begin)
         dtypes: dict[str, Any] = {}
-        for k in numbers:
-            _, name, shape, layout, entry, check = tensors[k]
-            piece = data[entry.start - begin : entry.stop - begin]
-            if check is not None and crc32(piece) != check:
-                self.check(k, np.empty(0, np.uint8), check ^ 1)
+        for (name, layout), group in groupby(numbers, lambda k: tensors[k][1:4:2]):
+            row = [*group]
+            first, last = tensors[row[0]].entry, tensors[row[-1]].entry
+            piece = data[first.start - begin : last.stop - begin]
             if name not in dtypes:
                 is_usual = sys.byteorder == "little" and name != "bool"
-                with _naming(tensors[k].name):
+                with _naming(tensors[row[0]].name):
                     dtypes[name] = form.numpy_dtype(name) if is_usual else None
             dtype = dtypes[name]
-            if dtype is not None and layout is c_order(shape):
-                bases[k] = ndarray(shape, dtype, piece).copy()
-            else:
-                raw = np.array(piece)
-                form.check_content(tensors[k].name, entry.tag, raw)
-                with _naming(tensors[k].name):
-                    bases[k] = typed(raw, name, layout, "numpy", None)
+            is_plain = dtype is not None and layout is c_order(layout.shape)
+            if is_plain and len(row) > 1 and len(piece) == len(row) * (first.stop - first.start) > 0:
+                self._read_row(row, piece, dtype, layout.shape)
+                continue
+            for k in row:
+                entry = tensors[k].entry
+                self._read_one(k, data[entry.start - begin : entry.stop - begin])
+
+    def _read_row(
+        self, row: list[int], data: memoryview, dtype: np.dtype[Any], shape: tuple[int, ...]
+    ) -> None:
+        """Make arrays of one dtype and shape of the bytes that they have, one after another."""
+        tensors = self.tensors
+        raw = np.frombuffer(data, np.uint8).reshape(len(row), -1)
+        for k, found in zip(row, map(zlib.crc32, raw), strict=True):
+            if tensors[k].check not in (found, None):
+                self.check(k, raw[:0], found)
+        xs = raw.view(dtype)
+        made = map(np.ndarray.copy, xs.reshape(-1, *shape)) if shape else map(np.array, xs[:, 0])
+        self.bases.update(zip(row, made, strict=True))
+
+    def _read_one(self, k: int, data: memoryview) -> None:
+        """Make an array of its bytes."""
+        tensor, raw = self.tensors[k], np.array(data)
+        self.check(k, raw, zlib.crc32(raw))
+        with _naming(tensor.name):
+            self.bases[k] = typed(raw, tensor.dtype, tensor.layout, "numpy", None)
 
 
 @contextlib.contextmanager

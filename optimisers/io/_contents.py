@@ -8,8 +8,12 @@ that there are.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from operator import itemgetter
 from typing import Any
+
+import numpy as np
 
 from .._trees.nodes import listed
 from .._trees.parameters import View
@@ -30,12 +34,24 @@ from ._entries import (
 from ._json import FileFormatError
 from ._revive import NamedTuples
 from ._saved import BY_POSITION, DEEPEST, NAMESPACES, VERSION, WITH_CLASS, is_protocol, most_places
-from ._tables import ARRAY, KEYED, Said, children_at, children_of, keys_at, pairs_of
+from ._tables import (
+    ARRAY,
+    CHILDLESS,
+    INNER,
+    Said,
+    children_at,
+    children_of,
+    keys_at,
+    pairs_of,
+)
 
 _MOST_HEADS = 1000
 """Classes of nodes, with their keys, that are kept in mind: most states are of one."""
 _MOST_PARTS = 1000
 """Rules that one rule may be made of."""
+_AT_ONCE = 1 << 16
+"""Children that are looked at together."""
+_FIRST, _SECOND = itemgetter(0), itemgetter(1)
 
 
 class Contents:
@@ -54,8 +70,12 @@ class Contents:
         self.classes = NamedTuples()
         self.is_shared = False
         """Whether a node has more than one parent."""
-        self._fields: dict[Said, list[str] | None] = {}
-        self._heads: dict[Said, Said] = {}
+        self.is_whole = False
+        """Whether each node is the root of a tree or has one parent."""
+        self.rows: dict[str, list[int]] = {}
+        """The numbers of the nodes of each kind."""
+        self._heads: dict[Said, tuple[Said, list[str] | None]] = {}
+        """How nodes begin, beside what is made of that, and the fields that newer states have."""
         self._views: dict[View, View] = {}
 
     def read_plain(self, header: form.Header) -> None:
@@ -66,6 +86,8 @@ class Contents:
             )
         count = len(self.tensors)
         names = [tensor.name for tensor in self.tensors]
+        self.rows = {"array": [*range(count)], "dict": [count]}
+        self.is_whole = True
         self.nodes = [*(("array", k) for k in range(count)), ("dict", *names, *range(count))]
         self.roots["state"] = count
 
@@ -154,66 +176,86 @@ class Contents:
                 plain(value)
 
     def _read_nodes(self, nodes: list[Any], roots: dict[str, Any]) -> None:
+        """Check the nodes kind by kind: those of a kind are alike, and are looked at in columns."""
         self.nodes = nodes
-        tensors, rules = len(self.tensors), len(self.rules)
-        small = (str, bool, type(None))
-        sizes: list[int] = []
-        has_parent, is_shared = bytearray(len(nodes)), 0
-        for number, said in enumerate(nodes):
-            kind: Any = said[0] if type(said) is tuple and said else None
-            if kind == "array":
-                if len(said) != 2 or type(said[1]) is not int or not 0 <= said[1] < tensors:
-                    nodes[number] = self._array_said(said)
-                sizes.append(1)
-                continue
-            if kind == "value" and len(said) == 2:
-                if type(said[1]) not in small:
-                    nodes[number] = ("value", plain(said[1]))
-                sizes.append(1)
-                continue
-            if kind == "left_out" and len(said) == 2 and isinstance(said[1], str):
-                sizes.append(1)
-                continue
-            if type(kind) is not str:
+        for said in nodes if {*map(type, nodes)} - {tuple} else ():
+            if type(said) is not tuple:
                 damaged(f"a node is {said!r:.60}")
-            if kind == "leaf" and len(said) in (4, 5):
-                if type(said[1]) is not int or not 0 <= said[1] < rules:
-                    damaged(f"{said[1]!r:.40} is no number of an entry")
-                skipped = said[4] if len(said) == 5 else 0
-                if type(said[3]) is not bool or type(skipped) is not int or skipped < 0:
-                    damaged(f"a node is {said!r:.60}")
-                below = said[2:3]
+        rows: defaultdict[Any, list[int]] = defaultdict(list)
+        for k, kind in enumerate(map(_FIRST, nodes)):
+            rows[kind].append(k)
+        self.rows = {**rows}
+        families = _Families(len(nodes))
+        for kind, row in rows.items():
+            if kind == "array":
+                self._check_arrays(row)
+            elif kind == "leaf":
+                self._check_leaves(row)
+                families.add_one_each(row, [nodes[k][2] for k in row])
+            elif kind in CHILDLESS:
+                for k in row:
+                    nodes[k] = _checked_value(nodes[k])
+            elif kind in BY_POSITION:
+                for k in row:
+                    if len(said := nodes[k]) > 1:
+                        families.add(k, said[1:])
+            elif kind in INNER:
+                for k in row:
+                    said = nodes[k]
+                    nodes[k] = self._checked_inner(said, kind)
+                    families.add(k, said[children_at(said) :])
             else:
-                said = nodes[number] = self._checked_inner(said, kind)
-                below = said[children_at(said) :]
-            size = 1
-            for child in below:
-                if child is not ABSENT:
-                    if type(child) is not int or not 0 <= child < number:
-                        damaged(f"{child!r:.40} is no number of an entry")
-                    size += sizes[child]
-                    is_shared |= has_parent[child]
-                    has_parent[child] = 1
-            sizes.append(size)
-        self.is_shared = bool(is_shared)
-        self._read_roots(roots, sizes)
+                damaged(f"a node is {nodes[row[0]]!r:.60}")
+        self._read_roots(roots, families)
 
-    def _read_roots(self, roots: dict[str, Any], sizes: list[int]) -> None:
-        most = most_places(len(self.nodes))
-        for name, k in roots.items():
-            self.roots[name] = index_of(k, self.nodes)
-            if sizes[k] > most:
-                damaged(f"its {name} has more than {most:,} places, made of {len(sizes)} nodes")
+    def _check_arrays(self, row: list[int]) -> None:
+        nodes = self.nodes
+        if {*map(len, said := [nodes[k] for k in row])} == {2}:
+            numbers = [*map(_SECOND, said)]
+            if {*map(type, numbers)} == {int} and 0 <= min(numbers) <= max(numbers) < len(
+                self.tensors
+            ):
+                return
+        for k in row:
+            nodes[k] = self._array_said(nodes[k])
+
+    def _check_leaves(self, row: list[int]) -> None:
+        rules = len(self.rules)
+        for said in [self.nodes[k] for k in row]:
+            if len(said) != 4 and (len(said) != 5 or type(said[4]) is not int or said[4] < 0):
+                damaged(f"a node is {said!r:.60}")
+            if type(said[1]) is not int or not 0 <= said[1] < rules:
+                damaged(f"{said[1]!r:.40} is no number of an entry")
+            if type(said[3]) is not bool:
+                damaged(f"a node is {said!r:.60}")
+
+    def _read_roots(self, roots: dict[str, Any], families: _Families) -> None:
+        """Check the roots, and how many places their trees have; a shared node counts at each."""
         if "state" not in roots or not roots.keys() <= {"state", "model", "metadata"}:
             damaged(f"it holds {listed(roots)}")
+        for name, k in roots.items():
+            self.roots[name] = index_of(k, self.nodes)
+        self.is_shared = families.are_shared()
+        self.is_whole = not self.is_shared and families.are_alone({*self.roots.values()})
+        if self.is_shared:
+            sizes, most = self._sizes(), most_places(len(self.nodes))
+            for name, k in self.roots.items():
+                if sizes[k] > most:
+                    damaged(f"its {name} has more than {most:,} places, made of {len(sizes)} nodes")
+
+    def _sizes(self) -> list[int]:
+        """Return how many places the tree below each node has."""
+        sizes: list[int] = []
+        for said in self.nodes:
+            below = () if said[0] in CHILDLESS else children_of(said)
+            sizes.append(1 + sum([sizes[child] for child in below if child is not ABSENT]))
+        return sizes
 
     def _checked_inner(self, said: Said, kind: str) -> Said:
-        if kind in BY_POSITION:
-            return said
         if kind in WITH_CLASS:
             if len(said) % 2 or type(said[1]) is not str:
                 damaged(f"a node is {said!r:.60}")
-        elif kind not in KEYED or not len(said) % 2:
+        elif not len(said) % 2:
             damaged(f"a node is {said!r:.60}")
         begin, end = keys_at(said), children_at(said)
         if kind not in WITH_CLASS:
@@ -221,14 +263,22 @@ class Contents:
             checked = self._checked_keys(said, kind, keys)
             return said if checked is keys else (*said[:begin], *checked, *said[end:])
         head = said[:end]
-        are_texts = {*map(type, head)} == {str}
-        known = self._heads.get(head) if are_texts else None
+        try:
+            known = self._heads.get(head)
+        except TypeError:  # a key of several parts
+            known = None
         if known is None:
-            known = (*head[:begin], *self._checked_keys(said, kind, head[begin:]))
-            if are_texts and len(self._heads) < _MOST_HEADS:
+            checked = (*head[:begin], *self._checked_keys(said, kind, head[begin:]))
+            fields = None
+            if kind == "named" and ":" not in said[1]:
+                fields = self.classes.newer_fields(said[1], [*checked[begin:]])
+            known = checked, fields
+            if {*map(type, head)} == {str} and len(self._heads) < _MOST_HEADS:
                 self._heads[head] = known
-        said = (*known, *said[end:])
-        return said if kind == "object" or ":" in said[1] else self._completed(said, known[2:])
+        checked, fields = known
+        if checked is not head:
+            said = (*checked, *said[end:])
+        return said if fields is None else _completed(said, checked[begin:], fields)
 
     def _checked_keys(self, said: Said, kind: str, keys: Said) -> Said:
         """Return the keys of a node as they are, made of what stands for them."""
@@ -244,17 +294,6 @@ class Contents:
         if len(keys) > 1 and len(dict.fromkeys(keys)) < len(keys):
             damaged(f"a node has a key twice: {said!r:.60}")
         return keys
-
-    def _completed(self, said: Said, keys: Said) -> Said:
-        """Return a state with those fields too that the version which wrote it did not have."""
-        mark = (said[1], *keys)
-        if mark not in self._fields:
-            self._fields[mark] = self.classes.newer_fields(said[1], [*keys])
-        fields = self._fields[mark]
-        if fields is None:
-            return said
-        found = dict(zip(keys, children_of(said), strict=True))
-        return (*said[:2], *fields, *(found.get(field, ABSENT) for field in fields))
 
     def _array_said(self, said: Said) -> Said:
         array = self.checked_array(said)
@@ -274,3 +313,76 @@ class Contents:
         size = math.prod(self.tensors[k].shape)
         checked = checked_view(shape, order, flips, size)
         return ArrayNode(k, self._views.setdefault(checked, checked))
+
+
+def _checked_value(said: Said) -> Said:
+    """Return a node that is a number, a text, ..., None, or something that was left out."""
+    kind = said[0]
+    if len(said) == 2:
+        if kind == "value":
+            x = plain(said[1])
+            return said if x is said[1] else (kind, x)
+        if kind == "left_out" and isinstance(said[1], str):
+            return said
+    damaged(f"a node is {said!r:.60}")
+
+
+def _completed(said: Said, keys: Said, fields: list[str]) -> Said:
+    """Return a state with those fields too that the version which wrote it did not have."""
+    found = dict(zip(keys, children_of(said), strict=True))
+    return (*said[:2], *fields, *(found.get(field, ABSENT) for field in fields))
+
+
+class _Families:
+    """Children and their parents, checked some thousands at a time."""
+
+    def __init__(self, count: int) -> None:
+        self._has_parent = np.zeros(count, np.bool_)
+        self._children: list[Any] = []
+        self._parents: list[int] = []
+        self._total = 0
+
+    def add(self, parent: int, children: Said) -> None:
+        """Add the children of a node."""
+        if len(children) > _AT_ONCE:
+            for at in range(0, len(children), _AT_ONCE):
+                self._check(children[at : at + _AT_ONCE], parent)
+            return
+        self._children += children
+        self._parents += [parent] * len(children)
+        if len(self._children) > _AT_ONCE:
+            self._check_added()
+
+    def add_one_each(self, parents: list[int], children: list[Any]) -> None:
+        """Add nodes that have one child each."""
+        for at in range(0, len(children), _AT_ONCE):
+            self._check(children[at : at + _AT_ONCE], parents[at : at + _AT_ONCE])
+
+    def _check_added(self) -> None:
+        self._check(self._children, self._parents)
+        self._children, self._parents = [], []
+
+    def _check(self, children: Sequence[Any], parents: Any) -> None:
+        """Refuse children that do not stand above their parents."""
+        if {*map(type, children)} - {int}:
+            wrong = next(child for child in children if type(child) is not int)
+            damaged(f"{wrong!r:.40} is no number of an entry")
+        try:
+            numbers = np.array(children, np.intp)
+        except OverflowError:
+            damaged(f"{max(children, key=abs)!r:.40} is no number of an entry")
+        are_wrong = (numbers < 0) | (numbers >= parents)
+        if are_wrong.any():
+            damaged(f"{numbers[are_wrong][0]} is no number of an entry")
+        self._has_parent[numbers] = True
+        self._total += len(numbers)
+
+    def are_shared(self) -> bool:
+        """Tell whether a node has several parents."""
+        self._check_added()
+        return self._total > np.count_nonzero(self._has_parent)
+
+    def are_alone(self, tops: set[int]) -> bool:
+        """Tell whether these nodes have no parent, and all others have."""
+        lonely = np.flatnonzero(~self._has_parent)
+        return len(lonely) == len(tops) and {*lonely.tolist()} == tops
