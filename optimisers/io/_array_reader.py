@@ -116,19 +116,20 @@ class ArrayReader:
                     dtypes[name] = form.numpy_dtype(name) if is_usual else None
             dtype = dtypes[name]
             is_plain = dtype is not None and layout is c_order(layout.shape)
-            if is_plain and len(row) > 1 and len(piece) == len(row) * (first.stop - first.start) > 0:
+            is_dense = 0 < len(row) * (first.stop - first.start) == len(piece)
+            if is_plain and is_dense and len(row) > 1:
                 self._read_row(row, piece, dtype, layout.shape)
-                continue
-            for k in row:
-                entry = tensors[k].entry
-                self._read_one(k, data[entry.start - begin : entry.stop - begin])
+            else:
+                for k in row:
+                    entry = tensors[k].entry
+                    self._read_one(k, data[entry.start - begin : entry.stop - begin])
 
     def _read_row(
         self, row: list[int], data: memoryview, dtype: np.dtype[Any], shape: tuple[int, ...]
     ) -> None:
         """Make arrays of one dtype and shape of the bytes that they have, one after another."""
         tensors = self.tensors
-        raw = np.frombuffer(data, np.uint8).reshape(len(row), -1)
+        raw: Any = np.frombuffer(data, np.uint8).reshape(len(row), -1)
         for k, found in zip(row, map(zlib.crc32, raw), strict=True):
             if tensors[k].check not in (found, None):
                 self.check(k, raw[:0], found)
@@ -139,7 +140,7 @@ class ArrayReader:
     def _read_one(self, k: int, data: memoryview) -> None:
         """Make an array of its bytes."""
         tensor, raw = self.tensors[k], np.array(data)
-        self.check(k, raw, zlib.crc32(raw))
+        self.check(k, raw, zlib.crc32(data))
         with _naming(tensor.name):
             self.bases[k] = typed(raw, tensor.dtype, tensor.layout, "numpy", None)
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import chain
 from typing import Any, NoReturn
 
 from .._leaf import Leaf
 from .._pytree import Tie
-from ..rules._base import Rule
 from ._array_reader import ArrayReader
 from ._contents import Contents
 from ._entries import ABSENT, damaged
@@ -15,10 +15,23 @@ from ._json import shown
 from ._revive import supplied
 from ._rule_reader import RuleReader
 from ._saved import CLASSES, at
-from ._tables import CHILDLESS, MOST_TEXT, Said, children_of, keys_of, needed_nodes, path_of, places
+from ._tables import (
+    CHILDLESS,
+    INNER,
+    MOST_TEXT,
+    Rows,
+    Said,
+    children_of,
+    keys_of,
+    needed_nodes,
+    path_of,
+    places,
+    rows_of,
+)
 
 Tree = Any
 
+_PARENTS = {*INNER, "leaf"}
 _MOST_STEPS = 1_000_000
 """Steps of the paths to such nodes, all together."""
 _MOST_LINES = 100
@@ -36,34 +49,30 @@ def build(
         If there are nodes that only `fill` can make; the message names each.
     """
     made = contents.nodes
-    needed = needed_nodes(made, [contents.roots[root] for root in roots])
-    leaves: dict[int, Rule] = {}
-    classes: dict[int, Any] = {}
-    wanted = _looked_up(contents, rules, roots, needed, leaves, classes)
+    if contents.is_whole and {*roots} == contents.roots.keys():
+        rows = contents.rows
+    else:
+        rows = rows_of(made, needed_nodes(made, [contents.roots[root] for root in roots]))
+    row_of_leaves = rows.get("leaf", [])
+    leaves = dict(zip(row_of_leaves, rules.rules_of(row_of_leaves), strict=True))
+    classes = _classes(contents, roots, rows)
     ties: list[tuple[int, list[str]]] = []
     if contents.is_shared:
         for root in roots:
             ties += _ties(made, contents.roots[root], leaves).items()
-    arrays.read_small(wanted)
-    bases = arrays.bases
-    for k in needed:
+    _make_childless(contents, arrays, rows)
+    # Children stand above their parents: these are made in the order of their numbers.
+    for k in sorted(chain.from_iterable(row for kind, row in rows.items() if kind in _PARENTS)):
         said = made[k]
         kind = said[0]
-        if kind == "array":
-            if len(said) == 2 and said[1] in bases:
-                made[k] = bases[said[1]]
-            else:
-                made[k] = arrays.of_numpy(said[1], said[2] if len(said) == 3 else None)
-        elif kind == "leaf":
+        if kind == "leaf":
             made[k] = Leaf(leaves[k], made[said[2]], said[3], said[4] if len(said) == 5 else 0)
-        elif kind == "value":
-            made[k] = said[1]
+        elif kind == "tuple":
+            made[k] = tuple([made[child] for child in said[1:]])
         elif kind == "named":
             made[k] = _named(made, said, classes[k])
         elif kind == "list":
             made[k] = [made[child] for child in said[1:]]
-        elif kind == "tuple":
-            made[k] = tuple([made[child] for child in said[1:]])
         else:
             pairs = zip(keys_of(said), [made[child] for child in children_of(said)], strict=True)
             cls: Any = CLASSES[kind]
@@ -82,41 +91,37 @@ def _named(made: list[Any], said: Said, cls: Any) -> Any:
     return tuple.__new__(cls, supplied(cls, values))
 
 
-def _looked_up(
-    contents: Contents,
-    rules: RuleReader,
-    roots: Iterable[str],
-    needed: list[int],
-    leaves: dict[int, Rule],
-    classes: dict[int, Any],
-) -> list[int]:
-    """Note the rules of leaves and the classes of named tuples; return the numbers of the arrays.
+def _make_childless(contents: Contents, arrays: ArrayReader, rows: Rows) -> None:
+    """Put arrays and values in the place of their nodes."""
+    made, row = contents.nodes, rows.get("array", [])
+    numbers = [made[k][1] for k in row]
+    arrays.read_small(numbers)
+    bases = arrays.bases
+    for k, number in zip(row, numbers, strict=True):
+        if len(made[k]) == 2 and number in bases:
+            made[k] = bases[number]
+        else:
+            made[k] = arrays.of_numpy(number, made[k][2] if len(made[k]) == 3 else None)
+    for k in rows.get("value", ()):
+        made[k] = made[k][1]
 
-    Refuse nodes that cannot be made of what the file says alone.
-    """
-    named: dict[Said, Any] = {}
-    unknown: set[int] = set()
-    wanted: list[int] = []
-    nodes = contents.nodes
-    for k in needed:
+
+def _classes(contents: Contents, roots: Iterable[str], rows: Rows) -> dict[int, Any]:
+    """Return the classes of named tuples; refuse nodes that only given trees can have."""
+    nodes, named = contents.nodes, dict[Said, Any]()
+    classes: dict[int, Any] = {}
+    unknown = {*rows.get("object", ()), *rows.get("left_out", ())}
+    for k in rows.get("named", ()):
         said = nodes[k]
-        kind = said[0]
-        if kind == "array":
-            wanted.append(said[1])
-        elif kind == "leaf":
-            leaves[k] = rules.rule_of(said)
-        elif kind == "named":
-            mark = said[1 : len(said) // 2 + 1]
-            if mark not in named:
-                named[mark] = contents.classes.find(said[1], [*mark[1:]])
-            classes[k] = named[mark]
-            if named[mark] is None:
-                unknown.add(k)
-        elif kind in ("object", "left_out"):
+        mark = said[1 : len(said) // 2 + 1]
+        if mark not in named:
+            named[mark] = contents.classes.find(said[1], [*mark[1:]])
+        classes[k] = named[mark]
+        if named[mark] is None:
             unknown.add(k)
     if unknown:
         _refuse_unknown(contents, roots, unknown)
-    return wanted
+    return classes
 
 
 def _ties(nodes: list[Any], root: int, leaves: Iterable[int]) -> dict[int, list[str]]:

@@ -8,7 +8,6 @@ that there are.
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from operator import itemgetter
 from typing import Any
@@ -38,11 +37,13 @@ from ._tables import (
     ARRAY,
     CHILDLESS,
     INNER,
+    Rows,
     Said,
     children_at,
     children_of,
     keys_at,
     pairs_of,
+    rows_of,
 )
 
 _MOST_HEADS = 1000
@@ -51,7 +52,7 @@ _MOST_PARTS = 1000
 """Rules that one rule may be made of."""
 _AT_ONCE = 1 << 16
 """Children that are looked at together."""
-_FIRST, _SECOND = itemgetter(0), itemgetter(1)
+_SECOND = itemgetter(1)
 
 
 class Contents:
@@ -72,7 +73,7 @@ class Contents:
         """Whether a node has more than one parent."""
         self.is_whole = False
         """Whether each node is the root of a tree or has one parent."""
-        self.rows: dict[str, list[int]] = {}
+        self.rows: Rows = {}
         """The numbers of the nodes of each kind."""
         self._heads: dict[Said, tuple[Said, list[str] | None]] = {}
         """How nodes begin, beside what is made of that, and the fields that newer states have."""
@@ -181,10 +182,7 @@ class Contents:
         for said in nodes if {*map(type, nodes)} - {tuple} else ():
             if type(said) is not tuple:
                 damaged(f"a node is {said!r:.60}")
-        rows: defaultdict[Any, list[int]] = defaultdict(list)
-        for k, kind in enumerate(map(_FIRST, nodes)):
-            rows[kind].append(k)
-        self.rows = {**rows}
+        self.rows = rows = rows_of(nodes, range(len(nodes)))
         families = _Families(len(nodes))
         for kind, row in rows.items():
             if kind == "array":
@@ -317,14 +315,11 @@ class Contents:
 
 def _checked_value(said: Said) -> Said:
     """Return a node that is a number, a text, ..., None, or something that was left out."""
-    kind = said[0]
-    if len(said) == 2:
-        if kind == "value":
-            x = plain(said[1])
-            return said if x is said[1] else (kind, x)
-        if kind == "left_out" and isinstance(said[1], str):
-            return said
-    damaged(f"a node is {said!r:.60}")
+    kind, x = said if len(said) == 2 else ("", None)
+    if kind != "value" and (kind != "left_out" or not isinstance(x, str)):
+        damaged(f"a node is {said!r:.60}")
+    known = plain(x)
+    return said if known is x else (kind, known)
 
 
 def _completed(said: Said, keys: Said, fields: list[str]) -> Said:
@@ -380,7 +375,7 @@ class _Families:
     def are_shared(self) -> bool:
         """Tell whether a node has several parents."""
         self._check_added()
-        return self._total > np.count_nonzero(self._has_parent)
+        return self._total > int(np.count_nonzero(self._has_parent))
 
     def are_alone(self, tops: set[int]) -> bool:
         """Tell whether these nodes have no parent, and all others have."""

@@ -61,7 +61,7 @@ class Differences:
             kind = said[0]
             if isinstance(x, Leaf) and kind == "leaf":
                 ties.append((path, id(x if x.tie is None else x.tie), k))
-                rule = self._rules.rule_of(said)
+                rule = self._rules.rule_of(k)
                 if rule is not x.rule and signature_of(rule) != signature_of(x.rule):
                     yield differ(path, partial(_told_rule, rule), partial(_has_rule, x.rule))
                 stack.append((path.step("state"), x.state, said[2], True, None))

@@ -202,7 +202,7 @@ def _loaded(archive: Archive, like: Tree) -> Tree:
 
 def _is_pair(like: Tree) -> bool:
     """Tell a state tree and a model from a state tree that happens to be a tuple of two."""
-    if type(like) is not tuple or len(like) != 2:
+    if not _is_two(like):
         return False
     for _, x in walk(like[1]):
         return not isinstance(x, Leaf)
@@ -210,10 +210,16 @@ def _is_pair(like: Tree) -> bool:
 
 
 def _is_swapped(like: Tree) -> bool:
-    if type(like) is not tuple or len(like) != 2:
+    """Tell a model and a state tree, in this order; mostly by a look at the first leaf."""
+    if not _is_two(like) or any(isinstance(x, Leaf) for _, x in walk(like[0])):
         return False
-    first, second = ([isinstance(x, Leaf) for _, x in walk(tree)] for tree in like)
-    return bool(first and second) and not any(first) and all(second)
+    has_any = next(walk(like[0]), None) is not None
+    second = [isinstance(x, Leaf) for _, x in walk(like[1])]
+    return has_any and bool(second) and all(second)
+
+
+def _is_two(like: Tree) -> bool:
+    return type(like) is tuple and len(like) == 2
 
 
 @contextlib.contextmanager

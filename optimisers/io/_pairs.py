@@ -2,12 +2,17 @@
 
 It takes files and trees in which nothing is at two places and that plainly fit, which is nearly
 all. Of any other it makes nothing and says nothing: `_fill` looks again, with paths.
+
+A tree is gone through in rows, the root first: all that lies one level below the nodes of a row is
+the next, parted by kind. So the leaves of a model are one row, their states another, and what holds
+for a row is asked once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from typing import Any
+from collections.abc import Sequence
+from operator import itemgetter
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,7 +21,6 @@ from .._leaf import Leaf
 from .._trees.nodes import children, is_node, rebuild
 from .._trees.parameters import owners
 from .._trees.paths import KeyPath
-from ..rules._base import Rule
 from . import _safetensors as form
 from ._array_reader import ArrayReader
 from ._contents import Contents
@@ -25,9 +29,19 @@ from ._entries import ABSENT, ArrayNode
 from ._revive import supplied
 from ._rule_reader import RuleReader
 from ._saved import BY_POSITION, kind_of
-from ._tables import INNER, Said, children_of, keys_of
+from ._tables import INNER, Said, children_at, children_of, keys_of, rows_of
 
 Tree = Any
+
+
+class _Row(NamedTuple):
+    """Nodes of one kind, by their numbers, and the objects beside them."""
+
+    kind: str
+    numbers: list[int]
+    xs: list[Any]
+    below: list[Said]
+    """The children of each node that has any, in the order of the object beside it."""
 
 
 class Pairs:
@@ -36,146 +50,194 @@ class Pairs:
     def __init__(self, contents: Contents, rules: RuleReader) -> None:
         self._contents = contents
         self._rules = rules
-        self._beside: dict[int, Any] = {}
-        """By the number of its node, children behind their parents: what stands there."""
-        self._below: dict[int, Said] = {}
-        """The children of a node, in the order of the object beside it."""
-        self._arrays: list[Any] = []
-        """The parameters, outside of states."""
+        self._rows: list[_Row] = []
+        """Those of the parents before those of their children."""
+        self._is_taken = bytearray(len(contents.nodes))
+        self._is_read = bytearray(len(contents.tensors))
+        self._parameters: list[Any] = []
+        """The arrays outside of states."""
         self._leaves: set[int] = set()
-        self._dtypes: dict[str, Any] = {}
-        self._is_taken = bytearray(len(contents.tensors))
         self._alike: set[tuple[int, int]] = set()
+        self._heads: set[tuple[Any, Said]] = set()
+        """Classes of named tuples, each with the begin of a node that goes with it."""
 
     def fit(self, root: str, tree: Tree) -> bool:
         """Put a tree beside the nodes of a root; False if they do not plainly fit."""
-        nodes, beside = self._contents.nodes, self._beside
-        stack: list[tuple[int, Any, bool]] = [(self._contents.roots[root], tree, False)]
+        nodes = self._contents.nodes
+        stack: list[tuple[list[int], list[Any], bool]]
+        stack = [([self._contents.roots[root]], [tree], False)]
         while stack:
-            k, x, is_state = stack.pop()
-            if k in beside:  # the root of one tree, and a part of another
+            numbers, xs, is_state = stack.pop()
+            if _are_taken(self._is_taken, numbers):  # the root of one tree, and a part of another
                 return False
-            said = nodes[k]
-            kind = said[0]
-            beside[k] = x
-            if kind == "leaf":
-                if not isinstance(x, Leaf) or said[2] in beside or not self._fits_leaf(said, x):
-                    return False
-                k, x, is_state = said[2], x.state, True
-                said = nodes[k]
-                kind = said[0]
-                beside[k] = x
-            if kind == "array":
-                if not self._fits_array(said, x, is_state):
-                    return False
-            elif kind in INNER:
-                found = _values(said, x)
+            kinds = {*map(_FIRST, map(nodes.__getitem__, numbers))}
+            if len(kinds) == 1:
+                parted = [_Row(kinds.pop(), numbers, xs, [])]
+            else:
+                beside = dict(zip(numbers, xs, strict=True))
+                rows = rows_of(nodes, numbers).items()
+                parted = [_Row(kind, row, [beside[k] for k in row], []) for kind, row in rows]
+            for row in parted:
+                found = self._children(row, is_state)
                 if found is None:
                     return False
-                self._below[k] = below = found[0]
-                for child, value in zip(below, found[1], strict=True):
-                    if child is ABSENT:
-                        continue
-                    if nodes[child][0] == "array" and child not in beside:
-                        if not self._fits_array(nodes[child], value, is_state):
-                            return False
-                        beside[child] = value
-                    else:
-                        stack.append((child, value, is_state))
-            elif not may_replace(x, kind):
-                return False
+                self._rows.append(row)
+                if found[0]:
+                    stack.append((*found, is_state or row.kind == "leaf"))
         return True
 
-    def _fits_array(self, said: Any, x: Any, is_state: bool) -> bool:
-        if len(said) != 2 or self._is_taken[said[1]]:
+    def _children(self, row: _Row, is_state: bool) -> tuple[list[int], list[Any]] | None:
+        """Return what lies below a row: nodes, and what is beside them; None if it does not fit."""
+        nodes, kind = self._contents.nodes, row.kind
+        if kind == "array":
+            return ([], []) if self._fit_arrays(row, is_state) else None
+        if kind == "leaf":
+            if not self._fit_leaves(row):
+                return None
+            return [nodes[k][2] for k in row.numbers], [leaf.state for leaf in row.xs]
+        if kind not in INNER:
+            return ([], []) if all(may_replace(x, kind) for x in row.xs) else None
+        numbers: list[Any] = []
+        beside: list[Any] = []
+        for k, x in zip(row.numbers, row.xs, strict=True):
+            found = self._values(nodes[k], x)
+            if found is None:
+                return None
+            below, values = found
+            row.below.append(below)
+            numbers += below
+            beside += values
+        if ABSENT in numbers:
+            known = [k for k, child in enumerate(numbers) if child is not ABSENT]
+            return [numbers[k] for k in known], [beside[k] for k in known]
+        return numbers, beside
+
+    def _fit_arrays(self, row: _Row, is_state: bool) -> bool:
+        said = [self._contents.nodes[k] for k in row.numbers]
+        read = [*map(_SECOND, said)]
+        if {*map(len, said)} != {2} or _are_taken(self._is_read, read):
             return False
-        self._is_taken[said[1]] = 1
-        _, dtype, shape, _, _, _ = self._contents.tensors[said[1]]
-        if type(x) is np.ndarray:
-            if shape != x.shape:
+        xs, tensors = row.xs, [self._contents.tensors[k] for k in read]
+        if {*map(type, xs)} == {np.ndarray}:
+            shapes: list[Any] = [x.shape for x in xs]
+        elif None in map(library_of, {*map(type, xs)}):
+            return False
+        else:
+            shapes = [tuple(x.shape) for x in xs]
+        dtypes = [x.dtype for x in xs]
+        names = [tensor.dtype for tensor in tensors]
+        for dtype, name in {*zip(dtypes, names, strict=True)}:
+            if form.dtype_name(dtype) != name:
                 return False
-            if x.dtype is not self._dtypes.get(dtype):
-                if dtype != form.dtype_name(x.dtype):
+        if not is_state:
+            self._parameters += filter(isnumeric, xs)
+        return shapes == [tensor.shape for tensor in tensors]
+
+    def _fit_leaves(self, row: _Row) -> bool:
+        if not all(issubclass(cls, Leaf) for cls in {*map(type, row.xs)}):
+            return False
+        self._leaves.update([id(x if x.tie is None else x.tie) for x in row.xs])
+        rules = self._rules.rules_of(row.numbers)
+        pairs = {(id(rule), id(x.rule)): (rule, x) for rule, x in zip(rules, row.xs, strict=True)}
+        for mark, (rule, x) in pairs.items():
+            if mark not in self._alike:
+                if rule is not x.rule and signature(rule) != signature(x.rule):
                     return False
-                self._dtypes[dtype] = x.dtype
-        elif (
-            library_of(type(x)) is None
-            or shape != tuple(x.shape)
-            or dtype != form.dtype_name(x.dtype)
-        ):
-            return False
-        if not is_state and isnumeric(x):
-            self._arrays.append(x)
+                self._alike.add(mark)
         return True
 
-    def _fits_leaf(self, said: Any, leaf: Leaf) -> bool:
-        tie = id(leaf if leaf.tie is None else leaf.tie)
-        if tie in self._leaves:
-            return False
-        self._leaves.add(tie)
-        rule = self._rules.rule_of(said)
-        mark = said[1], id(leaf.rule)
-        if mark not in self._alike:
-            if rule is not leaf.rule and signature(rule) != signature(leaf.rule):
-                return False
-            self._alike.add(mark)
-        return True
+    def _values(self, said: Said, x: Any) -> tuple[Said, Sequence[Any]] | None:
+        """Return the children of a node, and beside them those of an object; None if not alike."""
+        kind, cls = said[0], type(x)
+        if kind in BY_POSITION and (cls is tuple or cls is list):
+            return (said[1:], x) if cls.__name__ == kind and len(x) == len(said) - 1 else None
+        end = children_at(said)
+        if (cls, said[:end]) in self._heads:
+            return said[end:], x
+        if not is_node(x) or kind_of(x) != kind:
+            return None
+        if kind == "named":
+            if cls._fields != said[2:end]:
+                return None
+            self._heads.add((cls, said[:end]))
+            return said[end:], x
+        found = x if cls is dict else children(x)
+        keys, below = keys_of(said), children_of(said)
+        if (*found,) != keys:
+            theirs = dict(zip(keys, below, strict=True))
+            if found.keys() != theirs.keys():
+                return None
+            below = tuple([theirs[key] for key in found])
+        return below, [*found.values()]
 
     def are_apart(self) -> bool:
-        """Tell whether no two of the parameters given are one."""
-        root = KeyPath()
-        return owners([(root, x) for x in self._arrays]) == [*range(len(self._arrays))]
+        """Tell whether no two leaves and no two of the parameters given are one."""
+        leaves = sum(len(row.numbers) for row in self._rows if row.kind == "leaf")
+        root, xs = KeyPath(), self._parameters
+        return len(self._leaves) == leaves and owners([(root, x) for x in xs]) == [*range(len(xs))]
 
     def filled(self, arrays: ArrayReader, wanted: dict[str, Tree]) -> dict[str, Tree]:
         """Return the trees, made of the objects and the numbers of the file."""
         nodes, made = self._contents.nodes, dict[Any, Any]()
-        of_numpy = [k for k, x in self._beside.items() if type(x) is np.ndarray]
-        arrays.read_small([nodes[k][1] for k in of_numpy])
-        bases, rules = arrays.bases, dict[int, Rule]()
         made[ABSENT] = ABSENT
-        for k, x in reversed(self._beside.items()):
-            said = nodes[k]
-            kind = said[0]
-            if kind == "array":
-                if type(x) is np.ndarray and said[1] in bases:
-                    made[k] = bases[said[1]]
-                else:
-                    made[k] = arrays.array(ArrayNode(said[1], None), x)
-            elif kind == "leaf":
-                if said[1] not in rules:
-                    rules[said[1]] = self._rules.rule(said[1])
-                skipped = said[4] if len(said) == 5 else 0
-                made[k] = Leaf(rules[said[1]], made[said[2]], said[3], skipped)
-            elif kind == "value":
-                made[k] = said[1]
-            elif kind == "left_out":
-                made[k] = x
+        arrays.read_small(
+            nodes[k][1]
+            for row in self._rows
+            if row.kind == "array"
+            for k, x in zip(row.numbers, row.xs, strict=True)
+            if type(x) is np.ndarray
+        )
+        for row in reversed(self._rows):
+            said = [nodes[k] for k in row.numbers]
+            if row.kind == "array":
+                values = _arrays(arrays, [*map(_SECOND, said)], row.xs)
+            elif row.kind == "leaf":
+                values = self._new_leaves(said, made)
+            elif row.kind == "value":
+                values = [*map(_SECOND, said)]
+            elif row.kind == "left_out":
+                values = row.xs
             else:
-                below = self._below[k]
-                values = [made[child] for child in below]
-                if kind == "tuple" and type(x) is tuple:
-                    made[k] = tuple(values)
-                else:
-                    is_whole = kind != "named" or ABSENT not in below
-                    made[k] = rebuild(x, values if is_whole else supplied(type(x), values))
+                values = [
+                    _node(x, [made[child] for child in below], below)
+                    for x, below in zip(row.xs, row.below, strict=True)
+                ]
+            made.update(zip(row.numbers, values, strict=True))
         return {root: made[self._contents.roots[root]] for root in wanted}
 
+    def _new_leaves(self, said: list[Said], made: dict[Any, Any]) -> list[Leaf]:
+        rules = {k: self._rules.rule(k) for k in {*map(_SECOND, said)}}
+        return [
+            Leaf(rules[rule], made[state], frozen, *skipped)
+            for _, rule, state, frozen, *skipped in said
+        ]
 
-def _values(said: Said, x: Any) -> tuple[Said, Collection[Any]] | None:
-    """Return the children of a node, and beside them those of an object; None if these differ."""
-    kind, cls = said[0], type(x)
-    if kind in BY_POSITION and (cls is tuple or cls is list):
-        return (said[1:], x) if cls.__name__ == kind and len(x) == len(said) - 1 else None
-    if not is_node(x) or kind_of(x) != kind:
-        return None
-    if kind == "named":
-        end = len(said) // 2 + 1
-        return (said[end:], x) if cls._fields == said[2:end] else None
-    found = x if cls is dict else children(x)
-    keys, below = keys_of(said), children_of(said)
-    if (*found,) != keys:
-        theirs = dict(zip(keys, below, strict=True))
-        if found.keys() != theirs.keys():
-            return None
-        below = tuple([theirs[key] for key in found])
-    return below, found.values()
+
+_FIRST, _SECOND = itemgetter(0), itemgetter(1)
+
+
+def _are_taken(taken: bytearray, numbers: list[int]) -> bool:
+    """Take some numbers, and tell whether one was taken before."""
+    for k in numbers:
+        if taken[k]:
+            return True
+        taken[k] = 1
+    return False
+
+
+def _arrays(arrays: ArrayReader, numbers: list[int], xs: list[Any]) -> list[Any]:
+    """Return arrays of the file, by their numbers, of the libraries of those given."""
+    bases = arrays.bases
+    return [
+        bases[k] if type(x) is np.ndarray and k in bases else arrays.array(ArrayNode(k, None), x)
+        for k, x in zip(numbers, xs, strict=True)
+    ]
+
+
+def _node(x: Any, values: list[Any], below: Said) -> Any:
+    """Return a node like one that was given, with other children."""
+    if type(x) is tuple:
+        return tuple(values)
+    if ABSENT in below:
+        values = supplied(type(x), values)
+    return rebuild(x, values)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ class RuleReader:
         self._classes: dict[str, Any] = {}
         self._made: dict[int, Rule] = {}
         self._examples: dict[int, Any] = {}
-        self._heads: dict[int, tuple[Said, int] | None] = {}
+        self._flat: dict[int, tuple[Rule, Said, int]] = {}
         self._fitting: set[tuple[int, int]] = set()
 
     def rule(self, k: int) -> Rule:
@@ -49,29 +50,41 @@ class RuleReader:
             self._made[part] = made_rule(self._classes[name], name, fields)
         return self._made[k]
 
-    def rule_of(self, leaf: Said) -> Rule:
-        """Return the rule of a leaf; if the library knows it, the state must be one it makes."""
-        k, state = leaf[1], leaf[2]
-        rule = self._made[k] if k in self._made else self.rule(k)
-        if self._contents.is_open[k]:
-            return rule
-        if k not in self._examples:
-            self._examples[k] = rule.init(np.zeros(()))
-            self._heads[k] = _head_of_flat(self._examples[k])
-        if not self._is_flat(k, state) and not self._is_state(self._examples[k], state):
-            damaged(f"it has a state that is none of {rule!r:.80}")
-        return rule
+    def rules_of(self, leaves: Iterable[int]) -> list[Rule]:
+        """Return the rules of leaves; of a rule of the library, the state must be one it makes."""
+        nodes, flat = self._contents.nodes, self._flat
+        found: list[Rule] = []
+        for leaf in leaves:
+            _, k, state, *_ = nodes[leaf]
+            if k not in flat:
+                flat[k] = self._looked_at(k)
+            rule, head, count = flat[k]
+            found.append(rule)
+            if count != len(said := nodes[state]) or said[: len(head)] != head:
+                self._check_state(k, state)
+            else:
+                for child in said[len(head) :]:
+                    if child is ABSENT or nodes[child][0] not in _SMALL:
+                        self._check_state(k, state)
+                        break
+        return found
 
-    def _is_flat(self, rule: int, k: int) -> bool:
-        """Tell whether a node is the state of a rule that keeps arrays and numbers alone."""
-        nodes = self._contents.nodes
-        said, head = nodes[k], self._heads[rule]
-        if head is None or len(said) != head[1] or said[: len(head[0])] != head[0]:
-            return False
-        for child in said[len(head[0]) :]:
-            if child is ABSENT or nodes[child][0] not in _SMALL:
-                return False
-        return True
+    def rule_of(self, leaf: int) -> Rule:
+        """Return the rule of a leaf, as `rules_of` does."""
+        return self.rules_of((leaf,))[0]
+
+    def _looked_at(self, k: int) -> tuple[Rule, Said, int]:
+        """Return a rule, how the nodes of its states begin, and their length if they are flat."""
+        rule = self.rule(k)
+        if self._contents.is_open[k]:
+            return rule, (), -1
+        self._examples[k] = rule.init(np.zeros(()))
+        return rule, *(_head_of_flat(self._examples[k]) or ((), -1))
+
+    def _check_state(self, k: int, state: int) -> None:
+        """Refuse a node that is no state of a rule of the library, with a look at all its parts."""
+        if not self._contents.is_open[k] and not self._is_state(self._examples[k], state):
+            damaged(f"it has a state that is none of {self._made[k]!r:.80}")
 
     def _is_state(self, example: Any, k: Any) -> bool:
         """Tell whether a node is made of tuples and arrays as a state that a rule makes.

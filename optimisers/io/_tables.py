@@ -16,6 +16,7 @@ parsed, a node one that is laid out like this, with the numbers of its children 
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -38,6 +39,7 @@ PAIRS, ARRAY = Mark("object"), Mark("array")
 _EMPTY = (PAIRS,)
 KEYED = frozenset({*CONTAINERS.values()} - {*BY_POSITION})
 Said = tuple[Any, ...]
+Rows = dict[str, list[int]]
 CHILDLESS = frozenset(("array", "value", "left_out"))
 INNER = frozenset((*BY_POSITION, *KEYED, *WITH_CLASS))
 BY_NAME = frozenset((*WITH_CLASS, *NAMESPACES, "leaf"))
@@ -148,6 +150,14 @@ def key_of(said: Said, k: int) -> Any:
     if kind in BY_POSITION:
         return k
     return "state" if kind == "leaf" else said[keys_at(said) + k]
+
+
+def rows_of(nodes: list[Any], numbers: Iterable[int]) -> Rows:
+    """Return the numbers of the nodes of each kind."""
+    rows: defaultdict[str, list[int]] = defaultdict(list)
+    for k in numbers:
+        rows[nodes[k][0]].append(k)
+    return {**rows}
 
 
 def needed_nodes(nodes: list[Any], roots: list[int]) -> list[int]:
