@@ -33,9 +33,19 @@ f) *What user code can do meanwhile.* Between taking a leaf and running, code of
    the arrays, for those who go behind NumPy's back (`refcheck=False`, `__setstate__`), and of the
    tensors of PyTorch that the arrays are views of: these may be given other memory at any time
    (``x.data = y``, ``storage.resize_``). After that check no Python runs until the numbers are
-   written. A run that lets other threads have the GIL owns the storages of tensors, too; that a
-   thread resizes one of them meanwhile is all that nobody can be kept from. `asked` says how many
-   were held when Python last ran, which is all unless a batch does everything at one call.
+   written. `asked` says how many were held when Python last ran, which is all unless a batch does
+   everything at one call.
+   A short run keeps the GIL. A long one lets other threads have it, so that they must not be able
+   to take its memory away meanwhile. A `Keeper` is the base of all arrays of NumPy then: these do
+   not own their memory, so that NumPy refuses to resize it and does not free it. If another run
+   keeps an array, this one keeps the GIL. Of tensors it owns the storages, which a thread may
+   replace then, but not resize: *that may end the process*, as while PyTorch itself computes.
+   PyTorch has nothing by which to hold the memory of a storage (a view by ``tensor.numpy()``
+   forbids to resize it for good), and the GIL is no lock on it, since ``Tensor.resize_`` and
+   ``out=`` copy and free without it (beside a `resize_` of 240 MB, which took 1.4 s, another thread
+   of Python ran all the time). To keep the GIL would stop ``storage.resize_`` alone, and halt other
+   threads for the whole run: 20 to 30 ms for 10 million numbers, where Python switches every 5 ms.
+   A Python without the GIL has no Keeper: there NumPy's own calls are not safe either.
 g) *Narrow numbers*, float16 and bfloat16, are computed with in float. Blocks of the parameter, the
    gradient and the slots are widened into scratch memory, the same steps run there, and then each
    slot and the parameter is rounded, once (`keep`, `round_into`). A gradient and a slot may also be
@@ -52,7 +62,8 @@ include "_cpu/platform.pxi"   # the compiler, the processor, Python, NumPy; size
 include "_cpu/steps.pxi"      # the table of steps, which the generated file fills
 include "_steps.pxi"          # the words and the steps, written by tools/emit_steps.py
 fill_table()
-include "_cpu/work.pxi"       # the memory of a batch: leaves, their stages, arrays that are held
+include "_cpu/work.pxi"       # the memory of a batch: leaves, their stages, what is held
+include "_cpu/held.pxi"       # arrays whose memory is in use
 include "_cpu/spans.pxi"      # memory that is written, sorted by address
 include "_cpu/settings.pxi"   # blocks and threads
 include "_cpu/plans.pxi"      # rules made ready

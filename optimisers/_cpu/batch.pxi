@@ -24,7 +24,7 @@ cdef class Batch:
     cdef object blank
     cdef Work* work
     cdef Py_ssize_t hint
-    cdef Fused fused            # the last that was found
+    cdef Led led                # the last that was found
     cdef Py_ssize_t blocks      # in all segments ...
     cdef Py_ssize_t longest     # ... and most numbers in one
     cdef Py_ssize_t bytes       # that the update moves
@@ -36,6 +36,7 @@ cdef class Batch:
     cdef object clash           # what `settle` found
     cdef list norm_rules
     cdef list storages          # of tensors; None if nobody needed to hold any
+    cdef Keeper keeper          # of memory, during runs without the GIL; None before the first
     cdef cnp.ndarray like       # the parameter that is being taken
     cdef readonly dict new_x
     """Place: array that takes the parameter's place, where it was not written in place."""
@@ -51,7 +52,7 @@ cdef class Batch:
         self.blank = blank
         self.norm_rules = []
         self.new_x, self.new_state = {}, {}
-        self.failed = self.fused.last = -1
+        self.failed = self.led.last = -1
         self.busy = self.ran = self.settled = self.widens = False
         self.asked = self.blocks = self.longest = self.bytes = self.gradients = 0
 
@@ -246,7 +247,7 @@ cdef class Batch:
             del self.norm_rules[norms:]
             return False
         if self.work.stages.length > leaf.first + 1:
-            self.fuse(&leaf, norms)
+            self.draw_in(&leaf, norms)
         leaf.stages = self.work.stages.length - leaf.first
         if self.blank is not None:
             self.new_state[place] = made
@@ -364,8 +365,8 @@ cdef class Batch:
                 self.asked = self.work.held.length      # Python may run: a dtype's name is its own
         return of
 
-    cdef int fuse(self, Segment* leaf, Py_ssize_t norms) except -1:
-        """Fuse the last step with those ahead of it, if there is a loop that does them all.
+    cdef int draw_in(self, Segment* leaf, Py_ssize_t norms) except -1:
+        """Let the last step's loop do those ahead of it too, if there is one that does.
 
         A barrier may begin such a loop, since all it waits for comes before. The leaf's own are
         those after the first `norms`.
@@ -376,17 +377,17 @@ cdef class Batch:
             return 0
         if self.work.norms.length > norms:
             start = (<Norm*> self.work.norms.data)[self.work.norms.length - 1].stage
-        first = last - self.fused.ahead
+        first = last - self.led.ahead
         if (
             first < start
-            or stages[first].coefs != self.fused.first
-            or stages[last].coefs != self.fused.last
+            or stages[first].coefs != self.led.first
+            or stages[last].coefs != self.led.last
         ):
             if not self.find_lead(leaf, stages, start, last):
                 return 0
-            first = last - self.fused.ahead
+            first = last - self.led.ahead
         stages[first] = stages[last]
-        stages[first].finish, stages[first].coefs = self.fused.finish, self.fused.coefs
+        stages[first].finish, stages[first].coefs = self.led.finish, self.led.coefs
         self.work.stages.length = first + 1
         return 0
 
@@ -398,11 +399,11 @@ cdef class Batch:
         cdef int k
         for k in range(leads_known):
             first = last - leads[k].length
-            finish = step_table[stages[last].index].fused[k][leaf.is_double]
+            finish = step_table[stages[last].index].led[k][leaf.is_double]
             if finish is not NULL and first >= start and is_lead(&leads[k], stages + first):
-                self.fused.ahead, self.fused.finish = leads[k].length, finish
-                self.fused.first, self.fused.last = stages[first].coefs, stages[last].coefs
-                self.fused.coefs = self.join_numbers(stages + first, last - first + 1, leaf)
+                self.led.ahead, self.led.finish = leads[k].length, finish
+                self.led.first, self.led.last = stages[first].coefs, stages[last].coefs
+                self.led.coefs = self.join_numbers(stages + first, last - first + 1, leaf)
                 return True
         return False
 
@@ -475,6 +476,7 @@ cdef class Batch:
             return True
         if cnp.PyArray_Check(old):
             new[...] = old
+            self.asked = self.work.held.length      # a subclass may run code
             return True
         if not PyTuple_Check(old):
             return False
@@ -589,14 +591,21 @@ cdef class Batch:
     cdef bint judge(self) except -1:
         """Mark the leaves whose gradients hold infinity or NaN; tell whether there are any."""
         cdef Run run
-        self.check_held(0, self.asked)
+        cdef bint keeps
         self.prepare(&run)
         run.is_bad = 0
         run.members = take_team(run.gradients)
         run.pieces = min(run.blocks, run.gradients // PIECE + 1, run.members * PIECES)
-        work_on(&run, judge_piece, run.gradients, self.keeps_gil(&run, run.gradients))
-        if run.members > 1:
-            team_leave()
+        try:
+            keeps = self.keeps_gil(&run, run.gradients)
+            self.check_held(0, self.asked)
+            work_on(&run, judge_piece, run.gradients, keeps)
+            if not keeps:       # other threads have run
+                self.asked = self.work.held.length
+        finally:
+            self.give_memory_back()
+            if run.members > 1:
+                team_leave()
         return run.is_bad
 
     def run(self):
@@ -643,6 +652,7 @@ cdef class Batch:
             self.busy = False
             return 0
         finally:
+            self.give_memory_back()
             if run.members > 1:
                 team_leave()
             environment_leave(before)
@@ -662,28 +672,56 @@ cdef class Batch:
         )
 
     cdef bint keeps_gil(self, Run* run, Py_ssize_t bytes) except -1:
-        """Tell whether a run is too short to let others have the GIL; if not, own the storages.
+        """Tell whether a run keeps the GIL; if not, see to it that the memory in use stays (see f).
 
-        Another thread may give a tensor other memory meanwhile. That its storage is resized then is
-        the one thing that nobody can be kept from.
+        After such a run, `let_go_of_memory` is to be called.
+        """
+        cdef Py_ssize_t n = self.work.held.length
+        cdef bint is_short = bytes < SHORT_OF_TENSORS
+        if bytes < SHORT and run.members == 1 or bytes < SHORT_OF_EACH * n:
+            return True
+        if self.work.borrows and self.storages is None and self.has_tensors(not is_short):
+            if is_short:
+                return True
+        if not HAS_GIL:
+            return False
+        if self.keeper is None:
+            self.keeper = Keeper()
+        if self.keeper.keep(self.work):
+            return False
+        self.keeper.give_back()
+        return True
+
+    cdef bint has_tensors(self, bint owns) except -1:
+        """Tell whether there are views of tensors; if so, own their storages, where that is said.
+
+        These can be given other memory, too, but a thread that gives a tensor another storage is
+        no harm then.
         """
         cdef Held* held = <Held*> self.work.held.data
         cdef PyObject* base
         cdef Py_ssize_t k
-        if bytes < SHORT and run.members == 1:
-            return True
-        if owner_of is NULL or not self.work.borrows or self.storages is not None:
+        cdef int found
+        if owner_of is NULL:
             return False
+        self.asked = self.work.held.length      # collected garbage may run code of users
         for k in range(self.work.held.length):
-            base = base_of(held[k].array)
-            if base is NULL or cnp.PyArray_Check(<object> base):
+            base = lender(held[k].array)
+            if base is NULL:
                 continue
-            if owner_of(base, held[k].data, held[k].bytes) == TENSOR:
-                if bytes < SHORT_OF_TENSORS:
-                    return True
+            found = owner_of(base, held[k].data, held[k].bytes)
+            if found == MOVED:
+                self.check_held(k, k + 1)
+            if found == TENSOR and not owns:
+                return True
+            if found == TENSOR:
                 self.storages = self.storages or []
                 self.storages.append((<object> base).untyped_storage())
-        return False
+        return self.storages is not None
+
+    cdef void give_memory_back(self) noexcept:
+        if self.keeper is not None:
+            self.keeper.give_back()
 
     cdef void prepare(self, Run* run) noexcept:
         """Say what there is to do."""

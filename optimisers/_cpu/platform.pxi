@@ -11,6 +11,11 @@ cdef extern from *:
     #else
     static int omp_get_max_threads(void) { return 0; }
     #endif
+    #if defined(Py_GIL_DISABLED)
+    #define HAS_GIL 0
+    #else
+    #define HAS_GIL 1
+    #endif
     /* Blocks never overlap (see Batch.settle), and the loops may rely on it. */
     #if defined(_MSC_VER)
     #define APART __restrict
@@ -70,6 +75,7 @@ cdef extern from *:
     typedef const double *APART const_double_p;
     """
     int omp_get_max_threads() nogil
+    bint HAS_GIL
     void* exchange(void** at, void* p) nogil
     Py_ssize_t slot_offset(object cls, const char* name)
     int runs_avx2()
@@ -134,6 +140,7 @@ cdef enum:
     FAR = 1 << 24           # ... if so many bytes are moved
     LINED_UP = 2048         # numbers in a leaf from which it pays to align its blocks
     SHORT = 32768           # bytes that are moved before others could have had the GIL ...
+    SHORT_OF_EACH = 4096    # ... of each array, whose memory has to be kept then: see held.pxi ...
     SHORT_OF_TENSORS = 1 << 20  # ... where it is of tensors, whose storages have to be held then
 
 cdef uint64_t GOLDEN = 0x9e3779b97f4a7c15   # spreads addresses over a table: Knuth's multiplier

@@ -45,7 +45,7 @@ cdef struct Segment:        # one leaf
     bint swallowed          # its rule makes no step this time
     int64_t is_bad          # whether infinity or NaN was found in its gradient
 
-cdef struct Fused:          # a last stage that does what others ahead of it do
+cdef struct Led:            # a last stage that does what others ahead of it do
     Step finish
     Py_ssize_t ahead        # so many
     Py_ssize_t first        # coefs of the first of them, which no other stage has ...
@@ -96,7 +96,7 @@ cdef struct Work:           # the memory of a batch, lent from one to the next
     Vector spans            # of slots, then of all that is written
     Vector parameters       # spans of parameters
     Vector scratch          # blocks for each thread: see Batch.lend_scratch
-    Vector held             # what is owned as long as its memory is in use
+    Vector held             # what is owned as long as its memory is in use: see held.pxi
     bint borrows            # whether something held has its memory from something else
     PyObject* rule          # the last rule met and its plan: the next batch often has the same
     PyObject* plan
@@ -154,77 +154,6 @@ cdef inline void* push(Vector* v, size_t size, Py_ssize_t more=1) except NULL:
     reserve(v, size, more)
     v.length += more
     return v.data + (v.length - more) * size
-
-
-cdef inline void hold(Work* work, cnp.ndarray a, Py_ssize_t bytes) noexcept:
-    """Own an array from now on, of whose memory so many bytes are used (see f).
-
-    There must be room: one question for all the arrays of a leaf is less than one for each.
-    """
-    cdef Held* held = <Held*> work.held.data + work.held.length
-    Py_INCREF(a)
-    held.array, held.data, held.bytes = <PyObject*> a, cnp.PyArray_BYTES(a), bytes
-    if not cnp.PyArray_CHKFLAGS(a, cnp.NPY_ARRAY_OWNDATA):
-        work.borrows = True
-    work.held.length += 1
-
-
-cdef inline Py_ssize_t bytes_of(cnp.ndarray a) noexcept:
-    cdef Py_ssize_t bytes = cnp.PyArray_ITEMSIZE(a)
-    cdef int k
-    for k in range(cnp.PyArray_NDIM(a)):
-        bytes *= cnp.PyArray_DIM(a, k)
-    return bytes
-
-
-cdef enum:                  # what owns memory: see `owner_of` in _arrays/dlpack.pyx
-    MOVED = 1
-    TENSOR
-
-ctypedef int (*OwnerOf)(PyObject*, const char*, Py_ssize_t) noexcept
-
-cdef OwnerOf owner_of = NULL
-
-
-def know_tensors(uintptr_t owner):
-    """Take the address of what tells whether a tensor of PyTorch still has its memory."""
-    global owner_of
-    owner_of = <OwnerOf> <void*> owner
-
-
-cdef inline PyObject* base_of(PyObject* array) noexcept:
-    """Return what the memory of an array belongs to: an array, something else, or NULL."""
-    while array is not NULL and cnp.PyArray_Check(<object> array):
-        if cnp.PyArray_CHKFLAGS(<cnp.ndarray> array, cnp.NPY_ARRAY_OWNDATA):
-            break
-        array = cnp.PyArray_BASE(<cnp.ndarray> array)
-    return array
-
-
-cdef bint is_within(PyObject* array, const char* data, Py_ssize_t bytes) noexcept:
-    """Tell whether the memory in use is still its owner's, if that is an array or a tensor."""
-    cdef PyObject* base = base_of(array)
-    cdef char* start
-    if base is NULL or base == array:
-        return True
-    if cnp.PyArray_Check(<object> base):
-        start = cnp.PyArray_BYTES(<cnp.ndarray> base)
-        return data >= start and data + bytes <= start + bytes_of(<cnp.ndarray> base)
-    return owner_of is NULL or owner_of(base, data, bytes) != MOVED
-
-
-cdef Py_ssize_t first_moved(Work* work, Py_ssize_t first, Py_ssize_t end) noexcept:
-    """Return the first, of what is held, that no longer has the memory in use; -1 if all do."""
-    cdef Held* held = <Held*> work.held.data
-    cdef Py_ssize_t k
-    for k in range(first, end):
-        if (
-            cnp.PyArray_BYTES(<cnp.ndarray> held[k].array) != held[k].data
-            or bytes_of(<cnp.ndarray> held[k].array) < held[k].bytes
-            or not is_within(held[k].array, held[k].data, held[k].bytes)
-        ):
-            return k
-    return -1
 
 
 cdef int make_room(Vector* v, size_t size, Py_ssize_t room) except -1:

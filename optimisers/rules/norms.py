@@ -139,8 +139,6 @@ class _Scale(ElementwiseRule):
 
     factor: float
 
-    _leads = True
-
     def coefs(self) -> Numbers:
         return (self.factor,)
 

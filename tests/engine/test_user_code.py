@@ -186,6 +186,106 @@ def test_a_step_that_is_refused_for_changed_memory_changes_nothing():
     assert_same_bits(model, {"a": np.ones(100_000), "b": np.ones(3)})
 
 
+locked = pytest.mark.skipif(
+    not getattr(sys, "_is_gil_enabled", lambda: True)(), reason="this Python has no GIL"
+)
+
+
+def taken_away_meanwhile(call, take, which=slice(None), **options):
+    """Step until a thread has tried to take the memory of arrays away while the kernels ran.
+
+    That is when an array does not own its memory. Returns the arrays. Python does not switch to the
+    main thread between this question and `take`, nor to this one but where the kernels let it.
+    """
+    n = 300_000
+    whole = np.ones(2 * n)
+    model = {"a": np.ones(n), "b": whole[n:]}
+    state = setup(OptimiserChain(ClipNorm(1e9), Adam()), model)
+    grad = {"a": np.ones(n), "b": np.ones(n)}
+    arrays = [model["a"], whole, grad["a"], *state["a"].state[1][:2]][which]
+    tried = [False] * len(arrays)
+    stop = threading.Event()
+
+    def meddle():
+        while not stop.is_set():
+            for k, array in enumerate(arrays):
+                if not array.flags.owndata:
+                    take(array)
+                    tried[k] = True
+            time.sleep(0)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(100)
+    thread = threading.Thread(target=meddle)
+    thread.start()
+    try:
+        for _ in range(10_000):
+            call(state, model, grad, **options)
+            if all(tried):
+                break
+    finally:
+        stop.set()
+        thread.join()
+        sys.setswitchinterval(interval)
+    assert all(tried)
+    return arrays
+
+
+@locked
+@BOTH
+@parametrize("on_nonfinite", ["ignore", "skip"])
+def test_no_thread_resizes_an_array_while_the_kernels_run_without_the_gil(call, on_nonfinite):
+    """Not even with ``refcheck=False``: the memory is not the array's own meanwhile."""
+    said = set()
+
+    def resize(array):
+        try:
+            array.resize(3, refcheck=False)
+        except ValueError as error:
+            said.add(str(error))
+
+    for array in taken_away_meanwhile(call, resize, on_nonfinite=on_nonfinite):
+        assert array.size >= 300_000
+        assert array.base is None
+        assert array.flags.owndata
+    assert said == {"cannot resize this array: it does not own its data"}
+
+
+@locked
+def test_memory_that_a_thread_takes_away_while_the_kernels_run_is_not_freed():
+    """An array that gets a long text for its memory has that from an object of bytes."""
+    survives(
+        """
+        def step(state, model, grad):
+            with contextlib.suppress(*REFUSALS):
+                update_(state, model, grad)
+
+        for k in range(5):
+            for size in (2, 2000):
+                def take(array):
+                    array.__setstate__((1, (size,), array.dtype, False, bytes(8 * size)))
+
+                [array] = taken_away_meanwhile(step, take, slice(k, k + 1))
+                assert array.shape == (size,)
+        """
+    )
+
+
+@parametrize("size", [2, 2000])
+def test_an_array_whose_view_is_updated_and_that_gets_other_memory(size):
+    """It no longer has what the view shows, be the new memory its own or that of bytes."""
+    whole = np.ones(100_000)
+
+    def change(state, model, grad):
+        whole.__setstate__((1, (size,), np.dtype(float), False, bytes(8 * size)))
+
+    def call(state, model, grad):
+        return update_(state, {**model, "a": whole[:50_000]}, {**grad, "a": np.ones(50_000)})
+
+    with pytest.raises(RuntimeError, match="given other memory"):
+        meddled("coefs", call, 50_000, Momentum(), change)
+
+
 # --- what is shorter, or another thing, when it is read ---------------------------------------
 
 

@@ -266,6 +266,12 @@ class Scenario:
     rules: Sequence[Any] = RULES
     kinds: tuple[Any, ...] = (np.ndarray,)
     """What counts as an array."""
+    has_thread = False
+    """Whether a thread runs the code.
+
+    It must not free memory of arrays behind NumPy's back: NumPy computes without the GIL, and
+    ``x += 1`` then ends the process without any library. The kernels alone do not (test_user_code).
+    """
 
     def __init__(self, seed: int) -> None:
         self.draw = random.Random(seed)
@@ -415,8 +421,9 @@ class Scenario:
         array = self.pick(self.arrays())
         what = self.draw.randrange(6)
         if what < 2:
-            array.resize(self.pick([0, 1, 7, 100_000]), refcheck=what == 0)
-        elif what == 2:
+            refcheck = what == 0 or self.has_thread
+            array.resize(self.pick([0, 1, 7, 100_000]), refcheck=refcheck)
+        elif what == 2 and not self.has_thread:
             array.__setstate__((1, (2,), array.dtype, False, bytes(2 * array.itemsize)))
         elif what == 3:
             array.shape = self.pick([(array.size,), (1, array.size), (array.size, 1, 1)])
@@ -494,7 +501,8 @@ class Scenario:
         """Take a few steps while code runs."""
         for _ in range(3):
             thread = None
-            if self.draw.random() < 0.3:
+            self.has_thread = self.draw.random() < 0.3
+            if self.has_thread:
                 thread = threading.Thread(target=self.meddle, args=(stop := threading.Event(),))
                 thread.start()
             else:

@@ -6,9 +6,7 @@ from optimisers.words import abs2, sqrt, where
 
 
 class _Scale:
-    """No slots. It leads others, and reads the gradient alone."""
-
-    _leads = True
+    """No slots. It leads others: it has the name of a step in LEADS."""
 
     def coefs(self):
         return (self.eta,)
@@ -21,8 +19,6 @@ class _Scale:
 
 class WeightDecay:
     """It leads, too. No numbers, a local name that another step has, and the parameter itself."""
-
-    _leads = True
 
     @staticmethod
     def step(x, dx, state, coefs):
