@@ -56,9 +56,11 @@ def _step_word(text: str) -> Callable[[_Function], _Function]:
 
     A text is an expression of the arguments, or lines of which the last returns one. Its numbers
     have the type of the arguments. It may call a function of C by a name that Python's `math` and
-    NumPy have for it, too. An argument that stands alone behind `if` is a comparison. Its values
-    are NumPy's, bit for bit. It has neither `or` nor `and`, so that compilers make it vector
-    instructions.
+    NumPy have for it, too. An argument that stands alone behind `if` is a comparison. There is
+    neither `or` nor `and`, so that compilers make it vector instructions.
+
+    The values are NumPy's, bit for bit. A function that C and NumPy round differently, as `exp`,
+    would give rules other last bits on other engines.
 
     tools/emit_steps.py reads the texts here, from the syntax tree, and writes them as Cython;
     `_steps.compiled` makes functions of them, for Numba on the CPU and for CUDA.

@@ -82,6 +82,24 @@ def test_other_text_than_steps_changes_nothing():
     assert emit_steps.generate(WORDS, source) == TEXT.read_text()
 
 
+def test_a_word_stands_in_one_place():
+    words = WORDS + """
+@_step_word("low - exp(x)")
+def beyond(x, low): ...
+"""
+    rule = HEAD.replace("Bad", "Good") + "        return beyond(dx, x), ()\n"
+    text = emit_steps.generate(words, rule)
+    assert '    float c_expf "expf"(float)\n    double c_exp "exp"(double)\n' in text
+    function = """
+cdef inline real beyond(real x, real low) noexcept nogil:
+    if real is float:
+        return low - c_expf(x)
+    else:
+        return low - c_exp(x)
+"""
+    assert function in text
+
+
 # --- the language of steps -------------------------------------------------------------------
 
 HEAD = """from .words import abs2, absolute, clip, maximum, minimum, sign, sqrt, where, zeros_like

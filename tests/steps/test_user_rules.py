@@ -45,6 +45,7 @@ from optimisers import (
 from optimisers._engine import cpu
 from optimisers._steps import cache as step_cache
 from optimisers._steps import compiled as _compiled
+from optimisers._steps import grammar
 from optimisers._steps.grammar import StepError
 from optimisers.words import abs2, sign, sqrt, zeros_like
 
@@ -196,6 +197,24 @@ def test_the_language_knows_every_word():
     elementwise = {name for name in words.__all__ if name != "ema_weight"}  # a word of coefs
     assert {*_compiled.WORDS} == elementwise
     assert {name for name, word in _compiled.WORDS.items() if word.comparisons} == {"where"}
+
+
+def halved(x):
+    return x * 0.5
+
+
+def test_a_word_stands_in_one_place(numba, monkeypatch):
+    known = {**words.TEXTS, halved: "x * 0.5"}
+    monkeypatch.setattr(_compiled, "WORDS", grammar.words_of(known))
+
+    class Halved(ElementwiseRule):
+        @staticmethod
+        def step(x, dx, state, coefs):
+            return halved(dx) + abs2(x), ()
+
+    x = normal(10)
+    used = checked_steps(update, Halved(), {"x": x}, [{"x": x}], assert_same_bits)
+    assert used == {"['x']": "kernels"}
 
 
 # --- what is compiled, and when --------------------------------------------------------------
