@@ -23,9 +23,8 @@ from setuptools.errors import CompileError, LinkError
 from setuptools.modified import newer_group
 
 sys.path.insert(0, "tools")
-from emit_steps import generate
+from emit_steps import FORMULAS, generate
 
-FORMULAS = [Path("optimisers/words.py"), *sorted(Path("optimisers/rules").glob("[a-z]*.py"))]
 STEPS = Path("optimisers/_steps.pxi")
 KERNELS = Path("optimisers/_kernels.pyx")
 PARTS = sorted(path for path in Path("optimisers/_cpu").iterdir() if path.suffix in {".pxi", ".h"})

@@ -97,7 +97,17 @@ _LEADING: dict[str, Any] = {
     "_Scale": ClipNorm(1.0, np.inf),
     "WeightDecay": WeightDecay(0.1),
 }
-LEADS: list[list[Any]] = [[_LEADING[name] for name in lead] for lead in emit_steps.LEADS]
+_WORDS, *_RULES = [file.read_text() for file in emit_steps.FORMULAS]
+STEPS: list[Any] = [
+    step
+    for text in _RULES
+    for step in emit_steps.read_steps(text, emit_steps.language.read_words(_WORDS))
+]
+"""The steps of the library's rules, as the generator reads them."""
+
+LEADS: list[list[Any]] = [
+    [_LEADING[step.rule] for step in lead] for lead in emit_steps.find_leads(STEPS)
+]
 
 # Norms of order inf are the same bits in every order of evaluation, so whole chains are, too.
 EXACT_CHAINS: list[Any] = [

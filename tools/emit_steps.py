@@ -6,8 +6,8 @@ Each `step` becomes, for float and for double, one function over a block of numb
 itself is copied as it stands: the statements between the unpacking of `state` and `coefs` and the
 `return`. Only the syntax tree is read; the package is not imported.
 
-A loop that finishes a chain is also written with the steps of each of `LEADS` ahead of it, so that
-a number passes through them without a way to memory and back.
+A loop that finishes a chain is also written fused with the steps of each of `find_leads` ahead of
+it, so that a number passes through them without a way to memory and back.
 
 Run by setup.py; by hand, of some files:
 ``python tools/emit_steps.py words.py RULES.py ... _steps.pxi``.
@@ -20,26 +20,21 @@ import copy
 import dataclasses
 import functools
 import importlib.util
+import itertools
 import pathlib
 import sys
 import textwrap
 from collections.abc import Iterable, Mapping
 
+PACKAGE = pathlib.Path(__file__).parent.parent / "optimisers"
+FORMULAS = [PACKAGE / "words.py", *sorted(PACKAGE.glob("rules/[a-z]*.py"))]
+"""What `generate` takes the texts of, for the library."""
+
 # By its path, since the package cannot be imported before it is built.
-PATH = pathlib.Path(__file__).parent.parent / "optimisers" / "_steps" / "grammar.py"
-spec = importlib.util.spec_from_file_location("grammar", PATH)
+spec = importlib.util.spec_from_file_location("grammar", PACKAGE / "_steps" / "grammar.py")
 language = sys.modules["grammar"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(language)
 Step, StepError, Word = language.Step, language.StepError, language.Word
-
-LEADS = [
-    ("ClipGrad", "WeightDecay"),
-    ("_Scale", "WeightDecay"),
-    ("ClipGrad",),
-    ("_Scale",),
-    ("WeightDecay",),
-]
-"""Steps without slots that users put ahead of a rule, longest first; `_Scale` is ClipNorm's."""
 
 HEADER = """\
 # Written by tools/emit_steps.py from words.py and the steps of the rules. Do not edit.
@@ -48,8 +43,8 @@ HEADER = """\
 
 STEPS = """\
 # A block step: x, g and the old slots are read, dx and the new slots written, n numbers each.
-# One that finishes a chain finds x in place of dx, and leaves there x - dx. Where it is led by
-# others, coefs are those of all, one after another."""
+# One that finishes a chain finds x in place of dx, and leaves there x - dx. Where it is fused with
+# others ahead of it, coefs are those of all, one after another."""
 
 
 class Typed(ast.NodeTransformer):
@@ -102,8 +97,31 @@ def read_steps(source: str, words: Mapping[str, Word]) -> list[Step]:
     for cls in classes:
         for node in cls.body:
             if isinstance(node, ast.FunctionDef) and node.name == "step":
-                found.append(language.take_apart(language.Source(cls.name, lines), node, words))
+                step = language.take_apart(language.Source(cls.name, lines), node, words)
+                found.append(dataclasses.replace(step, leads=leads(cls)))
     return found
+
+
+def leads(cls: ast.ClassDef) -> bool:
+    """Tell whether the class of a rule says ``_leads = True``."""
+    for node in cls.body:
+        match node:
+            case ast.Assign(targets=[ast.Name(id="_leads")], value=ast.Constant(value=bool(said))):
+                return said
+    return False
+
+
+def find_leads(steps: Iterable[Step]) -> list[tuple[Step, ...]]:
+    """Return what is fused with a step behind it: steps that lead, and pairs of them.
+
+    In a pair one that reads the gradient alone, as a clip does, stands ahead of one that reads the
+    parameter too, as a decay does: gradients are clipped as they come, and decay belongs to the
+    rule behind. Pairs come first, since the first lead that fits is taken.
+    """
+    leading = [step for step in steps if step.leads]
+    of_gradient = [step for step in leading if not step.reads("x")]
+    of_both = [step for step in leading if step.reads("x")]
+    return [*itertools.product(of_gradient, of_both), *((step,) for step in leading)]
 
 
 class Renamed(ast.NodeTransformer):
@@ -117,7 +135,7 @@ class Renamed(ast.NodeTransformer):
         return ast.Name(f"{self.prefix}_{node.id}") if node.id in self.own else node
 
 
-def led_by(step: Step, lead: Step) -> Step:
+def fused(step: Step, lead: Step) -> Step:
     """Return one step that does what `lead`, which has no slots, and then `step` does."""
     renamed = Renamed(lead)
     body = [*lead.body, ast.Assign([ast.Name("dx")], lead.dx, lineno=0)]
@@ -183,25 +201,25 @@ def emit_loops(step: Step, finish: bool) -> list[str]:
 def generate(vocabulary: str, *sources: str) -> str:
     """Return the text of _steps.pxi for the texts of words.py and of the files of rules."""
     words = language.read_words(vocabulary)
-    steps = {step.rule: step for source in sources for step in read_steps(source, words)}
-    leads = [lead for lead in LEADS if {*lead} <= {*steps}]
-    followers = [step for step in steps.values() if not any(step.rule in lead for lead in leads)]
+    steps = [step for source in sources for step in read_steps(source, words)]
+    followers = [step for step in steps if not step.leads]
     loops, table = [], ["cdef int fill_table() except -1:"]
-    for name, step in steps.items():
+    for step in steps:
+        name = step.rule
         loops += emit_loops(step, finish=False) + emit_loops(step, finish=True)
         table += [
             f"    add_step({name!r}, {len(step.slots)}, {len(step.coefs)},",
             f"             {name}_float, {name}_double,",
             f"             {name}_float_finish, {name}_double_finish)",
         ]
-    for lead in leads:
-        table.append(f"    add_lead({lead!r})")
+    for lead in find_leads(steps):
+        table.append(f"    add_lead({tuple(step.rule for step in lead)!r})")
         for step in followers:
-            whole = functools.reduce(led_by, (steps[rule] for rule in reversed(lead)), step)
+            whole = functools.reduce(fused, reversed(lead), step)
             loops += emit_loops(whole, finish=True)
             table += [
-                f"    add_led({step.rule!r},",
-                f"            {whole.rule}_float_finish, {whole.rule}_double_finish)",
+                f"    add_fused({step.rule!r},",
+                f"              {whole.rule}_float_finish, {whole.rule}_double_finish)",
             ]
     functions = [emit_functions(words.values()), *map(emit_word, words.values())]
     table.append("    return 0")

@@ -24,7 +24,7 @@ cdef class Batch:
     cdef object blank
     cdef Work* work
     cdef Py_ssize_t hint
-    cdef Led led                # the last that was found
+    cdef Fused fused            # the last that was found
     cdef Py_ssize_t blocks      # in all segments ...
     cdef Py_ssize_t longest     # ... and most numbers in one
     cdef Py_ssize_t bytes       # that the update moves
@@ -52,7 +52,7 @@ cdef class Batch:
         self.blank = blank
         self.norm_rules = []
         self.new_x, self.new_state = {}, {}
-        self.failed = self.led.last = -1
+        self.failed = self.fused.last = -1
         self.busy = self.ran = self.settled = self.widens = False
         self.asked = self.blocks = self.longest = self.bytes = self.gradients = 0
 
@@ -247,7 +247,7 @@ cdef class Batch:
             del self.norm_rules[norms:]
             return False
         if self.work.stages.length > leaf.first + 1:
-            self.draw_in(&leaf, norms)
+            self.fuse(&leaf, norms)
         leaf.stages = self.work.stages.length - leaf.first
         if self.blank is not None:
             self.new_state[place] = made
@@ -365,8 +365,8 @@ cdef class Batch:
                 self.asked = self.work.held.length      # Python may run: a dtype's name is its own
         return of
 
-    cdef int draw_in(self, Segment* leaf, Py_ssize_t norms) except -1:
-        """Let the last step's loop do those ahead of it too, if there is one that does.
+    cdef int fuse(self, Segment* leaf, Py_ssize_t norms) except -1:
+        """Fuse the last step with those ahead of it, if there is a loop that does them all.
 
         A barrier may begin such a loop, since all it waits for comes before. The leaf's own are
         those after the first `norms`.
@@ -377,17 +377,17 @@ cdef class Batch:
             return 0
         if self.work.norms.length > norms:
             start = (<Norm*> self.work.norms.data)[self.work.norms.length - 1].stage
-        first = last - self.led.ahead
+        first = last - self.fused.ahead
         if (
             first < start
-            or stages[first].coefs != self.led.first
-            or stages[last].coefs != self.led.last
+            or stages[first].coefs != self.fused.first
+            or stages[last].coefs != self.fused.last
         ):
             if not self.find_lead(leaf, stages, start, last):
                 return 0
-            first = last - self.led.ahead
+            first = last - self.fused.ahead
         stages[first] = stages[last]
-        stages[first].finish, stages[first].coefs = self.led.finish, self.led.coefs
+        stages[first].finish, stages[first].coefs = self.fused.finish, self.fused.coefs
         self.work.stages.length = first + 1
         return 0
 
@@ -399,11 +399,11 @@ cdef class Batch:
         cdef int k
         for k in range(leads_known):
             first = last - leads[k].length
-            finish = step_table[stages[last].index].led[k][leaf.is_double]
+            finish = step_table[stages[last].index].fused[k][leaf.is_double]
             if finish is not NULL and first >= start and is_lead(&leads[k], stages + first):
-                self.led.ahead, self.led.finish = leads[k].length, finish
-                self.led.first, self.led.last = stages[first].coefs, stages[last].coefs
-                self.led.coefs = self.join_numbers(stages + first, last - first + 1, leaf)
+                self.fused.ahead, self.fused.finish = leads[k].length, finish
+                self.fused.first, self.fused.last = stages[first].coefs, stages[last].coefs
+                self.fused.coefs = self.join_numbers(stages + first, last - first + 1, leaf)
                 return True
         return False
 

@@ -9,7 +9,7 @@ cdef struct StepInfo:
     int coefs
     Step run[2]             # for float and for double
     Step finish[2]          # the same, which subtracts too: x comes and goes in place of dx
-    Step led[MAX_LEADS][2]  # the same, with the steps of a lead ahead of it; or NULL
+    Step fused[MAX_LEADS][2]    # the same, with the steps of a lead ahead of it; or NULL
 
 cdef struct Lead:           # steps without slots
     int length
@@ -38,7 +38,7 @@ cdef int add_step(str name, int slots, int coefs, Step single, Step double_,
     return 0
 
 cdef int add_lead(tuple names) except -1:
-    """Add a lead, for the steps that `add_led` adds next."""
+    """Add a lead, for the steps that `add_fused` adds next."""
     global leads_known
     if leads_known == MAX_LEADS or len(names) > LONGEST_LEAD:
         raise ImportError(f"no room for {names} ahead of a step")
@@ -48,7 +48,7 @@ cdef int add_lead(tuple names) except -1:
     leads_known += 1
     return 0
 
-cdef int add_led(str name, Step single, Step double_) except -1:
-    cdef Step* led = step_table[<int> step_index[name]].led[leads_known - 1]
-    led[0], led[1] = single, double_
+cdef int add_fused(str name, Step single, Step double_) except -1:
+    cdef Step* step = step_table[<int> step_index[name]].fused[leads_known - 1]
+    step[0], step[1] = single, double_
     return 0

@@ -45,7 +45,7 @@ cdef struct Segment:        # one leaf
     bint swallowed          # its rule makes no step this time
     int64_t is_bad          # whether infinity or NaN was found in its gradient
 
-cdef struct Led:            # a last stage that does what others ahead of it do
+cdef struct Fused:          # a last stage that does what others ahead of it do
     Step finish
     Py_ssize_t ahead        # so many
     Py_ssize_t first        # coefs of the first of them, which no other stage has ...

@@ -116,6 +116,14 @@ class Step:
     """The words it says, each with the line that says it first."""
     unpacked: dict[str, int] = field(default_factory=dict)
     """The lines that unpack state and coefs."""
+    leads: bool = False
+    """Whether it shares a loop with the step behind it: `ElementwiseRule._leads`."""
+
+    def reads(self, name: str) -> bool:
+        """Tell whether its formula mentions a name."""
+        formulas = [*self.body, self.dx, *self.new]
+        names = (n for node in formulas for n in ast.walk(node) if isinstance(n, ast.Name))
+        return any(n.id == name and isinstance(n.ctx, ast.Load) for n in names)
 
 
 class Source:

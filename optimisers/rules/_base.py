@@ -383,6 +383,11 @@ class ElementwiseRule(Rule):
     real_only: ClassVar[bool] = False
     """Whether the formula means nothing for complex numbers."""
 
+    _leads: ClassVar[bool] = False
+    """Whether users put it ahead of many rules, so that each of the library's is also compiled in
+    one loop with it; it keeps no slots. tools/emit_steps.py reads this where the class has a line
+    ``_leads = True``, and says which pairs are compiled."""
+
     counts: ClassVar[bool]
     """Whether `coefs` takes `t`, so that the state counts steps."""
     State: ClassVar[Any]

@@ -46,6 +46,8 @@ class WeightDecay(ElementwiseRule):
 
     lambda_: Finite = 5e-4
 
+    _leads = True
+
     def coefs(self) -> Numbers:
         return (self.lambda_,)
 
@@ -129,6 +131,7 @@ class ClipGrad(ElementwiseRule):
     delta: Upper = 10.0
 
     real_only = True
+    _leads = True
 
     def coefs(self) -> Numbers:
         return -self.delta, self.delta

@@ -139,6 +139,8 @@ class _Scale(ElementwiseRule):
 
     factor: float
 
+    _leads = True
+
     def coefs(self) -> Numbers:
         return (self.factor,)
 

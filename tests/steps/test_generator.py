@@ -16,12 +16,11 @@ from pathlib import Path
 
 import emit_steps
 import pytest
+from util import ELEMENTWISE, STEPS
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = Path(__file__).parent / "golden"
-WORDS = (ROOT / "optimisers" / "words.py").read_text()
-RULES = [file.read_text() for file in sorted((ROOT / "optimisers" / "rules").glob("[a-z]*.py"))]
-KNOWN = emit_steps.language.read_words(WORDS)
+WORDS, *RULES = [file.read_text() for file in emit_steps.FORMULAS]
 SOURCE, TEXT = GOLDEN / "steps.py", GOLDEN / "steps.pxi"
 
 
@@ -44,25 +43,32 @@ def test_every_class_with_a_step_is_found():
         if isinstance(cls, ast.ClassDef)
         and any(isinstance(node, ast.FunctionDef) and node.name == "step" for node in cls.body)
     ]
-    steps = [step for text in RULES for step in emit_steps.read_steps(text, KNOWN)]
-    assert [step.rule for step in steps] == expected
+    assert [step.rule for step in STEPS] == expected
     assert len(expected) > 15
 
 
-def test_what_leads_keeps_nothing_and_is_led_by_nobody():
-    steps = {step.rule: step for text in RULES for step in emit_steps.read_steps(text, KNOWN)}
-    leading = {rule for lead in emit_steps.LEADS for rule in lead}
-    assert leading
-    assert not any(steps[rule].slots for rule in leading)
+def test_each_lead_is_fused_with_every_step_that_does_not_lead():
     text = (ROOT / "optimisers" / "_steps.pxi").read_text()
-    for lead in emit_steps.LEADS:
-        led = {rule for rule in steps if f" {'_'.join(lead)}_{rule}_float_finish_loop(" in text}
-        assert led == {*steps} - leading
+    leading = {step.rule for step in STEPS if step.leads}
+    assert leading
+    for lead in emit_steps.find_leads(STEPS):
+        name = "_".join(step.rule for step in lead)
+        fused = {s.rule for s in STEPS if f" {name}_{s.rule}_float_finish_loop(" in text}
+        assert fused == {step.rule for step in STEPS} - leading
 
 
-def test_longer_leads_come_first():
+def test_leads_are_the_rules_that_say_so_and_keep_nothing():
+    """The generator reads the text of a class, where a rule would inherit the attribute."""
+    assert {s.rule for s in STEPS if s.leads} == {c.__name__ for c in ELEMENTWISE if c._leads}
+    assert not any(step.slots for step in STEPS if step.leads)
+
+
+def test_clips_lead_decays_and_longer_leads_come_first():
     """The first that fits is taken."""
-    lengths = [len(lead) for lead in emit_steps.LEADS]
+    leads = [tuple(step.rule for step in lead) for lead in emit_steps.find_leads(STEPS)]
+    assert {*leads} >= {("ClipGrad", "WeightDecay"), ("_Scale", "WeightDecay"), ("WeightDecay",)}
+    assert ("WeightDecay", "ClipGrad") not in leads
+    lengths = [*map(len, leads)]
     assert lengths == sorted(lengths, reverse=True)
 
 

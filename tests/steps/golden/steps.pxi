@@ -57,8 +57,8 @@ cdef inline real zeros_like(real x) noexcept nogil:
 
 
 # A block step: x, g and the old slots are read, dx and the new slots written, n numbers each.
-# One that finishes a chain finds x in place of dx, and leaves there x - dx. Where it is led by
-# others, coefs are those of all, one after another.
+# One that finishes a chain finds x in place of dx, and leaves there x - dx. Where it is fused with
+# others ahead of it, coefs are those of all, one after another.
 
 
 cdef void _Scale_float_loop(
@@ -624,12 +624,12 @@ cdef int fill_table() except -1:
              TwoSlots_float, TwoSlots_double,
              TwoSlots_float_finish, TwoSlots_double_finish)
     add_lead(('_Scale', 'WeightDecay'))
-    add_led('TwoSlots',
-            _Scale_WeightDecay_TwoSlots_float_finish, _Scale_WeightDecay_TwoSlots_double_finish)
+    add_fused('TwoSlots',
+              _Scale_WeightDecay_TwoSlots_float_finish, _Scale_WeightDecay_TwoSlots_double_finish)
     add_lead(('_Scale',))
-    add_led('TwoSlots',
-            _Scale_TwoSlots_float_finish, _Scale_TwoSlots_double_finish)
+    add_fused('TwoSlots',
+              _Scale_TwoSlots_float_finish, _Scale_TwoSlots_double_finish)
     add_lead(('WeightDecay',))
-    add_led('TwoSlots',
-            WeightDecay_TwoSlots_float_finish, WeightDecay_TwoSlots_double_finish)
+    add_fused('TwoSlots',
+              WeightDecay_TwoSlots_float_finish, WeightDecay_TwoSlots_double_finish)
     return 0

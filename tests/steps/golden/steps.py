@@ -6,7 +6,9 @@ from optimisers.words import abs2, sqrt, where
 
 
 class _Scale:
-    """No slots. It leads others: it has the name of a step in LEADS."""
+    """No slots. It leads others, and reads the gradient alone."""
+
+    _leads = True
 
     def coefs(self):
         return (self.eta,)
@@ -19,6 +21,8 @@ class _Scale:
 
 class WeightDecay:
     """It leads, too. No numbers, a local name that another step has, and the parameter itself."""
+
+    _leads = True
 
     @staticmethod
     def step(x, dx, state, coefs):
