@@ -18,6 +18,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import copy
+import functools
 import hashlib
 import math
 import platform
@@ -29,7 +30,7 @@ from typing import Any
 
 import numpy as np
 
-from .. import words
+from .. import _fork, words
 from . import cache as step_cache
 from . import grammar
 
@@ -37,6 +38,22 @@ from . import grammar
 
 
 WORDS = grammar.words_of(words.TEXTS)
+
+
+def check(cls: Any, coefs: int) -> None:
+    """Check the step of a user's rule, which takes so many coefs: `grammar.check`, asked once.
+
+    Raises
+    ------
+    StepError
+        If it is not in the language of steps.
+    """
+    _check(cls, cls.step, coefs)
+
+
+@functools.lru_cache(maxsize=1024)
+def _check(cls: Any, step: FunctionType, coefs: int) -> None:
+    grammar.check(cls, coefs, WORDS)
 
 
 def scalar_words(real: type, library: Any = math) -> dict[str, Callable[..., Any]]:
@@ -102,13 +119,15 @@ def block_text(slots: int, coefs: int) -> str:
     return "\n".join(lines) + "\n"
 
 
-_made: dict[str, Any] = {}  # by digest; the functions live as long as the process
+_made: dict[str, Any] = {}
+"""What was compiled, by digest, and None for what stays array code. This is the one memory of it:
+classes with the same step share it, and functions live as long as the process."""
+
+DTYPES = "float32", "float64"
 
 
 def block_step(rule: str, step: FunctionType, slots: int, coefs: int, dtype: str) -> int | None:
     """Return the address of a compiled block step, None where it has to stay array code.
-
-    One thread at a time may call it, whose turn it is (`_fork.compiling`).
 
     Parameters
     ----------
@@ -128,19 +147,27 @@ def block_step(rule: str, step: FunctionType, slots: int, coefs: int, dtype: str
     """
     key = _digest(step, slots, coefs, dtype)
     if key not in _made:
-        _made[key] = None
-        try:
-            _made[key] = _compile(step, slots, coefs, dtype, key)
-        except Exception as error:
-            reason = str(error).strip() or type(error).__name__
-            warnings.warn(
-                f"Numba cannot compile {rule}.step, so it runs as array code: same numbers, "
-                f"slower. The reason: {reason}",
-                RuntimeWarning,
-                stacklevel=7,  # the caller of `update`
-            )
+        with _fork.compiling:
+            if key not in _made:  # by another thread meanwhile
+                _make(rule, step, slots, coefs, dtype)
     made = _made[key]
     return None if made is None else int(made.address)
+
+
+def _make(rule: str, step: FunctionType, slots: int, coefs: int, dtype: str) -> None:
+    key = _digest(step, slots, coefs, dtype)
+    try:
+        _made[key] = _compile(step, slots, coefs, dtype, key)
+    except Exception as error:
+        for name in DTYPES:  # not tried for the other one, so that this is told once
+            _made.setdefault(_digest(step, slots, coefs, name), None)
+        reason = str(error).strip() or type(error).__name__
+        warnings.warn(
+            f"Numba cannot compile {rule}.step, so it runs as array code: same numbers, "
+            f"slower. The reason: {reason}",
+            RuntimeWarning,
+            stacklevel=8,  # the caller of `update`
+        )
 
 
 def _compile(step: FunctionType, slots: int, coefs: int, dtype: str, key: str) -> Any:
@@ -186,6 +213,7 @@ def _compile(step: FunctionType, slots: int, coefs: int, dtype: str, key: str) -
 # --- its name -------------------------------------------------------------------------------
 
 
+@functools.lru_cache(maxsize=1024)
 def _digest(step: FunctionType, slots: int, coefs: int, dtype: str) -> str:
     """Return a name for the machine code: whatever changes it changes the name.
 

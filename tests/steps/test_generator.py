@@ -89,10 +89,13 @@ def test_other_text_than_steps_changes_nothing():
 
 
 def test_a_word_stands_in_one_place():
-    words = WORDS + """
+    words = (
+        WORDS
+        + """
 @_step_word("low - exp(x)")
 def beyond(x, low): ...
 """
+    )
     rule = HEAD.replace("Bad", "Good") + "        return beyond(dx, x), ()\n"
     text = emit_steps.generate(words, rule)
     assert '    float c_expf "expf"(float)\n    double c_exp "exp"(double)\n' in text
