@@ -48,11 +48,16 @@ _REAL = (float, int, np.floating, np.integer)
 TEXTS: dict[Callable[..., Any], str] = {}
 """The words of a step, each with its text for one number."""
 
+DEVICE_TEXTS: dict[Callable[..., Any], str] = {}
+"""The texts of words that have another one on CUDA devices."""
+
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
-def _step_word(text: str) -> Callable[[_Function], _Function]:
+def _step_word(text: str, on_device: str = "") -> Callable[[_Function], _Function]:
     """Make a function a word of steps, which compiled code computes for one number by `text`.
+
+    Where CUDA devices need another form, with the same values, `on_device` is their text.
 
     A text is an expression of the arguments, or lines of which the last returns one. Its numbers
     have the type of the arguments. It may call a function of C by a name that Python's `math` and
@@ -68,6 +73,8 @@ def _step_word(text: str) -> Callable[[_Function], _Function]:
 
     def register(function: _Function) -> _Function:
         TEXTS[function] = text
+        if on_device:
+            DEVICE_TEXTS[function] = on_device
         return function
 
     return register
@@ -196,7 +203,11 @@ def minimum(x: Any, y: Any) -> Any:
         return high if high < x else x
     x = low if (x <= low) | (low != low) else x
     return high if (x >= high) | (high != high) else x
-    """
+    """,
+    on_device="""
+    x = x if (x > low) | (x != x) else low      # without the branch, which would take registers
+    return x if (x < high) | (x != x) else high
+    """,
 )
 def clip(x: Any, low: Any, high: Any) -> Any:
     """Number nearest to `x` in ``[low, high]``, nan for nan."""

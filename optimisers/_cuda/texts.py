@@ -205,10 +205,10 @@ def step_text(program: Program, varied: bool) -> str:
 
 
 class Sum(NamedTuple):
-    """How numbers are joined to one, as text."""
+    """How numbers are reduced to one, as text."""
 
     value: str
-    """What a number of size ``v`` adds, where ``unit`` is what was found before."""
+    """The summand of a number of size ``v``; ``unit`` is the result of the sum before."""
     join: str = "a + b"
     """How two sums, ``a`` and ``b``, are one."""
     begin: float = 0.0
@@ -282,7 +282,7 @@ def measure_text(program: Program, barrier: int, varied: bool) -> str:
 def combine_text(p: float, kind: str, is_last: bool) -> str:
     """Return the text of a kernel that joins the sums of each row.
 
-    What is found becomes the unit of the next sum, or, if this is the last, the norm and the factor
+    The result becomes the unit of the next sum, or, if this is the last, the norm and the factor
     that brings it down to its limit.
     """
     lines = [

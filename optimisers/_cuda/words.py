@@ -1,4 +1,4 @@
-"""What device code is made of: numbers, words, memory; on a GPU and in Numba's simulator.
+"""The vocabulary of device code: numbers, words, memory; on a GPU and in Numba's simulator.
 
 `vocabulary` gives the names that the texts of `_cuda` mean something by. On hardware memory is a
 typed pointer made of an address, and one access moves 128 bits; both need intrinsics, which write
@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from .._arrays.devices import numpy_dtype
-from .._steps.compiled import scalar_words
+from .._steps.compiled import DEVICE_WORDS, scalar_words
 
 LANES = {"float32": 4, "float64": 2}
 """How many numbers 128 bits hold."""
@@ -52,9 +52,10 @@ def _hardware(real: str, grad: str, narrow: str) -> dict[str, Any]:
     jit = cuda.jit(device=True)
     load, store = _vector_access(LANES[real])
     number = getattr(np, real)
+    wide_words = scalar_words(DEVICE_WORDS, np.float64)
     return {
-        **{name: jit(word) for name, word in scalar_words(number).items()},
-        **{f"wide_{name}": jit(word) for name, word in scalar_words(np.float64).items()},
+        **{name: jit(word) for name, word in scalar_words(DEVICE_WORDS, number).items()},
+        **{f"wide_{name}": jit(word) for name, word in wide_words.items()},
         "jit": jit,
         "cuda": cuda,
         "math": math,
@@ -108,11 +109,11 @@ def _vector_access(lanes: int) -> tuple[Any, Any]:
     from numba.cuda import types
     from numba.cuda.extending import intrinsic
 
-    def place(context: Any, builder: Any, kind: Any, pointer: Any, at: Any) -> tuple[Any, Any, int]:
-        vector = ir.VectorType(context.get_data_type(kind.dtype), lanes)
+    def place(context: Any, builder: Any, of: Any, pointer: Any, at: Any) -> tuple[Any, Any, int]:
+        vector = ir.VectorType(context.get_data_type(of.dtype), lanes)
         whole = builder.bitcast(pointer, vector.as_pointer())
         # no access is wider than 128 bits, and the host has checked no more than that
-        align = min(lanes * kind.dtype.bitwidth // 8, 16)
+        align = min(lanes * of.dtype.bitwidth // 8, 16)
         return builder.gep(whole, [at]), vector, align
 
     @intrinsic
@@ -120,8 +121,8 @@ def _vector_access(lanes: int) -> tuple[Any, Any]:
         signature = types.UniTuple(pointer.dtype, lanes)(pointer, types.int64)
 
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            where, _, align = place(context, builder, signature.args[0], *args)
-            vector = builder.load(where)
+            source, _, align = place(context, builder, signature.args[0], *args)
+            vector = builder.load(source)
             vector.align = align
             index = map(ir.Constant, [ir.IntType(32)] * lanes, range(lanes))
             items = [builder.extract_element(vector, k) for k in index]
@@ -134,12 +135,12 @@ def _vector_access(lanes: int) -> tuple[Any, Any]:
         signature = types.void(pointer, types.int64, types.UniTuple(pointer.dtype, lanes))
 
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            where, kind, align = place(context, builder, signature.args[0], *args[:2])
-            vector = ir.Constant(kind, ir.Undefined)
+            target, form, align = place(context, builder, signature.args[0], *args[:2])
+            vector = ir.Constant(form, ir.Undefined)
             for k in range(lanes):
                 item = builder.extract_value(args[2], k)
                 vector = builder.insert_element(vector, item, ir.Constant(ir.IntType(32), k))
-            builder.store(vector, where).align = align
+            builder.store(vector, target).align = align
             return context.get_dummy_value()
 
         return signature, generate
@@ -165,11 +166,11 @@ def _widener(number: type, grad: str) -> Callable[[Any], Any]:
 
 def _rounder(narrow: str) -> Callable[[Any], Any]:
     """Return a word that rounds a number to what the memory of a parameter holds."""
-    kind = memory_type(narrow)
+    number = memory_type(narrow)
     if narrow != "bfloat16":
 
         def rounded(x: Any) -> Any:
-            return kind(x)
+            return number(x)
 
         return rounded
     _, to_bits = _bfloat16_words()
@@ -221,7 +222,7 @@ def _bfloat16_words() -> tuple[Any, Any]:
 def _simulated(real: str, grad: str, narrow: str) -> dict[str, Any]:
     from numba import cuda
 
-    number, lanes, kind = getattr(np, real), LANES[real], numpy_dtype(narrow).type
+    number, lanes, rounded = getattr(np, real), LANES[real], numpy_dtype(narrow).type
 
     def load(memory: Any, at: int) -> tuple[Any, ...]:
         return tuple(memory[lanes * at : lanes * (at + 1)])
@@ -229,9 +230,9 @@ def _simulated(real: str, grad: str, narrow: str) -> dict[str, Any]:
     def store(memory: Any, at: int, values: tuple[Any, ...]) -> None:
         memory[lanes * at : lanes * (at + 1)] = values
 
-    wide_words = scalar_words(np.float64, np)
+    wide_words = scalar_words(DEVICE_WORDS, np.float64, np)
     return {
-        **scalar_words(number, np),
+        **scalar_words(DEVICE_WORDS, number, np),
         **{f"wide_{name}": word for name, word in wide_words.items()},
         "jit": lambda function: function,
         "cuda": cuda,
@@ -245,7 +246,7 @@ def _simulated(real: str, grad: str, narrow: str) -> dict[str, Any]:
         "load": load,
         "store": store,
         "widen": number,
-        "round": kind,
+        "round": rounded,
     }
 
 
@@ -253,6 +254,6 @@ def _host_memory(dtype: str, address: int) -> np.ndarray | None:
     """Return all memory from an address on as an array, which knows no end, as a pointer."""
     if not address:
         return None
-    kind, room = numpy_dtype(dtype), 2**40
-    endless: Any = (ctypes.c_char * (room * kind.itemsize)).from_address(int(address))
-    return np.ndarray((room,), kind, endless)
+    number, room = numpy_dtype(dtype), 2**40
+    endless: Any = (ctypes.c_char * (room * number.itemsize)).from_address(int(address))
+    return np.ndarray((room,), number, endless)

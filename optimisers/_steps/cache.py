@@ -1,7 +1,7 @@
 """The folder in which compiled steps are kept, which none but its owner may write to.
 
-What lies there is unpickled and run. So what is missing is made for its owner alone, whatever the
-umask is; and a folder that others may write to, rename or replace is not used.
+Its files are unpickled and run. So a missing folder is made for its owner alone, whatever the umask
+is; and a folder that others may write to, rename or replace is not used.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import warnings
 from pathlib import Path
 
 _told: set[str] = set()
-"""Folders of which was said that they are not used."""
+"""Folders of which a warning said that they are not used."""
 
 
 def cache_folder() -> Path:

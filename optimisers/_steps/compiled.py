@@ -38,6 +38,7 @@ from . import grammar
 
 
 WORDS = grammar.words_of(words.TEXTS)
+DEVICE_WORDS = grammar.words_of(words.TEXTS | words.DEVICE_TEXTS)
 
 
 def check(cls: Any, coefs: int) -> None:
@@ -56,18 +57,22 @@ def _check(cls: Any, step: FunctionType, coefs: int) -> None:
     grammar.check(cls, coefs, WORDS)
 
 
-def scalar_words(real: type, library: Any = math) -> dict[str, Callable[..., Any]]:
-    """Return the words of a step for single numbers of the type `real`, as plain Python.
+def scalar_words(
+    known: Mapping[str, grammar.Word], real: type, library: Any = math
+) -> dict[str, Callable[..., Any]]:
+    """Return words of a step for single numbers of the type `real`, as plain Python.
 
     Parameters
     ----------
+    known : mapping
+        `WORDS` or `DEVICE_WORDS`.
     real : type
         The type of the arguments, and of the numbers in a text.
     library : module
         Where functions of C are found: `math`, which compilers know, or NumPy. As plain Python
         `math` refuses the root of -1, and returns double for float32.
     """
-    return {name: _scalar_word(word, real, library) for name, word in WORDS.items()}
+    return {name: _scalar_word(word, real, library) for name, word in known.items()}
 
 
 def _scalar_word(word: grammar.Word, real: type, library: Any) -> Callable[..., Any]:
@@ -120,8 +125,8 @@ def block_text(slots: int, coefs: int) -> str:
 
 
 _made: dict[str, Any] = {}
-"""What was compiled, by digest, and None for what stays array code. This is the one memory of it:
-classes with the same step share it, and functions live as long as the process."""
+"""Compiled block steps by their digests; None for a step that stays array code. Nothing else
+remembers them: classes with the same step share one, for as long as the process lives."""
 
 DTYPES = "float32", "float64"
 
@@ -182,7 +187,7 @@ def _compile(step: FunctionType, slots: int, coefs: int, dtype: str, key: str) -
         return None
     options = {"error_model": "numpy"}  # x / 0 is inf or nan
     jit = numba.njit(**options)
-    meanings = {name: jit(word) for name, word in scalar_words(getattr(np, dtype)).items()}
+    meanings = {name: jit(word) for name, word in scalar_words(WORDS, getattr(np, dtype)).items()}
     text = block_text(slots, coefs)
 
     numbers = numba.types.CPointer(numba.from_dtype(np.dtype(dtype)))
@@ -204,7 +209,7 @@ def _compile(step: FunctionType, slots: int, coefs: int, dtype: str, key: str) -
 
     file = step_cache.written(text, f"{key}_{numba.__version__}")
     if file is not None:
-        with contextlib.suppress(Exception):  # a broken cache must not be in the way
+        with contextlib.suppress(Exception):  # if the cache is broken, it is done without
             if (found := made(file, True)) is not None:
                 return found
     return made("<step>", False)
@@ -219,7 +224,7 @@ def _digest(step: FunctionType, slots: int, coefs: int, dtype: str) -> str:
 
     The processor is not in it: Numba keeps the code for each apart.
     """
-    codes = [step.__code__, *(word.__code__ for word in scalar_words(float).values())]
+    codes = [step.__code__, *(word.__code__ for word in scalar_words(WORDS, float).values())]
     facts = [
         platform.python_implementation(),
         sys.version_info[:3],

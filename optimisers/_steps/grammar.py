@@ -31,7 +31,7 @@ NEARBY = {
     "pow": "abs2(v), sqrt(v) or v * v",
     "power": "abs2(v), sqrt(v) or v * v",
 }
-"""What to write instead of a function that is no word, by its last name."""
+"""Advice for functions that are no words, by their last names."""
 
 ASSIGN = "a step is made of lines `name = formula`"
 RETURN = "a step ends with `return dx, (slots...)`"
@@ -385,14 +385,14 @@ def check(rule: Any, coefs: int, words: Mapping[str, Word]) -> None:
     else:
         taken = take_apart(source, function, words)
         said = taken.words
-        for kind, names, given in (
+        for whole, names, given in (
             ("state", taken.slots, len(rule.slots)),
             ("coefs", taken.coefs, coefs),
         ):
-            line = taken.unpacked.get(kind, function.lineno)
-            if len(names) != given and (names or kind == "state"):
-                giver = "`slots` names" if kind == "state" else "`coefs` returns"
-                source.refuse(f"it unpacks {len(names)} from {kind}, but {giver} {given}", line)
+            line = taken.unpacked.get(whole, function.lineno)
+            if len(names) != given and (names or whole == "state"):
+                giver = "`slots` names" if whole == "state" else "`coefs` returns"
+                source.refuse(f"it unpacks {len(names)} from {whole}, but {giver} {given}", line)
     known = visible(step)
     for word, line in said.items():
         if known.get(word) is not words[word].meaning:
@@ -422,7 +422,7 @@ def _find(lines: Sequence[str], code: CodeType) -> ast.FunctionDef | None:
     """Return the definition from which `code` was compiled, None if it is not in these lines."""
     try:
         tree = ast.parse("".join(lines))
-    except Exception:  # a text that cannot be read is as good as none
+    except Exception:  # the lines may be any text
         return None
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef) and node.name == code.co_name:
@@ -445,7 +445,7 @@ def _is_text_of(node: ast.FunctionDef, code: CodeType) -> bool:
 
 
 def _check_code(source: Source, code: CodeType, words: Mapping[str, Word]) -> None:
-    """Look at compiled code for what betrays a step that is not in the language."""
+    """Refuse compiled code with instructions or names that the language does not have."""
     line = code.co_firstlineno
     for instruction in dis.get_instructions(code):
         position = instruction.positions

@@ -181,8 +181,9 @@ def test_numbers_do_not_depend_on_threads_and_blocks(numba):
 
 
 @parametrize("dtype", FLOATS)
-def test_scalar_words_have_the_values_of_the_words(dtype):
-    scalar = _compiled.scalar_words(getattr(np, dtype), np)
+@pytest.mark.parametrize("known", ["WORDS", "DEVICE_WORDS"])
+def test_scalar_words_have_the_values_of_the_words(known, dtype):
+    scalar = _compiled.scalar_words(getattr(_compiled, known), getattr(np, dtype), np)
     x, y = special_pairs(dtype)
     with np.errstate(all="ignore"):
         for name, word in _compiled.WORDS.items():
