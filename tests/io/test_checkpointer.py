@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_io import assert_equal
+from saved import assert_equal
 
 import optimisers.io._atomic as atomic
 from optimisers import Adam, Descent, setup, update_

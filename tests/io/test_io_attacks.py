@@ -16,7 +16,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import pytest
-from test_io import EVERY_RULE
+from saved import EVERY_RULE
 from util import name_of
 
 from optimisers import Descent, Leaf, MixedPrecision, Rule, rules
@@ -32,11 +32,6 @@ def crafted(nodes: Sequence[Any], rules: Sequence[Any] = (), **more: Any) -> byt
     metadata = {"optimisers.crc32": f"{zlib.crc32(text.encode()):08x}", "optimisers": text}
     header = json.dumps({"__metadata__": metadata}, separators=(",", ":")).encode()
     return len(header).to_bytes(8, "little") + header
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "file"
 
 
 LEAF = {"leaf": 0, "state": 0, "frozen": False}

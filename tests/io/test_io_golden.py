@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_io import assert_equal
+from saved import assert_equal
 
 from optimisers import (
     AccumGrad,

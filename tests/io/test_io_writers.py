@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_io import assert_equal
+from saved import assert_equal
 
 from optimisers import Adam, setup, update_
 from optimisers.io import Checkpointer, File, _checkpoints, load, save
@@ -25,11 +25,6 @@ from optimisers.io import _atomic as atomic
 from optimisers.io import _safetensors as form
 
 POSIX = pytest.mark.skipif(os.name != "posix", reason="a matter of POSIX systems")
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "file"
 
 
 # --- arrays that change while they are saved -------------------------------------------------
