@@ -8,33 +8,21 @@ from .rules._base import Rule
 step_index: dict[str, int]
 max_slots: int
 
+Place = tuple[int, ...]
+
 class Plan:
+    def __init__(
+        self, rule: Rule, find: Callable[[Any, bool], tuple[int, int] | None] | None = None
+    ) -> None: ...
     @property
     def rule(self) -> Rule: ...
-
-class StepPlan(Plan):
-    def __init__(self, rule: Rule, index: int, counts: bool) -> None: ...
-
-class LatePlan(StepPlan):
-    def __init__(
-        self,
-        rule: Rule,
-        slots: int,
-        counts: bool,
-        find: Callable[[Any, bool], tuple[int, int] | None],
+    def add_step(self, rule: Rule, at: Place, index: int, slots: int, counts: bool) -> None: ...
+    def add_measured(self, rule: Rule, at: Place, index: int, p: float) -> None: ...
+    def add_hold(
+        self, at: Place, n: int, add: tuple[Rule, int], release: tuple[Rule, int]
     ) -> None: ...
-
-class ChainPlan(Plan):
-    def __init__(self, rule: Rule, parts: tuple[Plan, ...]) -> None: ...
-
-class NormPlan(Plan):
-    def __init__(self, rule: Rule, index: int, p: float) -> None: ...
-
-class AccumulatePlan(Plan):
-    def __init__(self, rule: Rule, hold: Plan, release: Plan, n: int) -> None: ...
-
-class MixedPlan(Plan):
-    def __init__(self, rule: Rule, inner: Plan) -> None: ...
+    def add_parts(self, at: Place, n: int) -> None: ...
+    def set_master(self, dtype: Any) -> None: ...
 
 class Batch:
     new_x: dict[int, Any]

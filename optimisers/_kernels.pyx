@@ -5,7 +5,7 @@
 a) A *step* is one rule's formula as a loop over a block of numbers. The steps, and the words that
    they call, are written by tools/emit_steps.py from words.py and the rules into _steps.pxi, for
    float and double, and included below.
-b) A `Plan` is a rule made ready: it knows how to stack its steps on a leaf.
+b) A `Plan` is the program of a rule made ready, stage by stage: it stacks its steps on a leaf.
 c) A `Batch` gathers leaves: for each a *segment* (parameter, gradient, length) and for each step of
    its rule a *stage* (function, slots, coefs). What the kernels cannot take is handed back
    untouched; nothing that the caller can see is written while gathering.
@@ -66,7 +66,7 @@ include "_cpu/work.pxi"       # the memory of a batch: leaves, their stages, wha
 include "_cpu/held.pxi"       # arrays whose memory is in use
 include "_cpu/spans.pxi"      # memory that is written, sorted by address
 include "_cpu/settings.pxi"   # blocks and threads
-include "_cpu/plans.pxi"      # rules made ready
+include "_cpu/plans.pxi"      # programs of rules made ready
 include "_cpu/walk.pxi"       # questions of the walk, for many leaves at once
 include "_cpu/leaves.pxi"     # questions to a leaf and its arrays
 include "_cpu/batch.pxi"      # leaves gathered, kept apart, run

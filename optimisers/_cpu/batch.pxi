@@ -195,8 +195,8 @@ cdef class Batch:
             return False
         xa, ga = <cnp.ndarray> x, <cnp.ndarray> g
         leaf.c_order = cnp.PyArray_IS_C_CONTIGUOUS(xa)
-        leaf.is_copy = isinstance(plan, MixedPlan)
-        kind = (<MixedPlan> plan).kind if leaf.is_copy else updated_in(xa)
+        leaf.is_copy = plan.master >= 0
+        kind = plan.master if leaf.is_copy else updated_in(xa)
         of_x, of_g = self.kind_of(xa, kind), self.kind_of(ga, kind)
         if of_x < 0 or of_g < 0:
             return False
@@ -213,7 +213,7 @@ cdef class Batch:
             self.asked = self.work.held.length
         made = state if self.blank is None else self.blank_like(state)
 
-        old_state, new_state, old, new = state, made, xa, xa
+        old, new = xa, xa
         if leaf.is_copy:
             if PyTuple_GET_SIZE(state) != 2:
                 return False
@@ -224,8 +224,6 @@ cdef class Batch:
                 return False
             if not cnp.PyArray_ISWRITEABLE(new):
                 return False
-            leaf.alone = leaf.alone and is_alone(PyTuple_GET_ITEM(state, 1))
-            plan, old_state, new_state = (<MixedPlan> plan).inner, item(state, 1), item(made, 1)
 
         self.like = xa
         leaf.n = cnp.PyArray_SIZE(xa)
@@ -238,7 +236,7 @@ cdef class Batch:
         norms, counts, spans = (
             self.work.norms.length, self.work.counts.length, self.work.spans.length
         )
-        if not plan.stack(self, &leaf, old_state, new_state):
+        if not plan.stack(self, &leaf, state, made):
             self.work.stages.length = leaf.first
             self.work.norms.length = norms
             self.work.counts.length = counts

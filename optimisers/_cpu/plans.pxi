@@ -1,198 +1,210 @@
 cimport numpy as cnp
-from cpython.tuple cimport PyTuple_Check, PyTuple_GET_ITEM, PyTuple_GET_SIZE, PyTuple_GetSlice
+from cpython.list cimport PyList_GET_ITEM
+from cpython.ref cimport PyObject
+from cpython.tuple cimport PyTuple_Check, PyTuple_GET_ITEM, PyTuple_GET_SIZE
 from libc.stdint cimport int64_t, uintptr_t
+from libc.stdlib cimport free
+from libc.string cimport memset
+
+
+cdef enum Does:             # what a stage of a program does
+    STEP
+    MEASURED                # a step whose one number is measured
+    HOLD
+    PARTS
+
+cdef struct Task:           # a stage of a program made ready
+    Does does
+    Py_ssize_t first        # of the indices of its place, among those of the plan ...
+    Py_ssize_t end          # ... and the end of these
+    Py_ssize_t parts        # that its state must have
+    StepInfo step           # of STEP and MEASURED, as are these:
+    bint is_late            # the step is compiled when it first meets a dtype
+    bint counts             # coefs takes t
+    int64_t known_t[2]      # for float and for double: the count of steps ...
+    Py_ssize_t known[2]     # ... for which the batch holds the coefs, and where
+    int64_t n               # of HOLD, whose `add` and `release` are the next two tasks
+    double p                # of MEASURED
+
+cdef enum:
+    TASKS_OF_HOLD = 3
 
 
 cdef class Plan:
-    """A rule made ready for the kernels."""
+    """A program made ready for the kernels: its stages side by side.
 
-    cdef readonly object rule
-
-    def __cinit__(self, rule, *args):
-        self.rule = rule
-
-    cdef int forget(self) except -1:
-        """Forget what holds for one batch only."""
-        return 0
-
-    cdef bint stack(self, Batch batch, Segment* leaf, old, new) except -1:
-        """Add stages that read the state `old` and write `new`; tell whether they can."""
-        return False
-
-
-cdef class StepPlan(Plan):
-    """An elementwise rule whose step stands at `index` of the table."""
-
-    cdef StepInfo step
-    cdef bint counts            # whether coefs takes t
-    cdef object coefs
-    cdef int64_t known_t[2]     # for float and for double: the count of steps ...
-    cdef Py_ssize_t known[2]    # ... for which the batch holds the coefs, and where
-
-    def __init__(self, rule, int index, bint counts):
-        self.step = step_table[index]
-        self.counts = counts
-        self.coefs = rule.coefs
-        self.forget()
-
-    cdef int forget(self) except -1:
-        self.known[0] = self.known[1] = -1
-        return 0
-
-    cdef bint stack(self, Batch batch, Segment* leaf, old, new) except -1:
-        cdef int64_t t = 0
-        cdef int kind = leaf.is_double
-        cdef Stage* stage
-        if PyTuple_GET_SIZE(old) != self.step.slots + self.counts:
-            return False
-        if self.counts:
-            t = batch.read_count(item(old, self.step.slots)) + 1
-            if t == 0:
-                return False
-        if self.known[kind] < 0 or self.known_t[kind] != t:
-            # Code of users: first, while no address of this leaf's state has been read.
-            numbers = floats(self.coefs(t) if self.counts else self.coefs())
-            batch.asked = batch.work.held.length
-            if len(numbers) != self.step.coefs:
-                return False
-            self.known[kind] = batch.add_numbers(numbers, kind)
-            self.known_t[kind] = t
-        stage = batch.add_stage(leaf, &self.step, old, new)
-        if stage is NULL:
-            return False
-        stage.coefs = self.known[kind]
-        if self.counts:
-            batch.store_count(new, self.step.slots, t, leaf)
-        return True
-
-
-cdef class LatePlan(StepPlan):
-    """An elementwise rule whose step is compiled when it first meets a dtype.
-
-    `find(rule, is_double)` returns the address of its step (see `Step`) and how many coefs that
+    `find(rule, is_double)` returns the address of a late step (see `Step`) and how many coefs that
     takes, or None.
     """
 
+    cdef readonly object rule
     cdef object find
+    cdef list rules             # of each task
+    cdef list coefs
+    cdef Vector tasks
+    cdef Vector places          # indices into a state, one path after the other
+    cdef int master             # the NumPy type of a master copy; -1 if there is none
 
-    def __init__(self, rule, int slots, bint counts, find):
-        self.step.index, self.step.slots = -1, slots
-        self.step.run[0] = self.step.run[1] = NULL
-        self.step.finish[0] = self.step.finish[1] = NULL
-        self.counts = counts
-        self.coefs = rule.coefs
-        self.find = find
-        self.forget()
+    def __cinit__(self, rule, find=None):
+        self.rule, self.find = rule, find
+        self.rules, self.coefs = [], []
+        self.master = -1
 
-    cdef bint stack(self, Batch batch, Segment* leaf, old, new) except -1:
-        cdef uintptr_t address
-        if self.step.run[leaf.is_double] is NULL:
-            found = None if self.find is None else self.find(self.rule, leaf.is_double)
-            if found is None:
-                self.find = None
-                return False
-            address, self.step.coefs = found
-            self.step.run[leaf.is_double] = <Step> <void*> address
-        return StepPlan.stack(self, batch, leaf, old, new)
+    def __dealloc__(self):
+        free(self.tasks.data)
+        free(self.places.data)
 
+    # --- making ready ------------------------------------------------------------------------
 
-cdef class ChainPlan(Plan):
-    """Rules one after another."""
+    def add_step(self, rule, at, int index, int slots, bint counts):
+        """Add an elementwise step; `index` is that in the table, or -1 for a late one."""
+        cdef Task* task = self.add(STEP, rule, at, slots + counts)
+        if index >= 0:
+            task.step = step_table[index]
+        task.step.index, task.step.slots = index, slots
+        task.is_late, task.counts = index < 0, counts
+        self.coefs[self.tasks.length - 1] = rule.coefs
 
-    cdef tuple parts
+    def add_measured(self, rule, at, int index, double p):
+        """Add a step without slots, whose number ``rule.factor`` makes of a p-norm."""
+        cdef Task* task = self.add(MEASURED, rule, at, 0)
+        task.step, task.p = step_table[index], p
 
-    def __init__(self, rule, tuple parts):
-        self.parts = parts
-
-    cdef int forget(self) except -1:
-        cdef Plan part
-        for part in self.parts:
-            part.forget()
-        return 0
-
-    cdef bint stack(self, Batch batch, Segment* leaf, old, new) except -1:
-        cdef Plan part
+    def add_hold(self, at, int64_t n, add, release):
+        """Add a stage that holds n - 1 gradients back; `add` and `release` are rule and index."""
+        cdef Task* task = self.add(HOLD, None, at, 2)
         cdef Py_ssize_t k
+        task.n = n
+        for rule, index in (add, release):
+            self.add_step(rule, at, index, 1, False)
+        for k in range(self.tasks.length - 2, self.tasks.length):
+            (<Task*> self.tasks.data)[k].parts = 2      # the count is the other
+
+    def add_parts(self, at, Py_ssize_t n):
+        """Add a stage that wants a tuple of n parts."""
+        self.add(PARTS, None, at, n)
+
+    def set_master(self, dtype):
+        """Have a master copy of this dtype updated in place of the parameter."""
+        self.master = dtype.num
+
+    cdef Task* add(self, Does does, rule, at, Py_ssize_t parts) except NULL:
+        cdef Task* task
+        cdef Py_ssize_t first = self.places.length
+        for index in at:
+            (<Py_ssize_t*> push(&self.places, sizeof(Py_ssize_t)))[0] = index
+        self.rules.append(rule)
+        self.coefs.append(None)
+        task = <Task*> push(&self.tasks, sizeof(Task))
+        memset(task, 0, sizeof(Task))
+        task.does, task.parts = does, parts
+        task.first, task.end = first, self.places.length
+        task.known[0] = task.known[1] = -1
+        return task
+
+    # --- leaves ------------------------------------------------------------------------------
+
+    cdef void forget(self) noexcept:
+        """Forget what holds for one batch only."""
+        cdef Task* tasks = <Task*> self.tasks.data
+        cdef Py_ssize_t k
+        for k in range(self.tasks.length):
+            tasks[k].known[0] = tasks[k].known[1] = -1
+
+    cdef bint stack(self, Batch batch, Segment* leaf, old, new) except -1:
+        """Add stages that read the state `old` and write `new`; tell whether they can."""
+        cdef Task* task
+        cdef PyObject* a
+        cdef PyObject* b
+        cdef Py_ssize_t k = 0, d, index
         cdef bint alone = leaf.alone
-        if PyTuple_GET_SIZE(old) != PyTuple_GET_SIZE(self.parts):
-            return False
-        for k in range(PyTuple_GET_SIZE(self.parts)):
-            leaf.alone = alone and is_alone(PyTuple_GET_ITEM(old, k))
-            part = <Plan> item(self.parts, k)
-            if not PyTuple_Check(item(old, k)):
+        while k < self.tasks.length:
+            task = <Task*> self.tasks.data + k
+            a, b, leaf.alone = <PyObject*> old, <PyObject*> new, alone
+            for d in range(task.first, task.end):
+                index = (<Py_ssize_t*> self.places.data)[d]
+                if not PyTuple_Check(<object> a) or not 0 <= index < PyTuple_GET_SIZE(<object> a):
+                    return False
+                a, b = PyTuple_GET_ITEM(<object> a, index), PyTuple_GET_ITEM(<object> b, index)
+                leaf.alone = leaf.alone and is_alone(a)
+            if not PyTuple_Check(<object> a):
                 return False
             if leaf.swallowed:
-                if not batch.carry_over(item(old, k), item(new, k)):
+                if task.does != PARTS and not batch.carry_over(<object> a, <object> b):
                     return False
-            elif not part.stack(batch, leaf, item(old, k), item(new, k)):
+            elif task.does == HOLD:
+                if not self.hold(batch, task, leaf, <object> a, <object> b):
+                    return False
+                if not leaf.swallowed:
+                    k += 1                          # `release` comes next
+                elif not self.step(batch, k + 1, leaf, <object> a, <object> b):
+                    return False
+            elif PyTuple_GET_SIZE(<object> a) != task.parts:
                 return False
+            elif task.does != PARTS and not self.step(batch, k, leaf, <object> a, <object> b):
+                return False
+            k += TASKS_OF_HOLD if task.does == HOLD and leaf.swallowed else 1
         return True
 
-
-cdef class NormPlan(Plan):
-    """A barrier: `rule.factor` turns the p-norm of what comes into the number of a step."""
-
-    cdef StepInfo step
-    cdef double p
-
-    def __init__(self, rule, int index, double p):
-        self.step = step_table[index]
-        self.p = p
-
-    cdef bint stack(self, Batch batch, Segment* leaf, old, new) except -1:
+    cdef bint step(self, Batch batch, Py_ssize_t k, Segment* leaf, old, new) except -1:
+        """Add the stage of a step; tell whether it can be."""
+        cdef Task* task = <Task*> self.tasks.data + k
+        cdef int kind = leaf.is_double
+        cdef int64_t t = 0
         cdef Stage* stage
-        if PyTuple_GET_SIZE(old):       # not this rule's; a new one would stay empty
+        if task.is_late and task.step.run[kind] is NULL and not self.compile(batch, k, kind):
             return False
-        stage = batch.add_stage(leaf, &self.step, (), ())
-        stage.coefs = batch.add_numbers((1.0,), leaf.is_double)
-        batch.add_norm(self.rule, self.p)
+        if task.counts:
+            t = batch.read_count(item(old, task.step.slots)) + 1
+            if t == 0:
+                return False
+        if task.does == MEASURED:           # each leaf has a number of its own
+            task.known[kind] = batch.add_numbers((1.0,), kind)
+        elif task.known[kind] < 0 or task.known_t[kind] != t:
+            # Code of users: first, while no address of this leaf's state has been read.
+            coefs = <object> PyList_GET_ITEM(self.coefs, k)
+            numbers = floats(coefs(t) if task.counts else coefs())
+            batch.asked = batch.work.held.length
+            if len(numbers) != task.step.coefs:
+                return False
+            task.known[kind] = batch.add_numbers(numbers, kind)
+            task.known_t[kind] = t
+        stage = batch.add_stage(leaf, &task.step, old, new)
+        if stage is NULL:
+            return False
+        stage.coefs = task.known[kind]
+        if task.does == MEASURED:
+            batch.add_norm(self.rules[k], task.p)
+        if task.counts:
+            batch.store_count(new, task.step.slots, t, leaf)
         return True
 
+    cdef bint compile(self, Batch batch, Py_ssize_t k, int kind) except -1:
+        """Have a late step compiled for a dtype; tell whether it could be."""
+        cdef uintptr_t address
+        cdef Task* task = <Task*> self.tasks.data + k
+        found = None if self.find is None else self.find(self.rules[k], kind)
+        batch.asked = batch.work.held.length
+        if found is None:
+            self.find = None
+            return False
+        address, task.step.coefs = found
+        task.step.run[kind] = <Step> <void*> address
+        return True
 
-cdef class AccumulatePlan(Plan):
-    """A rule that holds n - 1 gradients back and releases the mean with the n-th."""
-
-    cdef Plan hold
-    cdef Plan release
-    cdef int64_t n
-
-    def __init__(self, rule, Plan hold, Plan release, int64_t n):
-        self.hold, self.release, self.n = hold, release, n
-
-    cdef int forget(self) except -1:
-        self.hold.forget()
-        return self.release.forget()
-
-    cdef bint stack(self, Batch batch, Segment* leaf, old, new) except -1:
+    cdef bint hold(self, Batch batch, Task* task, Segment* leaf, old, new) except -1:
+        """Decide whether a gradient is held back, and count it; tell whether the state fits."""
         cdef int64_t held
-        if PyTuple_GET_SIZE(old) != 2:
+        if PyTuple_GET_SIZE(old) != task.parts:
             return False
         held = batch.read_count(item(old, 1))
         if held < 0:
             return False
-        leaf.swallowed = held + 1 < self.n
-        batch.asked = batch.work.held.length    # a new object may be the one that garbage waits for
-        old_sum, new_sum = PyTuple_GetSlice(old, 0, 1), PyTuple_GetSlice(new, 0, 1)
         if not leaf.is_double and not is_single(item(old, 0)):     # a narrow one goes on as float
             return False
+        leaf.swallowed = held + 1 < task.n
         batch.store_count(new, 1, held + 1 if leaf.swallowed else 0, leaf)
-        return (self.hold if leaf.swallowed else self.release).stack(
-            batch, leaf, old_sum, new_sum
-        )
-
-
-cdef class MixedPlan(Plan):
-    """A rule that updates a master copy of a parameter, which may be narrower."""
-
-    cdef Plan inner
-    cdef int kind           # of the master's numbers
-
-    def __init__(self, rule, Plan inner):
-        self.inner = inner
-        self.kind = rule.dtype.num
-
-    cdef int forget(self) except -1:
-        return self.inner.forget()
+        return True
 
 
 cdef int bfloat16 = -1      # NumPy's number of it; to ask for names takes as long as an update

@@ -20,17 +20,14 @@ from .._arrays.devices import Library
 from .._arrays.library import maywrite
 from .._arrays.states import parts_of_state
 from .._leaf import Item
+from ..rules.accumulate import _Hold
 from . import launch as _launch
 from . import texts
-from .jobs import AccumulatePlan, ChainPlan, Job, Kind, MixedPlan, NormPlan, Plan, StepPlan
+from .jobs import Job, Kind, Plan, plan_of
 from .texts import Program
 
 if TYPE_CHECKING:
     from .._engine.arrays import Call
-
-__all__ = [
-    "AccumulatePlan", "Batch", "ChainPlan", "MixedPlan", "NormPlan", "Plan", "StepPlan", "summed"
-]  # fmt: skip
 
 Array = Any
 
@@ -65,8 +62,6 @@ class Batch:
         a new array for each parameter. None updates in place.
     new_x, new_state : dict
         What to enter by place, where it is not written in place.
-    lower : callable
-        Returns the plan of a rule, or None.
     """
 
     def __init__(
@@ -74,10 +69,8 @@ class Batch:
         blank: Callable[[Any], Any] | None,
         new_x: dict[int, Array],
         new_state: dict[int, Any],
-        lower: Callable[[Any], Plan | None],
     ) -> None:
         self.blank, self.new_x, self.new_state = blank, new_x, new_state
-        self.lower = lower
         self.last_rule: Any = None
         self.last_plan: Plan | None = None
         self.jobs: list[Job] = []
@@ -91,19 +84,19 @@ class Batch:
         self.on = _call_on if _launch.devices() > 1 else _call
 
     def plan(self, rule: Any) -> Plan | None:
-        """Return what `lower` makes of a rule; leaves one after the other often have the same."""
+        """Return the plan of a rule; leaves one after the other often have the same."""
         if rule is not self.last_rule:
-            self.last_rule, self.last_plan = rule, self.lower(rule)
+            self.last_rule, self.last_plan = rule, plan_of(rule)
         return self.last_plan
 
     def places(self) -> list[int]:
         """Return the places taken."""
         return [job.place for job in self.jobs]
 
-    def again(self, place: int, leaf: Any, x: Array, g: Array) -> bool:
+    def try_repeat(self, place: int, leaf: Any, x: Array, g: Array) -> bool:
         """Take a leaf that has a job from its last step, if that is to be done again."""
         job: Job | None = leaf.job
-        if job is None or self.blank is not None or not job.again(leaf, x, g):
+        if job is None or self.blank is not None or not job.try_repeat(leaf, x, g):
             return False
         job.place = place
         self._add(job, job.kind.program, x)
@@ -125,19 +118,16 @@ class Batch:
         if dtype not in FLOATS or grad not in FLOATS:
             return False
         made = state if self.blank is None else self.blank(state)
-        is_mixed = isinstance(plan, MixedPlan)
         given, narrow = x, None
         if devices.axes(lib, x) is None:  # with gaps: a copy without takes its place
             x = lib.copy(x)
         old = new = x
-        old_state, new_state = state, made
-        if isinstance(plan, MixedPlan):
+        if plan.is_mixed:
             if len(state) != 2 or not devices.lies_like(lib, state[0], x):
                 return False
-            plan, narrow = plan.inner, dtype
-            (old, old_state), (new, new_state) = state, made
+            narrow, old, new = dtype, state[0], made[0]
         real = lib.dtype(old)
-        if real not in REALS or not isinstance(old_state, tuple):
+        if real not in REALS:
             return False
         if not _launch.is_installed():
             raise ImportError(
@@ -147,7 +137,7 @@ class Batch:
                 "those of CUDA 12"
             )
         job = Job(lib, place, old, real)
-        if not plan.stack(job, old_state, new_state):
+        if not job.stack(plan, state, made):
             return False
         given_g, g = g, devices.laid_out(lib, g, x)
         of_g = of_g if g is given_g else lib
@@ -158,11 +148,11 @@ class Batch:
                 job.back = given, target
             elif job.moves:
                 self.new_x[place] = target
-        if not is_mixed:
+        if not plan.is_mixed:
             new = target
         if self.blank is not None:
             self.new_state[place] = made
-            if is_mixed and not job.moves:
+            if plan.is_mixed and not job.moves:
                 job.carried.append((state[:1], made[:1]))
         job.g = g
         job.lay_out(of_g.address(g), (job.address(old), job.address(new), job.address(target)))
@@ -324,18 +314,18 @@ class Batch:
                 calls.append((_carry_over, old, new))
             for count, value in job.counts:
                 calls.append((operator.setitem, count, ..., value))
-        calls += [(_give, *entry) for entry in self.lasting]
+        calls += [(keep_job, *entry) for entry in self.lasting]
         return calls
 
 
-def summed(a: Array, b: Array, hold: Plan) -> Array:
-    """Return the sum of two arrays of Numba; `hold` is the plan of ``sum + g``."""
+def summed(a: Array, b: Array) -> Array:
+    """Return the sum of two arrays of Numba."""
     lib = devices.library(a)
     assert lib is not None
     if devices.axes(lib, a) is None:
         a = lib.copy(a)
-    batch = Batch(lambda state: tuple(map(lib.blank, state)), {}, {}, lambda rule: hold)
-    was_taken = batch.take(0, Item(hold.rule, (a,)), a, b, str)
+    batch = Batch(lambda state: tuple(map(lib.blank, state)), {}, {})
+    was_taken = batch.take(0, Item(_Hold(), (a,)), a, b, str)
     assert was_taken, "gradients are checked before they are summed"
     batch.settle()
     _make(batch.calls())
@@ -353,7 +343,7 @@ def _carry_over(old: Any, new: Any) -> None:
             b[...] = a
 
 
-def _give(job: Job, leaf: Any, x: Array, g: Array) -> None:
+def keep_job(job: Job, leaf: Any, x: Array, g: Array) -> None:
     """Let a leaf keep its job for the next step."""
     job.remember(leaf, x, g)
     leaf.job = job

@@ -1,8 +1,8 @@
-"""Rules and leaves made ready for the CUDA kernels.
+"""Programs and leaves made ready for the CUDA kernels.
 
-A `Plan` is a rule made ready: it stacks its steps on a `Job`, which is one leaf: its stages, its
-row, its counts. A leaf keeps its job: as long as rule and arrays stay the same, the next step needs
-no more than new numbers.
+A `Plan` is a rule's program made ready, a `Job` is one leaf on which its stages are stacked: its
+steps, its row, its counts. A leaf keeps its job: as long as rule and arrays stay the same, the next
+step needs no more than new numbers.
 
 Counts of steps lie on the host. So no step has to ask the device for one.
 """
@@ -12,7 +12,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import FunctionType
 from typing import Any
 from weakref import ref
 
@@ -20,6 +19,18 @@ import numpy as np
 
 from .._arrays import devices
 from .._arrays.devices import Library
+from ..rules import _program as rules
+from ..rules._program import (
+    Hold,
+    Master,
+    Measure,
+    Parts,
+    Step,
+    check_language,
+    is_ours,
+    numbers,
+    program_of,
+)
 from . import texts
 from .texts import Program, Stage
 
@@ -29,109 +40,48 @@ Array = Any
 # --- plans -----------------------------------------------------------------------------------
 
 
-class Plan:
-    """A rule made ready for the kernels."""
+class ReadyStep:
+    """An elementwise step, with the numbers that it took last."""
 
     def __init__(self, rule: Any) -> None:
-        self.rule = rule
-
-    def stack(self, job: Job, old: Any, new: Any) -> bool:
-        """Add stages that read the state `old` and write `new`; tell whether they can."""
-        return False
-
-
-class StepPlan(Plan):
-    """An elementwise rule."""
-
-    def __init__(self, rule: Any, step: FunctionType, slots: int, counts: bool) -> None:
-        super().__init__(rule)
-        self.step, self.slots, self.counts = step, slots, counts
+        cls = type(rule)
+        self.rule, self.step = rule, cls.step
+        self.slots, self.counts = len(cls.slots), cls.counts
         self.known_t = -1
         self.numbers: tuple[float, ...] = ()
-
-    def stack(self, job: Job, old: Any, new: Any) -> bool:
-        if len(old) != self.slots + self.counts:
-            return False
-        count, t = None, 0
-        if self.counts:
-            count = new[self.slots]
-            t = 1 + read_count(old[self.slots], count)
-            if t == 0:
-                return False
-            job.counts.append((count, t))
-        job.steps.append((self, count))
-        job.numbers += tuple(map(float, self.numbers_at(t)))  # an error here gets its path
-        job.stages.append(Stage(self.step, self.slots, len(self.numbers)))
-        return all(job.add_slot(old[j], new[j]) for j in range(self.slots))
+        if not is_ours(cls):
+            check_language(rule)
 
     def numbers_at(self, t: int) -> tuple[float, ...]:
         """Return the numbers of a step; the same object for the same count, one after another."""
         if t != self.known_t:
-            self.numbers = tuple(self.rule.coefs(t) if self.counts else self.rule.coefs())
-            self.known_t = t
+            self.numbers, self.known_t = numbers(self.rule, t), t
         return self.numbers
 
 
-class ChainPlan(Plan):
-    """Rules one after another."""
+class Plan:
+    """A program made ready: each stage with its steps.
 
-    def __init__(self, rule: Any, parts: tuple[Plan, ...]) -> None:
-        super().__init__(rule)
-        self.parts = parts
+    These are one for a step, `add` and `release` for a `Hold`, and none for others.
+    """
 
-    def stack(self, job: Job, old: Any, new: Any) -> bool:
-        if len(old) != len(self.parts):
-            return False
-        for part, a, b in zip(self.parts, old, new, strict=True):
-            if not isinstance(a, tuple):
-                return False
-            if not job.moves:
-                job.carried.append((a, b))
-            elif not part.stack(job, a, b):
-                return False
-        return True
+    def __init__(self, program: rules.Program) -> None:
+        self.is_mixed = isinstance(program[0], Master) if program else False
+        self.stages = [(stage, _ready_steps(stage)) for stage in program]
 
 
-class NormPlan(Plan):
-    """A barrier: a norm of what comes decides on the number of a step."""
-
-    def __init__(self, rule: Any, step: FunctionType, p: float) -> None:
-        super().__init__(rule)
-        self.stage = Stage(step, 0, 1, float(p))
-
-    def stack(self, job: Job, old: Any, new: Any) -> bool:
-        if len(old):
-            return False
-        job.stages.append(self.stage)
-        job.norms.append(self.rule)
-        return True
+def _ready_steps(stage: rules.Stage) -> list[ReadyStep]:
+    if isinstance(stage, Step):
+        return [ReadyStep(stage.rule)]
+    return [ReadyStep(stage.add), ReadyStep(stage.release)] if isinstance(stage, Hold) else []
 
 
-class AccumulatePlan(Plan):
-    """A rule that holds n - 1 gradients back and releases the mean with the n-th."""
-
-    def __init__(self, rule: Any, hold: Plan, release: Plan, n: int) -> None:
-        super().__init__(rule)
-        self.hold, self.release, self.n = hold, release, n
-
-    def stack(self, job: Job, old: Any, new: Any) -> bool:
-        if len(old) != 2:
-            return False
-        held = read_count(old[1], new[1])
-        if held < 0:
-            return False
-        job.repeats = False
-        job.moves = held + 1 >= self.n
-        job.counts.append((new[1], 0 if job.moves else held + 1))
-        return (self.release if job.moves else self.hold).stack(job, old[:1], new[:1])
-
-
-class MixedPlan(Plan):
-    """A rule that updates a master copy of a parameter of another dtype."""
-
-    def __init__(self, rule: Any, inner: Plan) -> None:
-        super().__init__(rule)
-        self.inner = inner
+def plan_of(rule: Any) -> Plan | None:
+    """Return the plan by which the CUDA kernels run a rule, or None if they cannot."""
+    program = program_of(rule)
+    if program is None or any(isinstance(stage, Master) for stage in program[1:]):
+        return None
+    return Plan(program)
 
 
 # --- one leaf --------------------------------------------------------------------------------
@@ -164,8 +114,8 @@ class Job:
         self.moves = True
         self.repeats = True
         """Whether the next step is the same, but for counts."""
-        self.steps: list[tuple[StepPlan, Any]] = []
-        """The elementwise rules, each with its count."""
+        self.steps: list[tuple[ReadyStep, Any]] = []
+        """The elementwise steps, each with its count."""
         self.numbers: tuple[float, ...] = ()
         self.counts: list[tuple[Array, int]] = []
         self.norms: list[Any] = []
@@ -184,6 +134,67 @@ class Job:
         self.g: Array = None
         self.kind: Kind
         self.memory: _Memory | None = None
+
+    # --- its stages --------------------------------------------------------------------------
+
+    def stack(self, plan: Plan, old_state: Any, new_state: Any) -> bool:
+        """Add stages that read one state and write the other; tell whether they can."""
+        measure: Measure | None = None
+        for stage, steps in plan.stages:
+            old, new = _part(old_state, stage.at), _part(new_state, stage.at)
+            if not isinstance(old, tuple):
+                return False
+            if not self.moves:
+                if not isinstance(stage, Parts | Measure):
+                    self.carried.append((old, new))
+            elif isinstance(stage, Step):
+                if len(old) != steps[0].slots + steps[0].counts:
+                    return False
+                if not self._add_step(steps[0], measure, old, new):
+                    return False
+                measure = None
+            elif isinstance(stage, Measure) and stage.over == "array":
+                measure = stage
+            elif isinstance(stage, Hold):
+                add, release = steps
+                if not self._hold(stage, add, release, old, new):
+                    return False
+            elif isinstance(stage, Parts | Master):
+                if len(old) != (stage.n if isinstance(stage, Parts) else 2):
+                    return False
+            else:
+                return False
+        return measure is None
+
+    def _add_step(self, step: ReadyStep, measure: Measure | None, old: Any, new: Any) -> bool:
+        """Add a step; tell whether it can be."""
+        if measure is not None:
+            self.stages.append(Stage(step.step, step.slots, 1, float(measure.rule.p)))
+            self.norms.append(measure.rule)
+            return not (step.slots or step.counts)
+        count, t = None, 0
+        if step.counts:
+            count = new[step.slots]
+            t = 1 + read_count(old[step.slots], count)
+            if t == 0:
+                return False
+            self.counts.append((count, t))
+        self.steps.append((step, count))
+        self.numbers += tuple(map(float, step.numbers_at(t)))  # an error here gets its path
+        self.stages.append(Stage(step.step, step.slots, len(step.numbers)))
+        return all(self.add_slot(old[j], new[j]) for j in range(step.slots))
+
+    def _hold(self, hold: Hold, add: ReadyStep, release: ReadyStep, old: Any, new: Any) -> bool:
+        """Add the step of a gradient that is held back, or with which all are released."""
+        if len(old) != 2:
+            return False
+        held = read_count(old[1], new[1])
+        if held < 0:
+            return False
+        self.repeats = False
+        self.moves = held + 1 >= hold.n
+        self.counts.append((new[1], 0 if self.moves else held + 1))
+        return self._add_step(release if self.moves else add, None, old, new)
 
     def address(self, a: Array) -> int:
         """Return where an array lies, and note it for the alignment."""
@@ -220,7 +231,7 @@ class Job:
         self.memory = _Memory(leaf.rule, leaf.state, ref(x), ref(g), lib.layout(x), lib.layout(g))
         self.x = self.g = None
 
-    def again(self, leaf: Any, x: Array, g: Array) -> bool:
+    def try_repeat(self, leaf: Any, x: Array, g: Array) -> bool:
         """Make this the job of one more step; tell whether it is: the same rule, the same memory.
 
         The gradient may have come to lie elsewhere.
@@ -239,9 +250,9 @@ class Job:
                 self.lay_out(at, self.words[texts.PARAMETER : texts.SLOTS])
             memory.g = ref(g)
         self.numbers, self.counts = (), []
-        for plan, count in self.steps:
+        for step, count in self.steps:
             t = 0 if count is None else 1 + int(count)
-            self.numbers += plan.numbers if t == plan.known_t else plan.numbers_at(t)
+            self.numbers += step.numbers if t == step.known_t else step.numbers_at(t)
             if count is not None:
                 self.counts.append((count, t))
         return True
@@ -268,6 +279,15 @@ class _Memory:
     g: ref[Any]
     layout_of_x: tuple[Any, ...]
     layout_of_g: tuple[Any, ...]
+
+
+def _part(state: Any, at: rules.Place) -> Any:
+    """Return the part of a state at a place, or None if there is none."""
+    for k in at:
+        if not isinstance(state, tuple) or not 0 <= k < len(state):
+            return None
+        state = state[k]
+    return state
 
 
 def read_count(old: Any, new: Any) -> int:

@@ -32,7 +32,6 @@ from .._messages.text import short
 from .._trees.parameters import overlap, span
 from ..rules._base import ANEW
 from ..rules._numbers import is_traced, widened
-from ..rules.accumulate import _Hold
 from ..rules.precision import MixedPrecisionState
 from . import cpu
 from .arrays import (
@@ -46,7 +45,7 @@ from .arrays import (
     rewritten,
     writing,
 )
-from .ready import cuda_kit, lower, lower_for_device
+from .ready import cuda, lower
 from .tensors import sights
 
 Array = Any
@@ -167,7 +166,7 @@ def advance(
             continue
         if leaf.job is not None:
             on_device = on_device or _device_batch(batch, in_place)
-            if on_device.again(k, leaf, x, gs[k]):
+            if on_device.try_repeat(k, leaf, x, gs[k]):
                 continue
         if not isnumeric(x):
             from .._messages.mixups import for_model
@@ -409,8 +408,7 @@ def _arrays_in(state: Any) -> Iterator[np.ndarray]:
 
 def _device_batch(batch: Any, in_place: bool) -> Any:
     """Return what takes leaves on CUDA devices; it shares the results of `batch`."""
-    plans = cuda_kit().plans
-    return plans.Batch(None if in_place else blank, batch.new_x, batch.new_state, lower_for_device)
+    return cuda().Batch(None if in_place else blank, batch.new_x, batch.new_state)
 
 
 def _take_on_device(
@@ -444,7 +442,7 @@ def summed(a: Array, b: Array) -> Array:
     if not devices.is_numba(a):
         with np.errstate(over="ignore", invalid="ignore"):
             return a + b
-    return cuda_kit().plans.summed(a, b, lower_for_device(_Hold()))
+    return cuda().summed(a, b)
 
 
 def _give_tensors(

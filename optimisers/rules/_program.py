@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from .. import _fork
 from .._arrays.jax import attributes, holds_traced, settled, with_attributes
 from .._arrays.states import parts_of_state
 from .._arrays.torch import is_mapped
@@ -143,3 +144,24 @@ def numbers(rule: ElementwiseRule, t: Any = None) -> tuple[Any, ...]:
     And by the CPU kernels, which ask without a call of Python in between.
     """
     return tuple(rule.coefs(t) if rule.counts else rule.coefs())
+
+
+def is_ours(cls: type[ElementwiseRule]) -> bool:
+    """Tell whether a step is one of the library."""
+    return cls.step.__module__.partition(".")[0] == __name__.partition(".")[0]
+
+
+def check_language(rule: ElementwiseRule) -> int:
+    """Return how many coefs a user's step takes.
+
+    Raises
+    ------
+    StepError
+        If the step is not in the language of steps.
+    """
+    with _fork.compiling:
+        from .._steps import compiled, grammar
+
+    coefs = len(numbers(rule, 1))
+    grammar.check(type(rule), coefs, compiled.WORDS)
+    return coefs

@@ -24,7 +24,6 @@ from optimisers import (
     setup,
     update_,
 )
-from optimisers._engine import ready
 from optimisers.rules._base import registry
 from optimisers.rules._program import (
     Hold,
@@ -104,40 +103,6 @@ def test_a_stage_finds_its_state_at_its_place(rule):
             assert len(own) == stage.n
         else:
             assert own == ()
-
-
-def lowered(plan, at=()):
-    """Return the stages of a plan as it was made before there were programs."""
-    plans = ready.cuda_kit().plans
-    if isinstance(plan, plans.ChainPlan):
-        yield Parts, at
-        for k, inner in enumerate(plan.parts):
-            yield from lowered(inner, (*at, k))
-    elif isinstance(plan, plans.MixedPlan):
-        yield Master, at
-        yield from lowered(plan.inner, (*at, 1))
-    elif isinstance(plan, plans.NormPlan):
-        yield Measure, at, plan.rule
-        yield Step, at, plan.stage.step
-    elif isinstance(plan, plans.AccumulatePlan):
-        yield Hold, at, plan.n, plan.hold.step, plan.release.step
-    else:
-        yield Step, at, plan.step
-
-
-def told(stage):
-    if isinstance(stage, Measure):
-        return Measure, stage.at, stage.rule
-    if isinstance(stage, Hold):
-        return Hold, stage.at, stage.n, type(stage.add).step, type(stage.release).step
-    if isinstance(stage, Step):
-        return Step, stage.at, type(stage.rule).step
-    return type(stage), stage.at
-
-
-@parametrize("rule", RULES)
-def test_programs_agree_with_plans(rule):
-    assert [*map(told, program_of(rule))] == [*lowered(ready.lower_for_device(rule))]
 
 
 def test_a_chain_joins_the_programs_of_its_rules():
@@ -249,16 +214,46 @@ class Clipped(Rule):
 
 
 def test_a_rule_with_a_program_of_its_own_is_compiled():
-    outcomes = []
-    chain = OptimiserChain(ClipGrad(0.5), Adam())
-    for rule in (Clipped(), chain, replace(Clipped(), inner=OwnApply())):
-        x = np.linspace(-2, 2, 7)
-        state = setup(rule, x)
-        for _ in range(3):
-            state, x, _ = step(update_, state, x, np.sin(3 * x))
-        outcomes.append((x, *state.state[1]))
-    assert_same_bits(outcomes[1], outcomes[0])
-    assert_same_bits(outcomes[2], outcomes[0])
+    x = np.linspace(-2, 2, 7)
+    expected = trained(OptimiserChain(ClipGrad(0.5), Adam()), x, "kernels")
+    assert_same_bits(trained(Clipped(), x, "kernels"), expected)
+    assert_same_bits(trained(replace(Clipped(), inner=OwnApply()), x, "arrays"), expected)
+
+
+ODD = {
+    "a place that is none": (Parts(2), Step(ClipGrad(0.5), (0,)), Step(Adam(), (2,))),
+    "a place below 0": (Parts(2), Step(ClipGrad(0.5), (0,)), Step(Adam(), (-1,))),
+    "a place within an array": (Parts(2), Step(ClipGrad(0.5), (0,)), Step(Adam(), (1, 0))),
+    "another number of parts": (Parts(3), Step(ClipGrad(0.5), (0,)), Step(Adam(), (1,))),
+    "a step of another state": (Parts(2), Step(Momentum(), (0,)), Step(Adam(), (1,))),
+    "a step that takes no measure": (Measure(ClipNorm(), (1,)), Step(Adam(), (1,))),
+    "a measure without a step": (Step(Adam(), (1,)), Measure(ClipNorm(), (0,))),
+    "a measure of the tree": (Measure(ClipNorm(), (0,), "tree"), Step(Adam(), (1,))),
+    "a master in the middle": (Step(Adam(), (1,)), Master(np.dtype("f4"))),
+    "a hold of two slots": (Hold(2, (1,), Adam(), Adam()),),
+    "nothing known": ("step",),
+}
+
+
+@parametrize("odd", ODD)
+def test_a_program_that_does_not_fit_is_not_run(odd):
+    class Odd(Clipped):
+        def program(self):
+            return ODD[odd]
+
+    x = np.linspace(-2, 2, 7)
+    expected = trained(Clipped(), x, "kernels")
+    assert_same_bits(trained(Odd(), x, "arrays"), expected)
+
+
+def trained(rule, x, backend):
+    """Return parameter and state of the inner rule after some steps, all by one backend."""
+    x = x.copy()
+    state = setup(rule, x)
+    for _ in range(3):
+        state, x, used = step(update_, state, x, np.sin(3 * x))
+        assert {*used.values()} == {backend}
+    return x, *state.state[1]
 
 
 def test_numbers_are_those_of_the_count():
