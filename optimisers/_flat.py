@@ -40,8 +40,9 @@ from ._arrays.library import (
     refuse_masked_parameter,
 )
 from ._arrays.torch import is_given_back
-from ._engine import advance as engine
-from ._engine.arrays import at_once, checked_gradient, fresh, writing
+from ._engine.arrays import at_once, fresh, writing
+from ._engine.gradients import checked_gradient
+from ._engine.tied import sum_of_two
 from ._messages.text import short
 from ._trees.lockstep import gather, place
 from ._trees.lockstep import places as walk_places
@@ -903,7 +904,7 @@ def _gradient(g: Any, blank: np.ndarray, where: Callable[[], str], traced: bool)
 
 def _sum(a: Array, b: Array) -> Array:
     with np.errstate(all="ignore"):
-        return engine.summed(a, b)
+        return sum_of_two(a, b)
 
 
 def _check_out(out: Any, size: int, dtype: Any, libraries: frozenset[str]) -> None:

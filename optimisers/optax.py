@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from ._arrays.jax import Maybe, double, is_tracer
-from ._engine.arrays import checked_gradient
+from ._engine.gradients import checked_gradient
 from ._messages.calls import no_name
 from ._messages.text import short, warn_caller
 from .rules._base import Rule, started

@@ -1,7 +1,7 @@
 """The engine for arrays on CUDA devices: batches of leaves.
 
-The shape is that of `_kernels`: a `Batch` takes leaves, settles that nothing is written which is
-read elsewhere, measures norms, and says which calls make the update. Leaves of one `Kind` go into
+The shape is that of `_kernels`: `Rows` take leaves, settle that nothing is written which is
+read elsewhere, measure norms, and say which calls make the update. Leaves of one `Kind` go into
 one launch. Where the rows of a launch are those of the last step, nothing is checked or sent anew.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 import bisect
 import itertools
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,7 +19,9 @@ from .._arrays import devices
 from .._arrays.devices import Library
 from .._arrays.library import maywrite
 from .._arrays.states import parts_of_state
+from .._arrays.torch import is_tensor, like
 from .._leaf import Item
+from .._messages.text import short
 from ..rules.accumulate import _Hold
 from . import launch as _launch
 from . import texts
@@ -27,7 +29,7 @@ from .jobs import Job, Kind, Plan, plan_of
 from .texts import Program
 
 if TYPE_CHECKING:
-    from .._engine.arrays import Call
+    from .._engine.batch import Batch, Call, Update
 
 Array = Any
 
@@ -52,25 +54,99 @@ class _Group:
         """Whether the launch had the same rows before."""
 
 
-class Batch:
-    """Leaves to be updated together.
+class CudaBatch:
+    """Leaves that the CUDA kernels update: a batch, as `_engine.batch` has it, and its protocol."""
+
+    name = "cuda"
+
+    def __init__(self, update: Update, blank: Callable[[Any], Any]) -> None:
+        self.update = update
+        self.rows = Rows(None if update.in_place else blank)
+
+    @property
+    def failed(self) -> int:
+        return self.rows.failed
+
+    def gather(self, ks: Sequence[int]) -> list[int]:
+        return [k for k in ks if not self._take(k)]
+
+    def _take(self, k: int) -> bool:
+        """Take one leaf if it is on a device; tell whether this is its end."""
+        update, leaf, x = self.update, self.update.leaves[k], self.update.xs[k]
+        if leaf.job is not None:
+            update.refuse_given_back(k)
+            if self.rows.try_repeat(k, leaf, x, update.gs[k]):
+                return True
+        if devices.library(x) is None:
+            return False
+        g = update.gradient(k)
+        if g is None:
+            return True
+        try:
+            if self.rows.take(k, leaf, x, g, update.path(k)):
+                return True
+            if devices.is_numba(x):
+                raise TypeError(
+                    f"at {update.path_of(k)}: {short(leaf.rule)} cannot update an array of Numba "
+                    f"of shape {tuple(x.shape)} and dtype {x.dtype}. Kernels take float32 and "
+                    "float64, others inside MixedPrecision, and rules of the library or with a "
+                    "`step`; for anything else make the parameters arrays of CuPy or tensors of "
+                    "PyTorch. If the rule is one of these, the state is not of this parameter: "
+                    "call setup anew with this model"
+                )
+        except Exception as error:
+            error.add_note(f"raised by {leaf.rule!r} at {update.path_of(k)}; nothing was updated")
+            raise
+        return False
+
+    def indices(self) -> list[int]:
+        return self.rows.places()
+
+    def nonfinite(self) -> list[int]:
+        gradients = [self.update.gs, *self.update.higher]
+        return [k for k in self.indices() if self.update.is_bad(k, gradients)]
+
+    def settle(self, before: Sequence[Batch]) -> tuple[int, int] | None:
+        return self.rows.settle()
+
+    def measure(self) -> None:
+        self.rows.measure()
+
+    def calls(self) -> list[Call]:
+        return self.rows.calls()
+
+    def may_write(self, arrays: Sequence[Array]) -> bool:
+        return True
+
+    def written(self) -> list[tuple[int, Array]]:
+        return [(k, self.update.xs[k]) for k in self.indices()]
+
+    def results(self) -> tuple[dict[int, Array], dict[int, Any]]:
+        new_x = {
+            k: like(self.update.xs[k], new) if is_tensor(new) else new
+            for k, new in self.rows.new_x.items()
+        }
+        return new_x, self.rows.new_state
+
+    def unrecorded(self) -> list[Any]:
+        return [x for _, x in self.written() if is_tensor(x)]
+
+
+class Rows:
+    """Leaves to be updated together: those of one `Kind` are rows of the table of one launch.
 
     Parameters
     ----------
     blank : callable or None
         Given a state, returns an empty one of the same form, which the run then fills, as it fills
         a new array for each parameter. None updates in place.
-    new_x, new_state : dict
-        What to enter by place, where it is not written in place.
     """
 
-    def __init__(
-        self,
-        blank: Callable[[Any], Any] | None,
-        new_x: dict[int, Array],
-        new_state: dict[int, Any],
-    ) -> None:
-        self.blank, self.new_x, self.new_state = blank, new_x, new_state
+    def __init__(self, blank: Callable[[Any], Any] | None) -> None:
+        self.blank = blank
+        self.new_x: dict[int, Array] = {}
+        self.new_state: dict[int, Any] = {}
+        """What is not written in place, by place."""
         self.last_rule: Any = None
         self.last_plan: Plan | None = None
         self.jobs: list[Job] = []
@@ -324,12 +400,12 @@ def summed(a: Array, b: Array) -> Array:
     assert lib is not None
     if devices.axes(lib, a) is None:
         a = lib.copy(a)
-    batch = Batch(lambda state: tuple(map(lib.blank, state)), {}, {})
-    was_taken = batch.take(0, Item(_Hold(), (a,)), a, b, str)
+    rows = Rows(lambda state: tuple(map(lib.blank, state)))
+    was_taken = rows.take(0, Item(_Hold(), (a,)), a, b, str)
     assert was_taken, "gradients are checked before they are summed"
-    batch.settle()
-    _make(batch.calls())
-    return batch.new_state[0][0]
+    rows.settle()
+    _make(rows.calls())
+    return rows.new_state[0][0]
 
 
 def _carry_over(old: Any, new: Any) -> None:

@@ -1,4 +1,4 @@
-"""The array path: an update by the array library of the parameter, and what it asks of gradients.
+"""The array path: an update by the array library of the parameter.
 
 What the kernels do not take is evaluated here, with the same steps: NumPy arrays of other dtypes
 and layouts, JAX arrays and tracers, tensors without a view, users' rules. Nothing that is given is
@@ -10,7 +10,6 @@ from __future__ import annotations
 import collections
 import copy
 import itertools
-import numbers
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -19,118 +18,118 @@ import numpy as np
 
 from .._arrays import devices
 from .._arrays import torch as _torch
-from .._arrays.jax import Number, is_jax, is_tracer, with_attributes
-from .._arrays.library import is_narrow, isnumeric, library_of, maywrite, refuse_masked
+from .._arrays.jax import Number, is_jax, with_attributes
+from .._arrays.library import isnumeric, maywrite, of_class, refuse_masked
 from .._arrays.states import map_state, parts_of_state
-from .._messages.text import short
 from .._trees.nodes import children, rebuild
 from .._trees.parameters import carry, overlap
-from ..rules._base import ElementwiseRule, Rule
-from ..rules._numbers import for_step, is_traced, moved, read_only
-from ..words import is_complex, namespace
+from ..rules._base import ANEW, ElementwiseRule, Rule
+from ..rules._numbers import is_traced, moved, read_only
+from .batch import Batch, Call, Update, note
+from .gradients import checked, named, plain
 
 Array = Any
 
-# --- gradients -------------------------------------------------------------------------------
+# --- all leaves ------------------------------------------------------------------------------
 
 
-def checked_gradient(g: Any, x: Array, where: Callable[[], str]) -> Array | None:
-    """Return `g` as an array like `x`, or None where it says that there is no gradient.
+class ArrayBatch:
+    """Leaves that are evaluated into new arrays by the array library of their parameters."""
 
-    Its dtype is the one in which a step on `x` is computed.
+    name = "arrays"
+    failed = -1
 
-    Raises
-    ------
-    TypeError, ValueError
-        If `g` is no gradient for `x`; the message names the place, from `where()`.
-    """
-    if g is None or (type(g) is tuple and not g) or _is_symbolic_zero(g):
-        return None
-    refuse_masked(
-        g,
-        lambda: f"gradient at {where()}",
-        ".filled(0) takes it for zeros, and None says that there is no gradient",
-    )
-    on_device = devices.library(x) is not None
-    if on_device and devices.library(g) is not None and not _torch.is_tensor(g):
-        return devices.gradient(g, x, where)
-    wanted = f"expected an array of shape {tuple(x.shape)} and dtype {x.dtype}"
-    if not hasattr(g, "dtype") and (not isinstance(g, numbers.Number) or x.shape != ()):
-        from .._messages.mixups import for_gradient
+    def __init__(self, update: Update) -> None:
+        self.update = update
+        self.gs: dict[int, Array] = {}
+        self.stored: list[tuple[int, Array, Array]] = []
+        """Indices, arrays of their parameters or states, and what is to be written into these."""
+        self.new_x: dict[int, Array] = {}
+        self.new_state: dict[int, Any] = {}
 
-        raise TypeError(f"gradient at {where()}: {wanted}, got {short(g)}{for_gradient(g, x)}")
-    if _torch.is_tensor(x) and (_torch.is_tensor(g) or not on_device):
-        return _torch.gradient(g, x, where)
-    if on_device:
-        return devices.gradient(g, x, where)
-    if isinstance(x, np.ndarray) and not _torch.is_tensor(g):
-        devices.refuse_for_host(g, x, where)
-    if is_jax(x) or is_tracer(g):
-        return _jax_gradient(g, x, wanted, where)
-    is_boxed = library_of(type(g)) == "autograd"  # which records what is done to it
-    if isinstance(x, np.ndarray):
-        a = _torch.as_numpy(g, where) if _torch.is_tensor(g) else g if is_boxed else _as_numpy(g)
-        if a.dtype.kind not in "biufc" and not isnumeric(a):
-            raise TypeError(f"gradient at {where()}: {wanted}, got dtype {a.dtype}")
-        if a.dtype.kind == "c" and x.dtype.kind != "c":
+    def gather(self, ks: Sequence[int]) -> list[int]:
+        for k in ks:
+            if (g := self.update.gradient(k)) is not None:
+                self.gs[k] = g
+        return []
+
+    def indices(self) -> list[int]:
+        return [*self.gs]
+
+    def nonfinite(self) -> list[int]:
+        gradients = [self.update.gs, *self.update.higher]
+        return [k for k in self.gs if self.update.is_bad(k, gradients)]
+
+    def settle(self, before: Sequence[Batch]) -> tuple[int, int] | None:
+        for k, g in self.gs.items():
+            self._evaluate(k, g)
+        if not self.stored:
+            return None
+        own = self.written()
+        others = [batch.written() for batch in before if batch.may_write([x for _, x in own])]
+        return overlap(sorted(itertools.chain(own, *others), key=operator.itemgetter(0)))
+
+    def _evaluate(self, k: int, g: Array) -> None:
+        """Evaluate a leaf, and say what is to be written where; write nothing."""
+        update, leaf, x = self.update, self.update.leaves[k], self.update.xs[k]
+        made, new = _evaluated(update, k, g)
+        if update.in_place and _torch.is_mapped(new) and not _torch.is_mapped(x):
             raise TypeError(
-                f"gradient at {where()}: {wanted}, got complex numbers ({a.dtype}); "
-                "take the real part if that is what is meant"
+                f"at {update.path_of(k)}: update_ cannot write what torch.vmap maps into a tensor "
+                "that it does not map; use update, which returns new ones"
             )
-    else:
-        xp = namespace(x)
-        a = g if hasattr(g, "shape") and hasattr(g, "dtype") else xp.asarray(g, dtype=x.dtype)
-    if tuple(a.shape) != tuple(x.shape):
-        raise ValueError(f"gradient at {where()}: {wanted}, got shape {tuple(a.shape)}")
-    if isinstance(x, np.ndarray) and not is_boxed:
-        return _plain(a, np.dtype(np.float32) if is_narrow(x) else x.dtype.newbyteorder("="))
-    return for_step(x, a)
+        is_known = _torch.is_mapped(new) or not is_traced(new)
+        if update.in_place and new is not None and maywrite(x) and is_known:
+            self.stored.append((k, x, new))
+        elif new is not None:
+            self.new_x[k] = of_class(x, new)
+            if _torch.is_tensor(x):
+                self.new_x[k] = _torch.like(x, self.new_x[k])
+        if update.in_place:
+            made, writes = rewritten(leaf.state, made)
+            self.stored += [(k, *write) for write in writes]
+        self.new_state[k] = made
 
+    def measure(self) -> None:
+        """Do nothing: rules have been evaluated, with their norms."""
 
-def is_finite(g: Array) -> bool:
-    """Tell whether all numbers of a checked gradient are finite; waits for its device."""
-    if devices.is_numba(g):
-        g = g.copy_to_host()
-    return bool(namespace(g).all(namespace(g).isfinite(g)))
+    def calls(self) -> list[Call]:
+        calls = [writing(x, values) for _, x, values in self.stored]
+        if self.update.in_place:
+            leaves = self.update.leaves
+            calls += [(setattr, leaves[k], "state", new) for k, new in self.new_state.items()]
+        return calls
 
-
-def _jax_gradient(g: Any, x: Array, wanted: str, where: Callable[[], str]) -> Array:
-    """Return `g` as an array of JAX like `x`, which may be NumPy's if `g` is traced."""
-    xp = namespace(g if is_jax(g) else x)
-    a = g if hasattr(g, "dtype") else np.asarray(g)
-    if tuple(a.shape) != tuple(x.shape):
-        raise ValueError(f"gradient at {where()}: {wanted}, got shape {tuple(a.shape)}")
-    kind = str(a.dtype).removeprefix("torch.")
-    if kind.startswith("complex") and not is_complex(x):
-        raise TypeError(
-            f"gradient at {where()}: {wanted}, got complex numbers ({a.dtype}); "
-            "take the real part if that is what is meant"
-        )
-    if not kind.startswith(("bool", "int", "uint", "float", "bfloat", "complex")):
-        raise TypeError(f"gradient at {where()}: {wanted}, got dtype {a.dtype}")
-    if is_jax(a):
-        return for_step(x, a)
-    a = _torch.as_numpy(a, where) if _torch.is_tensor(a) else _as_numpy(a)
-    return xp.asarray(for_step(x, a))
-
-
-def _is_symbolic_zero(g: Any) -> bool:
-    """Tell whether `g` is JAX's way to say that there is no gradient."""
-    if type(g).__name__ in ("SymbolicZero", "Zero") and type(g).__module__.startswith("jax"):
+    def may_write(self, arrays: Sequence[Array]) -> bool:
         return True
-    return getattr(getattr(g, "dtype", None), "names", None) == ("float0",)
+
+    def written(self) -> list[tuple[int, Array]]:
+        return [(k, x) for k, x, _ in self.stored]
+
+    def results(self) -> tuple[dict[int, Array], dict[int, Any]]:
+        return self.new_x, self.new_state
+
+    def unrecorded(self) -> list[Any]:
+        return []
 
 
-def _as_numpy(g: Any) -> np.ndarray:
-    if isinstance(g, np.ndarray):
-        return g
-    return np.asarray(g.detach() if hasattr(g, "detach") else g)
-
-
-def _plain(a: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Return `a` as an aligned array in native byte order, itself if it is one."""
-    with np.errstate(all="ignore"):
-        return np.require(np.asarray(a), dtype, "A")
+def _evaluated(update: Update, k: int, g: Array) -> tuple[Any, Array | None]:
+    """Return the state and the parameter that a step makes; what it raises has the path."""
+    leaf, x = update.leaves[k], update.xs[k]
+    others = [
+        checked(h[k], leaf, x, derivative)
+        for h, derivative in named(update.higher, k, update.path_of)
+    ]
+    refuse_masked_state(leaf.state, update.path(k))
+    try:
+        return evaluate(leaf.rule, leaf.state, x, [g, *others])
+    except FloatingPointError as error:
+        raise FloatingPointError(f"at {update.path_of(k)}: {error}") from error
+    except Exception as error:
+        if type(error) in (TypeError, ValueError) and str(error).endswith(ANEW):
+            raise type(error)(f"at {update.path_of(k)}: {error}") from None
+        note(error, leaf, update.path_of(k))
+        raise
 
 
 # --- one leaf --------------------------------------------------------------------------------
@@ -145,7 +144,7 @@ def evaluate(
     """
     given = x
     if isinstance(x, np.ndarray):
-        x = _plain(x, x.dtype.newbyteorder("="))
+        x = plain(x, x.dtype.newbyteorder("="))
     elif _torch.is_tensor(x):
         x = x.detach()
     if type(rule).apply is not ElementwiseRule.apply:
@@ -232,10 +231,6 @@ def refuse_masked_state(state: Any, where: Callable[[], str]) -> None:
     """Raise if an array of a state has a mask."""
     for part in parts_of_state(state):
         refuse_masked(part, lambda: f"in the state at {where()}", "its .filled(0) is an array")
-
-
-Call = tuple[Any, ...]
-"""A function and its arguments."""
 
 
 def writing(x: Array, new: Array) -> Call:

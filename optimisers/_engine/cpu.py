@@ -1,15 +1,40 @@
-"""The CPU kernels: which of their twins this processor runs, and with how many threads."""
+"""The CPU kernels: which of their twins this processor runs, which rules, and their batch."""
 
 from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Callable, Sequence
 from numbers import Real
 from typing import Any
 
+import numpy as np
+
+from .. import _fork
 from .. import _kernels as baseline
-from .._arrays import dlpack
+from .._arrays import devices, dlpack
+from .._arrays import torch as _torch
+from .._arrays.jax import is_jax
+from .._arrays.library import of_class
+from .._arrays.states import parts_of_state
 from .._messages.text import short
+from .._trees.parameters import span
+from ..rules._base import _registry
+from ..rules._numbers import is_traced
+from ..rules._program import (
+    Hold,
+    Master,
+    Measure,
+    Parts,
+    Program,
+    Step,
+    check_language,
+    program_of,
+)
+from ..rules.norms import _Scale
+from .arrays import blank
+from .batch import Batch, Call, Update, note
+from .tensors import sights
 
 Array = Any
 
@@ -68,3 +93,220 @@ def set_num_threads(n: int) -> None:
 def get_num_threads() -> int:
     """Return the most threads that an update uses; small ones use fewer."""
     return int(kernels.get_num_threads())
+
+
+# --- rules -----------------------------------------------------------------------------------
+
+
+_rules: dict[str, Any] = {cls.__name__: cls for cls in _registry}
+_steps = {_rules[name].step: index for name, index in kernels.step_index.items()}
+_array_only: set[type] = set()
+"""Rules whose steps Numba could not compile."""
+_found: dict[tuple[type, bool], tuple[int, int]] = {}
+
+
+def lower(rule: Any) -> Any:
+    """Return the plan by which the CPU kernels run `rule`, or None if they cannot."""
+    program = program_of(rule)
+    return None if program is None else _ready(rule, program)
+
+
+def _ready(rule: Any, program: Program) -> Any:
+    """Return the plan of a program, or None if the CPU kernels cannot run one of its stages."""
+    plan = kernels.Plan(rule, _compiled)
+    measure: Measure | None = None
+    for k, stage in enumerate(program):
+        if measure is not None or isinstance(stage, Step):
+            if not isinstance(stage, Step) or not _add_step(plan, stage, measure):
+                return None
+            measure = None
+        elif isinstance(stage, Parts):
+            plan.add_parts(stage.at, stage.n)
+        elif isinstance(stage, Measure) and stage.over == "array":
+            measure = stage
+        elif isinstance(stage, Hold):
+            if not _add_hold(plan, stage):
+                return None
+        elif isinstance(stage, Master) and k == 0 and not stage.at:
+            plan.set_master(stage.dtype)
+        else:
+            return None
+    return plan if measure is None else None
+
+
+def _add_step(plan: Any, step: Step, measure: Measure | None) -> bool:
+    """Add a step, which takes what `measure` finds, if there is one; tell whether it can be."""
+    cls = type(step.rule)
+    index = _index_of(step.rule)
+    if index is None:
+        return False
+    if measure is None:
+        plan.add_step(step.rule, step.at, index, len(cls.slots), cls.counts)
+        return True
+    if cls is not _Scale or measure.at != step.at:
+        return False
+    plan.add_measured(measure.rule, step.at, index, measure.rule.p)
+    return True
+
+
+def _add_hold(plan: Any, hold: Hold) -> bool:
+    steps = [(rule, _index_of(rule)) for rule in (hold.add, hold.release)]
+    for rule, index in steps:
+        if index is None or len(rule.slots) != 1 or rule.counts:
+            return False
+    plan.add_hold(hold.at, min(hold.n, np.iinfo(np.int64).max), *steps)
+    return True
+
+
+def _index_of(rule: Any) -> int | None:
+    """Return where the table has a step; -1 if it is compiled late, None if it cannot be."""
+    cls = type(rule)
+    index: int | None = _steps.get(cls.step)
+    if index is not None:
+        return index
+    return None if cls in _array_only or len(cls.slots) > kernels.max_slots else -1
+
+
+def _compiled(rule: Any, is_double: bool) -> tuple[int, int] | None:
+    """Return the address of a user's step as machine code and the number of its coefs, or None.
+
+    Raises
+    ------
+    StepError
+        If the step is not in the language of steps, whether or not it can be compiled.
+    """
+    cls = type(rule)
+    if found := _found.get((cls, is_double)):
+        return found
+    coefs = check_language(rule)
+    with _fork.compiling:
+        from .._steps import compiled
+
+        dtype = "float64" if is_double else "float32"
+        address = compiled.block_step(cls.__name__, cls.step, len(cls.slots), coefs, dtype)
+    if address is None:
+        _array_only.add(cls)
+        return None
+    _found[cls, is_double] = address, coefs
+    return address, coefs
+
+
+# --- leaves ----------------------------------------------------------------------------------
+
+
+class KernelBatch:
+    """Leaves that the CPU kernels update: NumPy arrays, and tensors that have views.
+
+    Around the compiled `Batch`. What that does not take as it stands, it may take once the gradient
+    is checked, or where a tensor is seen as an array.
+    """
+
+    name = "kernels"
+
+    def __init__(self, update: Update, begun: tuple[Any, list[int]] | None = None) -> None:
+        self.update = update
+        self.begun = begun
+        """A compiled batch that has gathered already, and the indices that it left."""
+        self.batch: Any = begun[0] if begun else kernels.Batch(None if update.in_place else blank)
+        self.tensors: list[int] = []
+        self.late: list[int] = []
+        """What was taken after its gradient was checked."""
+
+    def gather(self, ks: Sequence[int]) -> list[int]:
+        update = self.update
+        try:
+            rest: list[int]
+            if self.begun:
+                rest = self.begun[1]
+            else:
+                rest = self.batch.gather(update.leaves, update.xs, update.gs, lower)
+            self.tensors = _torch.places(update.xs, rest) if rest else []
+            if self.tensors:
+                *as_views, unseen = sights(update.leaves, update.xs, update.gs, self.tensors)
+                unseen += self.batch.gather(*as_views, lower)
+                rest = sorted({*rest}.difference(self.tensors).union(unseen))
+        except Exception as error:
+            note_failed(error, self.batch, update.leaves, update.path_of)
+            raise
+        return [k for k in rest if not self._take(k)]
+
+    def _take(self, k: int) -> bool:
+        """Take a leaf after all, now that its gradient is plain; tell whether this is its end."""
+        leaf, x = self.update.leaves[k], self.update.xs[k]
+        if leaf.job is not None or devices.library(x) is not None:
+            return False
+        g = self.update.gradient(k)
+        if g is None:
+            return True
+        plan = None if is_jax(x) or is_jax(g) or is_traced(g) else lower(leaf.rule)
+        if plan is None:
+            return False
+        seen: tuple[Any, np.ndarray, np.ndarray] | None
+        if isinstance(x, np.ndarray):
+            ordered = np.ascontiguousarray if x.flags.c_contiguous else np.asfortranarray
+            seen = leaf.state, np.asarray(x), ordered(g).reshape(x.shape)
+        else:
+            seen = _torch.arrays(leaf.state, x, g) if _torch.is_tensor(x) else None
+        if seen is None or not self.batch.take(k, plan, *seen):
+            return False
+        self.late.append(k)
+        return True
+
+    @property
+    def failed(self) -> int:
+        return int(self.batch.failed)
+
+    def indices(self) -> list[int]:
+        return list(self.batch.places())
+
+    def nonfinite(self) -> list[int]:
+        higher = self.update.higher
+        bad: list[int] = self.batch.nonfinite()
+        return bad + [k for k in self.indices() if higher and self.update.is_bad(k, higher)]
+
+    def settle(self, before: Sequence[Batch]) -> tuple[int, int] | None:
+        clash: tuple[int, int] | None = self.batch.settle()
+        return clash
+
+    def measure(self) -> None:
+        """Do nothing: a run measures by itself, before it writes."""
+
+    def calls(self) -> list[Call]:
+        return [(self.batch.run,)]
+
+    def may_write(self, arrays: Sequence[Any]) -> bool:
+        return any(self.batch.writes(*extent) for x in arrays if (extent := span(x)))
+
+    def written(self) -> list[tuple[int, Any]]:
+        update = self.update
+        taken = [k for k in self.batch.places() if k not in self.batch.new_x]
+        return [(k, update.xs[k]) for k in taken] + [
+            (k, part)
+            for k in taken
+            for part in parts_of_state(update.leaves[k].state, tuple)
+            if isinstance(part, np.ndarray)
+        ]
+
+    def results(self) -> tuple[dict[int, Any], dict[int, Any]]:
+        update, new_x, new_state = self.update, dict(self.batch.new_x), dict(self.batch.new_state)
+        for k in self.late:
+            if k in new_x:
+                new_x[k] = of_class(update.xs[k], new_x[k])
+        for k in self.tensors:
+            if k in new_state:
+                new_state[k] = _torch.state_like(update.leaves[k].state, new_state[k], update.xs[k])
+            if k in new_x:
+                new_x[k] = _torch.like(update.xs[k], new_x[k])
+        return new_x, new_state
+
+    def unrecorded(self) -> list[Any]:
+        taken = {*self.indices()}.intersection(self.tensors)
+        return [self.update.xs[k] for k in sorted(taken)]
+
+
+def note_failed(
+    error: Exception, batch: Any, leaves: Sequence[Any], path_of: Callable[[int], str]
+) -> None:
+    """Note which rule raised an error while a compiled batch gathered, and where."""
+    if batch.failed >= 0:
+        note(error, leaves[batch.failed], path_of(batch.failed))

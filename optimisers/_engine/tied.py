@@ -8,14 +8,17 @@ from typing import Any
 
 import numpy as np
 
+from .._arrays import devices
 from .._arrays.library import isnumeric, maywrite, of_class, plain, refuse_masked_parameter
 from .._arrays.torch import is_tensor
 from .._leaf import Leaf
 from .._messages.text import short
 from .._trees.parameters import carry, laid_out, overlap, same_elements
-from ..rules._numbers import read_only
+from ..rules._numbers import read_only, widened
 from . import advance as engine
-from .arrays import Call, fresh, shown, writing
+from .arrays import fresh, shown, writing
+from .batch import Call
+from .gradients import checked
 
 Array = Any
 
@@ -140,13 +143,13 @@ class Tied:
         once = is_tensor(x) and all(self.xs[k] is x and gs[k] is g for k in group)
         for k in group[:1] if once else group:
             as_seen = partial(self._carried, source=first, target=k)
-            g = engine.checked(gs[k], leaf, self.xs[k], partial(self.where, k), as_seen)
+            g = checked(gs[k], leaf, self.xs[k], partial(self.where, k), as_seen)
             if g is not None:
                 given[k] = g
         for k in group[1:] if given else ():
             self._refuse_misfit(first, k)
         seen = [self._carried(g, source=k, target=first) for k, g in given.items()]
-        return reduce(engine.summed, seen) if seen else None
+        return reduce(sum_of_two, seen) if seen else None
 
     def _carried(self, values: Array, source: int, target: int) -> Array:
         """Return values laid out like the array in one place as they appear through another's."""
@@ -164,6 +167,15 @@ class Tied:
                 f"{self.where(first)} and {self.where(k)} share a Leaf, but are separate arrays, "
                 f"{_kind(x)} and {_kind(other)}; call setup anew with this model"
             )
+
+
+def sum_of_two(a: Array, b: Array) -> Array:
+    """Return the sum of two gradients of one parameter, in a dtype in which steps are computed."""
+    a, b = widened(a), widened(b)
+    if not devices.is_numba(a):
+        with np.errstate(over="ignore", invalid="ignore"):
+            return a + b
+    return engine.cuda().summed(a, b)
 
 
 def _kind(x: Any) -> str:

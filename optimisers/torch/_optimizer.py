@@ -17,7 +17,7 @@ from .._arrays.library import maywrite
 from .._arrays.states import map_state, named_parts, parts_of_state
 from .._engine import advance as engine
 from .._engine import cpu
-from .._engine.arrays import Call
+from .._engine.batch import Call
 from .._leaf import Item
 from .._messages import names as _names
 from .._messages.calls import explained

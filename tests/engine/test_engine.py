@@ -51,7 +51,7 @@ from optimisers import (
     update_,
 )
 from optimisers._engine import advance as engine
-from optimisers._engine import cpu, ready
+from optimisers._engine import cpu
 
 pytestmark = pytest.mark.sanitized
 
@@ -167,7 +167,7 @@ def test_one_loop_does_a_rule_and_what_leads_it(rule):
     loops, chain = rule
     batch = cpu.kernels.Batch()
     x = np.ones(3)
-    assert batch.gather([setup(chain, x)], [x], [x], ready.lower) == []
+    assert batch.gather([setup(chain, x)], [x], [x], cpu.lower) == []
     assert batch.loops() == {0: loops}
 
 

@@ -25,7 +25,7 @@ from optimisers import (
     update,
     update_,
 )
-from optimisers._engine import cpu, ready
+from optimisers._engine import cpu
 from optimisers.io import load, save
 
 pytestmark = pytest.mark.sanitized
@@ -77,7 +77,7 @@ def nonfinite(g, master, x=None):
     rule = MixedPrecision(master, Descent()) if master else Descent()
     x = np.zeros_like(g) if x is None else x
     batch = cpu.kernels.Batch()
-    assert batch.gather([setup(rule, x)], [x], [g], ready.lower) == []
+    assert batch.gather([setup(rule, x)], [x], [g], cpu.lower) == []
     return batch.nonfinite()
 
 

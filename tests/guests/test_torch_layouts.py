@@ -20,7 +20,7 @@ from optimisers import (
     update_,
 )
 from optimisers._arrays import torch as _torch
-from optimisers._engine import advance as engine
+from optimisers._engine import cpu
 
 torch: Any = pytest.importorskip("torch")
 
@@ -201,7 +201,7 @@ def test_narrow_tensors_are_seen_all_at_once(dtype, call, monkeypatch):
     pytest.importorskip("ml_dtypes")
     if _torch._viewer() is None:
         pytest.skip("this PyTorch does not describe its tensors")
-    monkeypatch.setattr(engine, "_take", None)
+    monkeypatch.setattr(cpu.KernelBatch, "_take", None)
     model = {str(k): tensor(k, dtype=dtype) for k in range(4)}
     state = setup(Adam(0.01), model)
     for seed in (1, 2):

@@ -42,7 +42,7 @@ from optimisers import (
     update_,
 )
 from optimisers import update as pure_update
-from optimisers._engine import cpu, ready
+from optimisers._engine import cpu
 
 pytestmark = [pytest.mark.elsewhere, pytest.mark.portable, pytest.mark.sanitized]
 
@@ -437,7 +437,7 @@ def test_state_is_like_the_parameter_in_native_byte_order():
 def test_every_elementwise_rule_of_the_library_has_kernels():
     for cls in ELEMENTWISE:
         assert cls.__name__ in cpu.kernels.step_index
-        assert ready.lower(example(cls)) is not None
+        assert cpu.lower(example(cls)) is not None
 
 
 def test_a_subclass_with_an_apply_of_its_own_has_no_kernel():
@@ -450,7 +450,7 @@ def test_a_subclass_with_an_apply_of_its_own_has_no_kernel():
         twin = object.__new__(Own)
         for name, value in vars(example(cls)).items():
             object.__setattr__(twin, name, value)
-        assert ready.lower(twin) is None
+        assert cpu.lower(twin) is None
         model = {"w": normal((6,), np.float32)}
         gradients = [{"w": normal((6,), np.float32, s)} for s in (1, 2)]
         used = checked_steps(update_, twin, model, gradients, assert_same_bits)

@@ -1,0 +1,126 @@
+"""What a batch is: the leaves of an update that one backend takes, and what it is asked in turn.
+
+The protocol has an implementation for the CPU kernels (`cpu`), for CUDA devices (`_cuda.batch`) and
+for what is left, by the array library of the parameter (`arrays`). Another device is another batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Protocol
+
+from .._arrays.library import isnumeric, refuse_masked_parameter
+from .._arrays.torch import is_tensor, refuse_given_back
+from .._messages.text import short
+from .gradients import checked, holds_nonfinite
+
+Array = Any
+Call = tuple[Any, ...]
+"""A function and its arguments."""
+
+
+class Update:
+    """What is to be updated: distinct leaves, their parameters and gradients beside each other."""
+
+    def __init__(
+        self,
+        leaves: list[Any],
+        xs: list[Array],
+        gs: list[Any],
+        higher: Sequence[list[Any]],
+        path_of: Callable[[int], str],
+        in_place: bool,
+    ) -> None:
+        self.leaves, self.xs, self.gs, self.higher = leaves, xs, gs, higher
+        self.path_of, self.in_place = path_of, in_place
+        self._gradients: dict[int, Array | None] = {}
+
+    def path(self, k: int) -> Callable[[], str]:
+        """Return what gives the path of index `k`."""
+        return partial(self.path_of, k)
+
+    def gradient(self, k: int) -> Array | None:
+        """Return a gradient, checked once; None says that there is none.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If it is no gradient, or if its parameter cannot be updated.
+        """
+        if k not in self._gradients:
+            x, path = self.xs[k], self.path(k)
+            self.refuse_given_back(k)
+            if not isnumeric(x):
+                from .._messages.mixups import for_model
+
+                told = f"at {path()}: the state tree has a parameter, the model {short(x)}"
+                raise TypeError(told + for_model(x))
+            refuse_masked_parameter(x, path)
+            self._gradients[k] = checked(self.gs[k], self.leaves[k], x, path)
+        return self._gradients[k]
+
+    def refuse_given_back(self, k: int) -> None:
+        """Raise if the parameter is a tensor without memory, or its state has one."""
+        if is_tensor(self.xs[k]):
+            refuse_given_back(self.xs[k], self.leaves[k].state, self.path(k))
+
+    def is_bad(self, k: int, gradients: Sequence[list[Any]]) -> bool:
+        """Tell whether one of the gradients at an index holds infinity or NaN."""
+        return holds_nonfinite(k, self.leaves[k], self.xs[k], gradients, self.path(k))
+
+
+class Batch(Protocol):
+    """Leaves that one backend updates. Nothing that was given is written before its calls run."""
+
+    name: str
+    """What `watching` calls the backend."""
+
+    @property
+    def failed(self) -> int:
+        """The index at which `measure` or a call raised; -1 if it was at none."""
+
+    def gather(self, ks: Sequence[int]) -> list[int]:
+        """Take what it can of some indices, and pass over those without a gradient.
+
+        Returns the rest. Whatever can be refused is refused here, with its path.
+        """
+
+    def indices(self) -> list[int]:
+        """Return the indices taken."""
+
+    def nonfinite(self) -> list[int]:
+        """Return the indices taken whose gradients hold infinity or NaN."""
+
+    def settle(self, before: Sequence[Batch]) -> tuple[int, int] | None:
+        """See to it that nothing is written which is read elsewhere.
+
+        Returns two indices that would write the same memory, one of them here and the other here or
+        in the batches before, else None.
+        """
+
+    def measure(self) -> None:
+        """Find the numbers over whole arrays that steps need, and raise if one is refused."""
+
+    def calls(self) -> list[Call]:
+        """Return the calls that make the update, all of C functions (see `at_once`)."""
+
+    def may_write(self, arrays: Sequence[Array]) -> bool:
+        """Tell whether the calls may write memory of some arrays, True in doubt; after `settle`."""
+
+    def written(self) -> list[tuple[int, Array]]:
+        """Return the arrays, with their indices, that the calls write."""
+
+    def results(self) -> tuple[dict[int, Array], dict[int, Any]]:
+        """Return, by index, the parameters and states that are not written in place.
+
+        The calls may fill their arrays.
+        """
+
+    def unrecorded(self) -> list[Any]:
+        """Return the tensors that are written behind the back of autograd."""
+
+
+def note(error: Exception, leaf: Any, path: str) -> None:
+    """Note which rule raised an error where."""
+    error.add_note(f"raised by {leaf.rule!r} at {path}; nothing was updated")
