@@ -26,20 +26,21 @@ Step = Callable[[], Any]
 
 
 class Run:
-    """A state of Adam and its model, in a file of ours and in one of the package.
+    """A state and its model, in a file of ours and in one of the package.
 
     Parameters
     ----------
     model : tree
         The model.
-    alone : bool
-        Whether it is saved by itself, as any tree of arrays, without a state.
+    rule : Rule, optional
+        The rule whose state is saved beside it. Without one, the model is saved by itself, as any
+        tree of arrays.
     """
 
-    def __init__(self, model: Any, alone: bool = False) -> None:
+    def __init__(self, model: Any, rule: opt.Rule | None = None) -> None:
         self.folder = Path(tempfile.mkdtemp())
         self.ours, self.theirs = self.folder / "ours", self.folder / "theirs"
-        self.trees = (model,) if alone else (opt.setup(opt.Adam(), model), model)
+        self.trees = (model,) if rule is None else (opt.setup(rule, model), model)
 
     def steps(self) -> dict[str, Step]:
         """Return what saves and loads; the package's two are missing where it is not installed."""
@@ -73,7 +74,7 @@ class Run:
             os.fsync(file.fileno())
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Return the same arrays by name."""
+        """Return the same arrays by name: of a state without arrays, only those of its model."""
         leaves: list[Any] = []
         for tree in self.trees:
             opt.fmap(leaves.append, tree)
@@ -84,21 +85,25 @@ class Run:
         shutil.rmtree(self.folder)
 
 
-MODELS: dict[str, Callable[[], Any]] = {
-    "1,000 arrays of 64": lambda: many_arrays(1_000),
-    "20,000 arrays of 64": lambda: many_arrays(20_000),
-    "20,000 arrays of 8": lambda: many_arrays(20_000, 8),
-    "one array of 3M": lambda: normal(3_000_000),
+RUNS: dict[str, Callable[[], Run]] = {
+    "1,000 arrays of 64": lambda: Run(many_arrays(1_000)),
+    "20,000 arrays of 64": lambda: Run(many_arrays(20_000)),
+    "1,000 arrays of 64 and Descent": lambda: Run(many_arrays(1_000), opt.Descent()),
+    "20,000 arrays of 64 and Descent": lambda: Run(many_arrays(20_000), opt.Descent()),
+    "1,000 arrays of 64 and Adam": lambda: Run(many_arrays(1_000), opt.Adam()),
+    "20,000 arrays of 64 and Adam": lambda: Run(many_arrays(20_000), opt.Adam()),
+    "20,000 arrays of 8 and Adam": lambda: Run(many_arrays(20_000, 8), opt.Adam()),
+    "one array of 3M and Adam": lambda: Run(normal(3_000_000), opt.Adam()),
 }
 
 
 class Files:
-    params = (list(MODELS),)
-    param_names = ("model",)
+    params = (list(RUNS),)
+    param_names = ("trees",)
     timeout = 300
 
     def setup(self, name: str) -> None:
-        self.run = Run(MODELS[name]())
+        self.run = RUNS[name]()
         self.run.save()
 
     def teardown(self, name: str) -> None:
@@ -117,21 +122,21 @@ class Files:
 class FileRatios:
     """Times the package's time."""
 
-    params = (["save", "load"], list(MODELS))
-    param_names = ("work", "model")
+    params = (["save", "load", "load, like"], list(RUNS))
+    param_names = ("work", "trees")
     unit = "of the package's time"
     timeout = 600
 
     def setup(self, work: str, name: str) -> None:
-        self.run = Run(MODELS[name]())
+        self.run = RUNS[name]()
         self.steps = self.run.steps()
-        if f"package's {work}" not in self.steps:
+        if "package's load" not in self.steps:
             raise NotImplementedError  # asv's word for "leave this out"
 
     def teardown(self, work: str, name: str) -> None:
         self.run.remove()
 
     def track_file(self, work: str, name: str) -> float:
-        theirs = f"package's {work}"
+        theirs = f"package's {work.partition(',')[0]}"
         steps = {name: self.steps[name] for name in (theirs, work)}
         return alternate(steps, runs=7, least=0).ratio(work, theirs)

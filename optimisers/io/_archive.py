@@ -14,8 +14,9 @@ from typing import Any, Self
 
 from . import _safetensors as form
 from ._array_reader import ArrayReader
+from ._as_written import parted, tensors_as_written
 from ._build import build
-from ._contents import Contents
+from ._contents import Contents, refuse_version, tensors_of
 from ._entries import StoredTensor, damaged
 from ._fill import fill
 from ._json import parse
@@ -30,25 +31,38 @@ class Archive:
     """A file whose header has been read and checked; its arrays are read when asked for."""
 
     def __init__(self, source: Source) -> None:
-        header = form.read_header(source)
-        said = header.metadata
-        self.is_plain = form.KEY not in said and form.CHECKSUMS not in said
-        self.strings = said if self.is_plain else {}
+        self.is_plain = False
+        self.strings: dict[str, str] = {}
+        """The metadata of a file of another program."""
         self._contents = Contents()
-        if self.is_plain:
-            self._contents.read_plain(header)
-        else:
-            if form.KEY not in said or form.CHECKSUMS not in said:
-                damaged(f"of {form.KEY!r} and {form.CHECKSUMS!r} in its metadata, one is missing")
-            text = said.pop(form.KEY)
-            checks = form.checksums(said, len(header.entries))
-            if checks[0] != zlib.crc32(text.encode("utf-8", "surrogatepass")):
-                damaged("the text in its header has another checksum than when it was written")
-            told = pairs_of(parse(text, "the text in the header", packed, refuse_crowd))
-            del text
-            self._contents.read(told or {}, header.entries, checks[1:])
+        if not self._read_as_written(source):
+            self._read(form.read_header(source))
         self.arrays = ArrayReader(source, self._contents.tensors)
         self._rules = RuleReader(self._contents, self.arrays)
+
+    def _read_as_written(self, source: Source) -> bool:
+        """Read a header that is as `save` writes it; False for any other."""
+        parts = parted(source)
+        if parts is None:
+            return False
+        told = _told(parts.text, parts.checks)
+        tensors = tensors_as_written(parts, told.get("tensors"))
+        if tensors is None:
+            return False
+        self._contents.read(told, tensors)
+        return True
+
+    def _read(self, header: form.Header) -> None:
+        said = header.metadata
+        if form.KEY not in said and form.CHECKSUMS not in said:
+            self.is_plain, self.strings = True, said
+            self._contents.read_plain(header)
+            return
+        if form.KEY not in said or form.CHECKSUMS not in said:
+            damaged(f"of {form.KEY!r} and {form.CHECKSUMS!r} in its metadata, one is missing")
+        checks = form.checksums(said[form.CHECKSUMS], len(header.entries))
+        told = _told(said.pop(form.KEY), said.pop(form.CHECKSUMS))
+        self._contents.read(told, tensors_of(told.get("tensors"), header.entries, checks[1:]))
 
     @property
     def tensors(self) -> list[StoredTensor]:
@@ -92,3 +106,12 @@ class Archive:
             If they differ; the message names every difference.
         """
         return fill(self._contents, self.arrays, self._rules, wanted)
+
+
+def _told(text: str, checks: str) -> dict[str, Any]:
+    """Return what our text says, if it has the first of the checksums."""
+    if checks[:8] != f"{zlib.crc32(text.encode('utf-8', 'surrogatepass')):08x}":
+        damaged("the text in its header has another checksum than when it was written")
+    told = pairs_of(parse(text, "the text in the header", packed, refuse_crowd)) or {}
+    refuse_version(told)
+    return told

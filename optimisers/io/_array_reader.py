@@ -7,6 +7,7 @@ import sys
 import zlib
 from collections.abc import Iterable, Iterator
 from itertools import groupby
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ Array = Any
 
 _SMALL, _BLOCK = 1 << 16, 1 << 20
 """Bytes of arrays that are read together, and of what is then read at a time."""
+_DTYPE_AND_LAYOUT = attrgetter("dtype", "layout")
 
 
 class ArrayReader:
@@ -86,12 +88,8 @@ class ArrayReader:
     def read_small(self, wanted: Iterable[int]) -> None:
         """Read the small arrays among these as arrays of NumPy, many at a time."""
         bases, tensors = self.bases, self.tensors
-        small = [
-            (entry.start, entry.stop, k)
-            for k in {*wanted}
-            if (entry := tensors[k].entry).stop - entry.start <= _SMALL and k not in bases
-        ]
-        small.sort()
+        entries = [(*tensors[k].entry[2:], k) for k in {*wanted} if k not in bases]
+        small = sorted([entry for entry in entries if entry[1] - entry[0] <= _SMALL])
         at = 0
         while at < len(small):
             begin, end = small[at][0], at
@@ -106,8 +104,10 @@ class ArrayReader:
         data = memoryview(bytearray(tensors[numbers[-1]].entry.stop - begin))
         self.source.fill(data, begin)
         dtypes: dict[str, Any] = {}
-        for (name, layout), group in groupby(numbers, lambda k: tensors[k][1:4:2]):
-            row = [*group]
+        at = 0
+        for (name, layout), group in groupby([tensors[k] for k in numbers], _DTYPE_AND_LAYOUT):
+            row = numbers[at : at + len([*group])]
+            at += len(row)
             first, last = tensors[row[0]].entry, tensors[row[-1]].entry
             piece = data[first.start - begin : last.stop - begin]
             if name not in dtypes:
@@ -122,25 +122,30 @@ class ArrayReader:
             else:
                 for k in row:
                     entry = tensors[k].entry
-                    self._read_one(k, data[entry.start - begin : entry.stop - begin])
+                    piece = data[entry.start - begin : entry.stop - begin]
+                    self._read_one(k, piece, dtype if is_plain else None)
 
     def _read_row(
         self, row: list[int], data: memoryview, dtype: np.dtype[Any], shape: tuple[int, ...]
     ) -> None:
         """Make arrays of one dtype and shape of the bytes that they have, one after another."""
-        tensors = self.tensors
         raw: Any = np.frombuffer(data, np.uint8).reshape(len(row), -1)
-        for k, found in zip(row, map(zlib.crc32, raw), strict=True):
-            if tensors[k].check not in (found, None):
+        for k, said, found in zip(
+            row, [self.tensors[k].check for k in row], map(zlib.crc32, raw), strict=True
+        ):
+            if said != found:
                 self.check(k, raw[:0], found)
         xs = raw.view(dtype)
         made = map(np.ndarray.copy, xs.reshape(-1, *shape)) if shape else map(np.array, xs[:, 0])
         self.bases.update(zip(row, made, strict=True))
 
-    def _read_one(self, k: int, data: memoryview) -> None:
-        """Make an array of its bytes."""
+    def _read_one(self, k: int, data: memoryview, dtype: np.dtype[Any] | None) -> None:
+        """Make an array of its bytes; with a dtype, if they are those of one in C order."""
         tensor, raw = self.tensors[k], np.array(data)
         self.check(k, raw, zlib.crc32(data))
+        if dtype is not None:
+            self.bases[k] = np.ndarray(tensor.shape, dtype, data).copy()
+            return
         with _naming(tensor.name):
             self.bases[k] = typed(raw, tensor.dtype, tensor.layout, "numpy", None)
 

@@ -28,13 +28,11 @@ from ._entries import (
     damaged,
     index_of,
     plain,
-    usual_tensor,
 )
 from ._json import FileFormatError
 from ._revive import NamedTuples
 from ._saved import BY_POSITION, DEEPEST, NAMESPACES, VERSION, WITH_CLASS, is_protocol, most_places
 from ._tables import (
-    ARRAY,
     CHILDLESS,
     INNER,
     Rows,
@@ -92,31 +90,17 @@ class Contents:
         self.nodes = [*(("array", k) for k in range(count)), ("dict", *names, *range(count))]
         self.roots["state"] = count
 
-    def read(self, told: dict[str, Any], entries: dict[str, form.Entry], checks: list[int]) -> None:
-        """Take the tables of a text; the arrays are to lie in the file as it says."""
-        version = told.get("version")
-        if type(version) is not int or version < 1:
-            damaged(f"its version is {version!r:.40}")
-        if version > VERSION:
-            raise FileFormatError(
-                f"the file has version {version} of the format, and this library reads versions "
-                f"up to {VERSION}: install a newer one"
-            )
+    def read(self, told: dict[str, Any], tensors: list[StoredTensor]) -> None:
+        """Take the tables of a text whose arrays were checked."""
         roots = pairs_of(told.get("roots"))
         for name, is_there in (
             ("roots", roots is not None),
-            *((name, isinstance(told.get(name), list)) for name in ("nodes", "rules", "tensors")),
+            *((name, isinstance(told.get(name), list)) for name in ("nodes", "rules")),
         ):
             if not is_there:
                 damaged(f"its {name} are missing")
-        if len(told["tensors"]) != len(entries):
-            damaged(f"it has {len(entries)} arrays and should have {len(told['tensors'])}")
-        for said, check in zip(told["tensors"], checks, strict=True):
-            tensor = None
-            if type(said) is tuple and said and said[0] is ARRAY:
-                tensor = usual_tensor(said[1], said[2], said[3], entries, check)
-            self.tensors.append(tensor or checked_tensor(pairs_of(said), entries, check))
-        if len({tensor[0] for tensor in self.tensors}) != len(entries):
+        self.tensors = tensors
+        if len({tensor[0] for tensor in tensors}) != len(tensors):
             damaged("an array is named twice")
         self._read_rules(told["rules"])
         self._read_nodes(told["nodes"], roots or {})
@@ -311,6 +295,28 @@ class Contents:
         size = math.prod(self.tensors[k].shape)
         checked = checked_view(shape, order, flips, size)
         return ArrayNode(k, self._views.setdefault(checked, checked))
+
+
+def refuse_version(told: dict[str, Any]) -> None:
+    """Refuse a text of a later version than this library knows."""
+    version = told.get("version")
+    if type(version) is not int or version < 1:
+        damaged(f"its version is {version!r:.40}")
+    if version > VERSION:
+        raise FileFormatError(
+            f"the file has version {version} of the format, and this library reads versions "
+            f"up to {VERSION}: install a newer one"
+        )
+
+
+def tensors_of(told: Any, entries: dict[str, form.Entry], checks: list[int]) -> list[StoredTensor]:
+    """Return the arrays of a text, which are to lie in the file as it says."""
+    if type(told) is not list:
+        damaged("its tensors are missing")
+    if len(told) != len(entries):
+        damaged(f"it has {len(entries)} arrays and should have {len(told)}")
+    pairs = map(pairs_of, told)
+    return [checked_tensor(said, entries, check) for said, check in zip(pairs, checks, strict=True)]
 
 
 def _checked_value(said: Said) -> Said:

@@ -16,7 +16,6 @@ import numpy as np
 from .._trees.parameters import View
 from . import _safetensors as form
 from ._json import FileFormatError
-from ._safetensors import usual_tag
 
 # --- the entries -----------------------------------------------------------------------------
 
@@ -177,24 +176,6 @@ _TENSOR = {"name", "dtype", "shape"}
 def c_order(shape: tuple[int, ...]) -> View:
     """Return how a C-contiguous array of this shape is seen."""
     return View(shape, tuple(range(len(shape))), ())
-
-
-def usual_tensor(
-    name: Any, dtype: Any, shape: Any, entries: dict[str, form.Entry], check: int
-) -> StoredTensor | None:
-    """Return an array of the text that lies in the file as it is, in C order; None if it may not.
-
-    This is the quick way for nearly all arrays; `checked_tensor` looks again at the others.
-    """
-    try:
-        entry = entries[name]
-        tag, its_shape, _, _ = entry
-        if usual_tag(dtype) != tag or type(shape) is not list or tuple(shape) != its_shape:
-            return None
-    except (KeyError, TypeError):  # no name, no dtype
-        return None
-    tensor = name, dtype, its_shape, c_order(its_shape), entry, check
-    return tuple.__new__(StoredTensor, tensor)
 
 
 def checked_tensor(

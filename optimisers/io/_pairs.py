@@ -10,9 +10,12 @@ for a row is asked once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Iterable, Sequence
+from functools import partial
+from itertools import chain
 from operator import itemgetter
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -28,20 +31,21 @@ from ._differences import may_replace, signature
 from ._entries import ABSENT, ArrayNode
 from ._revive import supplied
 from ._rule_reader import RuleReader
-from ._saved import BY_POSITION, kind_of
+from ._saved import BY_POSITION, CLASSES, kind_of
 from ._tables import INNER, Said, children_at, children_of, keys_of, rows_of
 
 Tree = Any
 
 
-class _Row(NamedTuple):
+@dataclasses.dataclass(slots=True)
+class _Row:
     """Nodes of one kind, by their numbers, and the objects beside them."""
 
     kind: str
     numbers: list[int]
     xs: list[Any]
-    below: list[Said]
-    """The children of each node that has any, in the order of the object beside it."""
+    below: list[Any]
+    """Of nodes: the children of each, in the order of the object beside it; of arrays: which."""
 
 
 class Pairs:
@@ -57,9 +61,6 @@ class Pairs:
         self._parameters: list[Any] = []
         """The arrays outside of states."""
         self._leaves: set[int] = set()
-        self._alike: set[tuple[int, int]] = set()
-        self._heads: set[tuple[Any, Said]] = set()
-        """Classes of named tuples, each with the begin of a node that goes with it."""
 
     def fit(self, root: str, tree: Tree) -> bool:
         """Put a tree beside the nodes of a root; False if they do not plainly fit."""
@@ -97,26 +98,45 @@ class Pairs:
             return [nodes[k][2] for k in row.numbers], [leaf.state for leaf in row.xs]
         if kind not in INNER:
             return ([], []) if all(may_replace(x, kind) for x in row.xs) else None
+        if (found := self._alike_children(row)) is not None:
+            return found
         numbers: list[Any] = []
         beside: list[Any] = []
         for k, x in zip(row.numbers, row.xs, strict=True):
-            found = self._values(nodes[k], x)
-            if found is None:
+            values_of = self._values(nodes[k], x)
+            if values_of is None:
                 return None
-            below, values = found
+            below, values = values_of
             row.below.append(below)
             numbers += below
             beside += values
-        if ABSENT in numbers:
-            known = [k for k, child in enumerate(numbers) if child is not ABSENT]
-            return [numbers[k] for k in known], [beside[k] for k in known]
-        return numbers, beside
+        return _present(numbers, beside)
+
+    def _alike_children(self, row: _Row) -> tuple[list[int], list[Any]] | None:
+        """Do what `_children` does for tuples or lists of one class; None if not alike."""
+        said = [self._contents.nodes[k] for k in row.numbers]
+        cls, end = type(row.xs[0]), children_at(said[0])
+        if {*map(type, row.xs)} != {cls}:
+            return None
+        if row.kind == "named":
+            head = said[0][:end]
+            is_named = is_node(row.xs[0]) and kind_of(row.xs[0]) == "named"
+            if not is_named or cls._fields != head[2:] or any(x[:end] != head for x in said):
+                return None
+        elif row.kind not in BY_POSITION or cls is not CLASSES[row.kind]:
+            return None
+        row.below += [x[end:] for x in said]
+        if [*map(len, row.below)] != [*map(len, row.xs)]:
+            row.below.clear()
+            return None
+        return _present([*chain.from_iterable(row.below)], [*chain.from_iterable(row.xs)])
 
     def _fit_arrays(self, row: _Row, is_state: bool) -> bool:
         said = [self._contents.nodes[k] for k in row.numbers]
         read = [*map(_SECOND, said)]
         if {*map(len, said)} != {2} or _are_taken(self._is_read, read):
             return False
+        row.below += read
         xs, tensors = row.xs, [self._contents.tensors[k] for k in read]
         if {*map(type, xs)} == {np.ndarray}:
             shapes: list[Any] = [x.shape for x in xs]
@@ -138,29 +158,24 @@ class Pairs:
             return False
         self._leaves.update([id(x if x.tie is None else x.tie) for x in row.xs])
         rules = self._rules.rules_of(row.numbers)
-        pairs = {(id(rule), id(x.rule)): (rule, x) for rule, x in zip(rules, row.xs, strict=True)}
-        for mark, (rule, x) in pairs.items():
-            if mark not in self._alike:
-                if rule is not x.rule and signature(rule) != signature(x.rule):
-                    return False
-                self._alike.add(mark)
-        return True
+        theirs = [x.rule for x in row.xs]
+        marks = zip(map(id, rules), map(id, theirs), strict=True)
+        pairs = dict(zip(marks, zip(rules, theirs, strict=True), strict=True))
+        return all(
+            one is other or signature(one) == signature(other) for one, other in pairs.values()
+        )
 
-    def _values(self, said: Said, x: Any) -> tuple[Said, Sequence[Any]] | None:
+    @staticmethod
+    def _values(said: Said, x: Any) -> tuple[Said, Sequence[Any]] | None:
         """Return the children of a node, and beside them those of an object; None if not alike."""
         kind, cls = said[0], type(x)
         if kind in BY_POSITION and (cls is tuple or cls is list):
             return (said[1:], x) if cls.__name__ == kind and len(x) == len(said) - 1 else None
-        end = children_at(said)
-        if (cls, said[:end]) in self._heads:
-            return said[end:], x
         if not is_node(x) or kind_of(x) != kind:
             return None
         if kind == "named":
-            if cls._fields != said[2:end]:
-                return None
-            self._heads.add((cls, said[:end]))
-            return said[end:], x
+            end = children_at(said)
+            return (said[end:], x) if cls._fields == said[2:end] else None
         found = x if cls is dict else children(x)
         keys, below = keys_of(said), children_of(said)
         if (*found,) != keys:
@@ -178,39 +193,34 @@ class Pairs:
 
     def filled(self, arrays: ArrayReader, wanted: dict[str, Tree]) -> dict[str, Tree]:
         """Return the trees, made of the objects and the numbers of the file."""
-        nodes, made = self._contents.nodes, dict[Any, Any]()
-        made[ABSENT] = ABSENT
+        nodes = self._contents.nodes
+        made: list[Any] = [None] * len(nodes)
         arrays.read_small(
-            nodes[k][1]
+            k
             for row in self._rows
             if row.kind == "array"
-            for k, x in zip(row.numbers, row.xs, strict=True)
+            for k, x in zip(row.below, row.xs, strict=True)
             if type(x) is np.ndarray
         )
         for row in reversed(self._rows):
-            said = [nodes[k] for k in row.numbers]
+            values: Iterable[Any]
             if row.kind == "array":
-                values = _arrays(arrays, [*map(_SECOND, said)], row.xs)
+                values = _arrays(arrays, row.below, row.xs)
             elif row.kind == "leaf":
-                values = self._new_leaves(said, made)
+                values = self._new_leaves([nodes[k] for k in row.numbers], made)
             elif row.kind == "value":
-                values = [*map(_SECOND, said)]
-            elif row.kind == "left_out":
+                values = [nodes[k][1] for k in row.numbers]
+            elif row.kind == "left_out" or ({*map(type, row.xs)} == {tuple} and not any(row.below)):
                 values = row.xs
             else:
-                values = [
-                    _node(x, [made[child] for child in below], below)
-                    for x, below in zip(row.xs, row.below, strict=True)
-                ]
-            made.update(zip(row.numbers, values, strict=True))
+                values = map(partial(_node, made), row.xs, row.below)
+            for k, value in zip(row.numbers, values, strict=True):
+                made[k] = value
         return {root: made[self._contents.roots[root]] for root in wanted}
 
-    def _new_leaves(self, said: list[Said], made: dict[Any, Any]) -> list[Leaf]:
-        rules = {k: self._rules.rule(k) for k in {*map(_SECOND, said)}}
-        return [
-            Leaf(rules[rule], made[state], frozen, *skipped)
-            for _, rule, state, frozen, *skipped in said
-        ]
+    def _new_leaves(self, said: list[Said], made: list[Any]) -> list[Leaf]:
+        rules = {k: self._rules.rule(k) for k in {x[1] for x in said}}
+        return [Leaf(rules[x[1]], made[x[2]], x[3], x[4] if len(x) == 5 else 0) for x in said]
 
 
 _FIRST, _SECOND = itemgetter(0), itemgetter(1)
@@ -234,10 +244,18 @@ def _arrays(arrays: ArrayReader, numbers: list[int], xs: list[Any]) -> list[Any]
     ]
 
 
-def _node(x: Any, values: list[Any], below: Said) -> Any:
-    """Return a node like one that was given, with other children."""
-    if type(x) is tuple:
-        return tuple(values)
+def _node(made: list[Any], x: Any, below: Said) -> Any:
+    """Return a node like one that was given, with the children that were made."""
     if ABSENT in below:
-        values = supplied(type(x), values)
-    return rebuild(x, values)
+        values = [ABSENT if child is ABSENT else made[child] for child in below]
+        return rebuild(x, supplied(type(x), values))
+    values = [made[child] for child in below]
+    return tuple(values) if type(x) is tuple else rebuild(x, values)
+
+
+def _present(numbers: list[Any], xs: list[Any]) -> tuple[list[int], list[Any]]:
+    """Return children that the file has, and the objects beside these."""
+    if ABSENT not in numbers:
+        return numbers, xs
+    known = [k for k, child in enumerate(numbers) if child is not ABSENT]
+    return [numbers[k] for k in known], [xs[k] for k in known]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -52,22 +53,33 @@ class RuleReader:
 
     def rules_of(self, leaves: Iterable[int]) -> list[Rule]:
         """Return the rules of leaves; of a rule of the library, the state must be one it makes."""
-        nodes, flat = self._contents.nodes, self._flat
-        found: list[Rule] = []
-        for leaf in leaves:
-            _, k, state, *_ = nodes[leaf]
-            if k not in flat:
-                flat[k] = self._looked_at(k)
-            rule, head, count = flat[k]
-            found.append(rule)
-            if count != len(said := nodes[state]) or said[: len(head)] != head:
-                self._check_state(k, state)
-            else:
-                for child in said[len(head) :]:
-                    if child is ABSENT or nodes[child][0] not in _SMALL:
-                        self._check_state(k, state)
-                        break
-        return found
+        nodes = self._contents.nodes
+        said = [nodes[k] for k in leaves]
+        numbers = [leaf[1] for leaf in said]
+        states: dict[int, list[int]] = {k: [] for k in numbers}
+        for k, leaf in zip(numbers, said, strict=True):
+            states[k].append(leaf[2])
+        for k, row in states.items():
+            if not self._are_flat(k, [nodes[state] for state in row]):
+                for state in row:
+                    self._check_state(k, state)
+        return [*map(self._made.__getitem__, numbers)]
+
+    def _are_flat(self, k: int, states: list[Said]) -> bool:
+        """Tell whether nodes are states of a rule that keeps arrays and numbers alone."""
+        nodes = self._contents.nodes
+        if k not in self._flat:
+            self._flat[k] = self._looked_at(k)
+        _, head, count = self._flat[k]
+        if {*map(len, states)} != {count}:
+            return False
+        end = len(head)
+        if any(said[:end] != head for said in states):
+            return False
+        for child in chain.from_iterable([said[end:] for said in states] if end < count else ()):
+            if child is ABSENT or nodes[child][0] not in _SMALL:
+                return False
+        return True
 
     def rule_of(self, leaf: int) -> Rule:
         """Return the rule of a leaf, as `rules_of` does."""

@@ -117,10 +117,6 @@ def stored(name: str, shape: Sequence[int]) -> tuple[str, tuple[int, ...]]:
     raise FileFormatError(f"the file holds an array of dtype {name!r}, which is not known here")
 
 
-usual_tag = _TAGS.get
-"""Gives the format's dtype for the name of one that is written as it is."""
-
-
 def numpy_dtype(name: str) -> np.dtype[Any]:
     """Return the dtype of NumPy that has this name."""
     for char, known in _EXTENDED.items():
@@ -191,6 +187,10 @@ class Form(NamedTuple):
     """What the header says of them."""
     said: str
     """What our text says of them."""
+    tag: str
+    """Their dtype in the header."""
+    shape: tuple[int, ...]
+    """Their shape in the header."""
 
 
 @functools.lru_cache(maxsize=1024)
@@ -203,6 +203,8 @@ def form_of(dtype: str, shape: tuple[int, ...]) -> Form:
         _BYTES[tag] * math.prod(one),
         f'"dtype":"{tag}","shape":{listed_shape(shape_there)}',
         f'"dtype":"{dtype}","shape":{listed_shape(shape)}',
+        tag,
+        shape_there,
     )
 
 
@@ -226,18 +228,10 @@ def write(
     `raw` gives the bytes of an array when its turn comes.
     """
     count = len(tensors)
-    order: Sequence[int] = range(count)
-    if len({tensor.form.item for tensor in tensors}) > 1:
-        order = sorted(order, key=lambda k: -tensors[k].form.item)
+    order, _, said = laid_out([tensor[0] for tensor in tensors], [tensor[1] for tensor in tensors])
     blank = "0" * (8 * (count + 1))
-    entries = [f'{{"__metadata__":{{"{CHECKSUMS}":"{blank}","{KEY}":{quoted(text)}}}']
-    start = 0
-    for k in order:
-        name, (size, _, entry, _), _ = tensors[k]
-        stop = start + size
-        entries.append(f'{name}:{{{entry},"data_offsets":[{start},{stop}]}}')
-        start = stop
-    encoded = f"{','.join(entries)}}}".encode("ascii")
+    metadata = f'{{"{CHECKSUMS}":"{blank}","{KEY}":{quoted(text)}}}'
+    encoded = f'{{"__metadata__":{metadata}{said}}}'.encode("ascii")
     encoded += b" " * (-(8 + len(encoded)) % _ALIGNMENT)
     if len(encoded) > MAX_HEADER:
         raise ValueError(
@@ -252,6 +246,24 @@ def write(
             checks[k + 1] = _copied(tensors[k], raw, file)
         file.seek(8 + encoded.index(blank.encode("ascii")))
         file.write("".join([f"{check:08x}" for check in checks]).encode("ascii"))
+
+
+def laid_out(
+    names: Sequence[str], forms: Sequence[Form]
+) -> tuple[Sequence[int], Sequence[int], str]:
+    """Return the order in which arrays lie, where each begins, and what the header says of all."""
+    order: Sequence[int] = range(len(forms))
+    if len({kind.item for kind in forms}) > 1:
+        order = sorted(order, key=lambda k: -forms[k].item)
+    starts = [0] * len(forms)
+    start, entries = 0, []
+    for k in order:
+        size, _, entry, *_ = forms[k]
+        starts[k] = start
+        stop = start + size
+        entries.append(f',{names[k]}:{{{entry},"data_offsets":[{start},{stop}]}}')
+        start = stop
+    return order, starts, "".join(entries)
 
 
 quoted = json.encoder.encode_basestring_ascii
@@ -270,7 +282,7 @@ def _copied(tensor: Tensor, raw: Callable[[Any], np.ndarray], file: BinaryIO) ->
     Another thread may change the array meanwhile. Each chunk is copied once, and what is summed up
     is what is written.
     """
-    name, (size, _, _, _), x = tensor
+    name, (size, *_), x = tensor
     if size <= CHUNK and type(x) is np.ndarray and lies_as_in_files(x.dtype):
         chunk = x.tobytes()
         _refuse_other_size(name, len(chunk), size)
@@ -372,6 +384,15 @@ class Source:
 
 def read_header(source: Source) -> Header:
     """Read the header of a file and check it; `Entry.start` counts from the begin of the file."""
+    encoded, size = read_encoded(source)
+    begin = 8 + len(encoded)
+    text = decoded(encoded, "the header")
+    del encoded
+    return _checked(parse(text, "the header", _HeaderObjects(begin), _refuse_crowd), begin, size)
+
+
+def read_encoded(source: Source) -> tuple[bytearray, int]:
+    """Read the bytes of a header; return the size of the file with it."""
     size = source.size()
     if size < 8:
         raise FileFormatError(f"no safetensors file: it has {size} bytes, a header needs 8")
@@ -385,10 +406,7 @@ def read_header(source: Source) -> Header:
         )
     encoded = bytearray(length)
     source.fill(memoryview(encoded), 8)
-    begin = 8 + length
-    text = decoded(encoded, "the header")
-    del encoded
-    return _checked(parse(text, "the header", _HeaderObjects(begin), _refuse_crowd), begin, size)
+    return encoded, size
 
 
 def _refuse_crowd(text: str) -> None:
@@ -563,9 +581,13 @@ def check_content(name: str, tag: str, raw: np.ndarray) -> None:
         raise FileFormatError(f"the array {name!r} of truth values has bytes beyond 0 and 1")
 
 
-def checksums(metadata: dict[str, str], count: int) -> list[int]:
+def checksums(said: str, count: int) -> list[int]:
     """Return the checksum of our text, then those of the `count` arrays."""
-    said = metadata[CHECKSUMS]
-    if len(said) != 8 * (count + 1) or not set(said) <= set("0123456789abcdef"):
+    try:
+        raw = bytes.fromhex(said)
+    except ValueError:
+        raw = b""
+    if len(raw) != 4 * (count + 1) or raw.hex() != said:
         raise FileFormatError(f"the checksums are damaged: there should be {count + 1}")
-    return [int(said[at : at + 8], 16) for at in range(0, len(said), 8)]
+    found: list[int] = np.frombuffer(raw, ">u4").tolist()
+    return found

@@ -47,6 +47,8 @@ BY_NAME = frozenset((*WITH_CLASS, *NAMESPACES, "leaf"))
 MOST_TEXT = 10_000_000
 """Letters in the addresses of tied leaves, which a small file can make long and many."""
 
+_NOT_ALONE = frozenset((*BY_POSITION, *WITH_CLASS))
+"""Keys whose value alone, without a second key, is not kept beside them."""
 _LEAF = ("leaf", "state", "frozen")
 
 
@@ -60,11 +62,22 @@ def packed(pairs: list[tuple[str, Any]]) -> Said:
     """Return an object of a text as a tuple."""
     count = len(pairs)
     if count == 1:
-        key, x = pairs[0]
-        if key in BY_POSITION and type(x) is list:
-            return (key, *x)
-        return pairs[0] if key not in BY_POSITION and key not in WITH_CLASS else (PAIRS, key, x)
-    if count == 2:
+        pair = pairs[0]
+        key, x = pair
+        if key not in _NOT_ALONE:
+            return pair
+        return (key, *x) if key in BY_POSITION and type(x) is list else (PAIRS, key, x)
+    if count == 3:
+        (a, x), (b, y), (c, z) = pairs
+        if a == "name" and b == "dtype" and c == "shape":
+            return (ARRAY, x, y, z)
+        if a == "leaf" and b == "state" and c == "frozen":
+            return (a, x, y, z)
+        if a in WITH_CLASS and {b, c} == {"class", "keys"}:
+            name, keys = (y, z) if b == "class" else (z, y)
+            if type(x) is list and type(keys) is list and len(x) == len(keys):
+                return (a, name, *keys, *x)
+    elif count == 2:
         (a, x), (b, y) = pairs
         if b == "keys" and a in KEYED:
             if type(x) is list and type(y) is list and len(x) == len(y):
@@ -74,16 +87,6 @@ def packed(pairs: list[tuple[str, Any]]) -> Said:
         if a == b:
             damaged("it has a key twice")
         return (PAIRS, a, x, b, y)
-    if count == 3:
-        (a, x), (b, y), (c, z) = pairs
-        if (a, b, c) == _LEAF:
-            return (a, x, y, z)
-        if a == "name" and b == "dtype" and c == "shape":
-            return (ARRAY, x, y, z)
-        if a in WITH_CLASS and {b, c} == {"class", "keys"}:
-            name, keys = (y, z) if b == "class" else (z, y)
-            if type(x) is list and type(keys) is list and len(x) == len(keys):
-                return (a, name, *keys, *x)
     elif count == 4 and pairs[0][0] == "leaf":
         (a, x), (b, y), (c, z), (d, skipped) = pairs
         if (a, b, c) == _LEAF and d == "skipped":
