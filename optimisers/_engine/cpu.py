@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from .. import _fork
 from .. import _kernels as baseline
 from .._arrays import devices, dlpack
 from .._arrays import torch as _torch
@@ -29,6 +28,7 @@ from ..rules._program import (
     Program,
     Step,
     check_language,
+    compiler,
     program_of,
 )
 from ..rules.norms import _Scale
@@ -100,9 +100,6 @@ def get_num_threads() -> int:
 
 _rules: dict[str, Any] = {cls.__name__: cls for cls in _registry}
 _steps = {_rules[name].step: index for name, index in kernels.step_index.items()}
-_array_only: set[type] = set()
-"""Rules whose steps Numba could not compile."""
-_found: dict[tuple[type, bool], tuple[int, int]] = {}
 
 
 def lower(rule: Any) -> Any:
@@ -164,7 +161,7 @@ def _index_of(rule: Any) -> int | None:
     index: int | None = _steps.get(cls.step)
     if index is not None:
         return index
-    return None if cls in _array_only or len(cls.slots) > kernels.max_slots else -1
+    return None if len(cls.slots) > kernels.max_slots else -1
 
 
 def _compiled(rule: Any, is_double: bool) -> tuple[int, int] | None:
@@ -175,20 +172,10 @@ def _compiled(rule: Any, is_double: bool) -> tuple[int, int] | None:
     StepError
         If the step is not in the language of steps, whether or not it can be compiled.
     """
-    cls = type(rule)
-    if found := _found.get((cls, is_double)):
-        return found
-    coefs = check_language(rule)
-    with _fork.compiling:
-        from .._steps import compiled
-
-        dtype = "float64" if is_double else "float32"
-        address = compiled.block_step(cls.__name__, cls.step, len(cls.slots), coefs, dtype)
-    if address is None:
-        _array_only.add(cls)
-        return None
-    _found[cls, is_double] = address, coefs
-    return address, coefs
+    cls, coefs = type(rule), check_language(rule)
+    dtype = "float64" if is_double else "float32"
+    address = compiler().block_step(cls.__name__, cls.step, len(cls.slots), coefs, dtype)
+    return None if address is None else (address, coefs)
 
 
 # --- leaves ----------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ own (`placed`).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -159,9 +160,15 @@ def check_language(rule: ElementwiseRule) -> int:
     StepError
         If the step is not in the language of steps.
     """
-    with _fork.compiling:
-        from .._steps import compiled, grammar
-
     coefs = len(numbers(rule, 1))
-    grammar.check(type(rule), coefs, compiled.WORDS)
+    compiler().check(type(rule), coefs)
     return coefs
+
+
+@functools.cache
+def compiler() -> Any:
+    """Return the module that checks and compiles the steps of users, and remembers them."""
+    with _fork.compiling:
+        from .._steps import compiled
+
+    return compiled
