@@ -56,7 +56,7 @@ START = """
 """
 
 
-def run(tmp_path: Path, code: str) -> str:
+def run(tmp_path: Path, code: str, seconds: float = 120) -> str:
     """Run START and more in a new interpreter; return what it prints."""
     script = tmp_path / "script.py"
     script.write_text(textwrap.dedent(START) + textwrap.dedent(code))
@@ -65,7 +65,7 @@ def run(tmp_path: Path, code: str) -> str:
         env={**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=seconds,
         check=False,
     )
     assert done.returncode == 0, done.stderr
@@ -122,6 +122,7 @@ def test_forks_while_rules_are_compiled(late: str, tmp_path: Path, forks: int) -
             from optimisers._steps import compiled
             compiled._made.clear()
         """,
+        seconds=120 + 20 * forks,
     )
     assert said.split() == ["0"] * forks
 
