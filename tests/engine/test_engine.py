@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import gc
-import os
-import subprocess
 import sys
-import textwrap
-import threading
 import tracemalloc
 from collections import Counter
 from copy import deepcopy
@@ -16,17 +12,14 @@ from typing import ClassVar
 
 import numpy as np
 import pytest
+from long_runs import BLOCK, NORMS, RULES
 from util import (
     BOTH,
-    ELEMENTWISE,
-    EXACT_CHAINS,
-    FORKS_WITH_THREADS,
     LEADS,
     arrays_in,
     assert_same_bits,
     beginning_at,
     bits,
-    example,
     normal,
     parametrize,
     step,
@@ -44,7 +37,6 @@ from optimisers import (
     OptimiserChain,
     Rule,
     WeightDecay,
-    get_num_threads,
     set_num_threads,
     setup,
     update,
@@ -53,27 +45,9 @@ from optimisers import (
 from optimisers._engine import advance as engine
 from optimisers._engine import cpu
 
-pytestmark = pytest.mark.sanitized
+pytestmark = [pytest.mark.sanitized, pytest.mark.usefixtures("kept_settings")]
 
-BLOCK, CHAIN_BLOCK, WORK_PER_THREAD = cpu.kernels.settings()
 SIZES = [(), (0,), 1, 8, BLOCK - 1, BLOCK + 1, 9 * BLOCK + 5, (3, BLOCK)]
-NORMS = [ClipNorm(1e-3, p) for p in (2, 1, 0, 0.5, 3, -1, np.inf, -np.inf)]
-RULES = [
-    *map(example, ELEMENTWISE),
-    *EXACT_CHAINS[::7],
-    *NORMS,
-    OptimiserChain(Adam(), ClipNorm(1e-2, 2), AccumGrad(2), ClipNorm(1e-3, 3), Momentum()),
-]
-
-
-@pytest.fixture(autouse=True)
-def _settings():
-    """Leave the settings of the kernels as they were."""
-    yield
-    for kernels in cpu.available.values():
-        kernels.set_block(BLOCK, CHAIN_BLOCK)
-        kernels.set_work_per_thread(WORK_PER_THREAD)
-        kernels.set_num_threads(0)
 
 
 def model_of_sizes(dtype, seed):
@@ -227,290 +201,6 @@ def test_each_instruction_set_gives_the_same_bits(name, monkeypatch, expected):
     monkeypatch.setattr(cpu, "kernels", cpu.available[name])
     assert cpu.available[name].step_index == cpu.baseline.step_index
     assert_same_bits(trained(), expected)
-
-
-# --- choosing kernels ------------------------------------------------------------------------
-
-
-def run(code, **environment):
-    """Run code in a new interpreter, as strict about warnings as this one."""
-    return subprocess.run(
-        [sys.executable, "-W", "error", "-c", textwrap.dedent(code)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **environment},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-
-
-SHORT_RUN = """
-    import hashlib, numpy as np, optimisers
-    from optimisers._engine import advance as engine, cpu
-    x = np.linspace(-1, 1, 5001)
-    rule = optimisers.OptimiserChain(optimisers.ClipNorm(0.1), optimisers.Adam())
-    state = optimisers.setup(rule, x)
-    with engine.watching() as seen:
-        for k in range(5):
-            optimisers.update_(state, x, x**k)
-    assert {backend for _, backend in seen} == {"kernels"}
-    print(cpu.isa, hashlib.sha256(x.tobytes()).hexdigest())
-"""
-
-
-@parametrize("name", cpu.available)
-def test_each_instruction_set_converts_float16_alike(name, monkeypatch):
-    """Some have instructions for it: every float16 and 100,000 floats of any kind, NaN too."""
-    halves = np.arange(2**16, dtype=np.uint16).view(np.float16)
-    floats = np.random.default_rng(0).integers(0, 2**32, 100_003, np.uint32).view(np.float32)
-
-    def converted(kernels):
-        monkeypatch.setattr(cpu, "kernels", kernels)
-        widened, rounded = (
-            setup(MixedPrecision(Descent(eta)), np.zeros(a.shape, np.float16))
-            for eta, a in ((1.0, halves), (0.0, floats))
-        )
-        update_(widened, np.zeros_like(halves), halves)
-        rounded.state.master[...] = floats
-        x = np.zeros(floats.shape, np.float16)
-        update_(rounded, x, x.copy())
-        return widened.state.master, x
-
-    assert_same_bits(converted(cpu.available[name]), converted(cpu.baseline))
-
-
-def test_an_instruction_set_can_be_asked_for():
-    hashes = set()
-    for name in cpu.available:
-        done = run(SHORT_RUN, OPTIMISERS_ISA=name)
-        assert done.returncode == 0, done.stderr
-        isa, result = done.stdout.split()
-        assert isa == name
-        hashes.add(result)
-    assert len(hashes) == 1
-
-
-def test_the_widest_instruction_set_is_the_default():
-    assert run(SHORT_RUN, OPTIMISERS_ISA="").stdout.split()[0] == next(iter(cpu.available))
-
-
-def test_an_instruction_set_that_is_not_there():
-    done = run("import optimisers", OPTIMISERS_ISA="mmx")
-    assert done.returncode != 0
-    last = done.stderr.strip().splitlines()[-1]
-    assert "OPTIMISERS_ISA='mmx'" in last
-    assert all(name in last for name in cpu.available)
-
-
-# --- threads ---------------------------------------------------------------------------------
-
-
-def test_number_of_threads_follows_the_environment():
-    code = "import optimisers; print(optimisers.get_num_threads())"
-    assert run(code, OMP_NUM_THREADS="3").stdout.strip() == "3"
-
-
-def test_number_of_threads_follows_threadpoolctl():
-    threadpoolctl = pytest.importorskip("threadpoolctl")
-    before = get_num_threads()
-    with threadpoolctl.threadpool_limits(limits=1, user_api="openmp"):
-        assert get_num_threads() == 1
-    with threadpoolctl.threadpool_limits(limits=4, user_api="openmp"):
-        assert get_num_threads() == 4
-    assert get_num_threads() == before
-
-
-@pytest.mark.races
-def test_set_num_threads():
-    before = get_num_threads()
-    set_num_threads(7)
-    assert get_num_threads() == 7
-    set_num_threads(0)
-    assert get_num_threads() == before
-    for wrong in (-1, 1.5):
-        with pytest.raises(ValueError, match=f"0 or more; got {wrong}"):
-            set_num_threads(wrong)
-    assert get_num_threads() == before
-
-
-@pytest.mark.races
-@FORKS_WITH_THREADS
-def test_a_forked_process_can_update_with_threads():
-    done = run(
-        """
-        import os, signal, numpy as np, optimisers
-        from optimisers._engine import cpu
-        cpu.kernels.set_work_per_thread(1)
-        optimisers.set_num_threads(4)
-        x, g = np.ones(100_000), np.ones(100_000)
-        rule = optimisers.OptimiserChain(optimisers.ClipNorm(), optimisers.Adam())
-        state = optimisers.setup(rule, x)
-        optimisers.update_(state, x, g)          # starts threads
-        child = os.fork()
-        optimisers.update_(state, x, g)
-        if child == 0:
-            signal.alarm(20)
-            threads = len(os.listdir("/proc/self/task")) if os.path.isdir("/proc/self/task") else 4
-            os._exit(int(len(set(x)) != 1 or threads != 4))
-        _, status = os.waitpid(child, 0)
-        signal.alarm(20)
-        optimisers.update_(state, x, g)          # the parent goes on as before
-        print(os.waitstatus_to_exitcode(status), optimisers.get_num_threads(), len(set(x)))
-        """
-    )
-    assert done.stdout.split() == ["0", "4", "1"], done.stderr
-
-
-def test_a_busy_processor_holds_nothing_up():
-    """Threads that get no time, here many on one processor, are not waited for."""
-    done = run(
-        """
-        import os, numpy as np, optimisers
-        from optimisers._engine import cpu
-        if hasattr(os, "sched_setaffinity"):
-            os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-        cpu.kernels.set_work_per_thread(1)
-        x, g = np.ones((2, 50_000))
-        state = optimisers.setup(optimisers.Adam(), x)
-        for threads in (1, 16, 2, 300, 5) * 40:
-            optimisers.set_num_threads(threads)
-            optimisers.update_(state, x, g)
-        print(int(state.state.t), len(set(x)))
-        """,
-        OPENBLAS_NUM_THREADS="1",
-    )
-    assert done.stdout.split() == ["200", "1"], done.stderr
-
-
-@pytest.mark.races
-@parametrize("threads", [1, 3])
-def test_updates_from_several_python_threads(threads):
-    set_num_threads(threads)
-    cpu.kernels.set_work_per_thread(1)
-    rule = OptimiserChain(WeightDecay(0.1), ClipNorm(1.0), Adam())
-    models = [{"w": normal(5000, np.float32, k), "b": normal(7, np.float64, k)} for k in range(8)]
-    gradients = [
-        {"w": normal(5000, np.float32, k), "b": normal(7, np.float64, k)} for k in range(20)
-    ]
-
-    def train(model):
-        state = setup(rule, model)
-        for grad in gradients:
-            update_(state, model, grad)
-        return model
-
-    alone = [train({k: x.copy() for k, x in model.items()}) for model in models]
-    workers = [threading.Thread(target=train, args=(model,)) for model in models]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    for model, other in zip(models, alone, strict=True):
-        assert_same_bits(model, other)
-
-
-# --- one array at one stroke -----------------------------------------------------------------
-
-
-def tried(update, *args, **options):
-    """Return what an update returns, or what it raises, as something that can be compared."""
-    try:
-        return "returned", [*arrays_in(update(*args, **options))]
-    except Exception as error:
-        return "raised", type(error), str(error), getattr(error, "__notes__", [])
-
-
-def long_ways(monkeypatch):
-    """Return a list to which each call of `advance` from now on adds an item."""
-    calls = []
-    advance = engine.advance
-
-    def noted(*args, **options):
-        calls.append(args)
-        return advance(*args, **options)
-
-    monkeypatch.setattr(engine, "advance", noted)
-    return calls
-
-
-@parametrize("rule", RULES)
-@parametrize("on_nonfinite", ["ignore", "skip", "raise"])
-def test_one_array_goes_at_one_stroke(rule, on_nonfinite, monkeypatch):
-    x = normal(BLOCK + 1, np.float32)
-    state = setup(rule, x)
-    calls = long_ways(monkeypatch)
-    for _ in range(3):
-        update_(state, x, 0.1 * x, on_nonfinite=on_nonfinite)
-    assert not calls
-
-
-def read_only(x):
-    x.flags.writeable = False
-    return x
-
-
-@dataclass(frozen=True)
-class Grumpy(Descent):
-    """Refuses to say its coefs."""
-
-    def coefs(self):
-        raise RuntimeError("not today")
-
-
-W, NAN = np.arange(1.0, 7.0, dtype=np.float32).reshape(2, 3), np.float32("nan")
-ODD = {
-    "read-only": (Adam(), read_only(W.copy()), W),
-    "another dtype": (Adam(), W.copy(), W.astype(np.float64)),
-    "another order": (Adam(), W.copy(), np.asfortranarray(W)),
-    "no gradient": (Adam(), W.copy(), None),
-    "a list": (Adam(), W.copy(), W.tolist()),
-    "another shape": (Adam(), W.copy(), W[:1]),
-    "half": (Adam(), W.astype(np.float16), W.astype(np.float16)),
-    "complex": (Adam(), W.astype(complex), W.astype(complex)),
-    "masters": (MixedPrecision(Adam()), W.astype(np.float16), W.astype(np.float16)),
-    "its coefs raise": (Grumpy(), W.copy(), W),
-    "a norm that is infinite": (ClipNorm(1.0), W.copy(), W * np.float32(np.inf)),
-    "nan": (Adam(), W.copy(), W * NAN),
-    "no array": (Adam(), W.copy(), "gradient"),
-}
-
-
-@parametrize("on_nonfinite", ["ignore", "skip", "raise", "refuse", None])
-@parametrize("odd", ODD)
-def test_what_is_out_of_the_ordinary_comes_out_the_same(odd, on_nonfinite, monkeypatch):
-    rule, x, g = ODD[odd]
-    outcomes, states = [], []
-    for whole in (engine.advance_one, lambda *args: False):
-        monkeypatch.setattr(engine, "advance_one", whole)
-        w = x.copy()
-        w.flags.writeable = x.flags.writeable
-        state = setup(rule, w)
-        outcome = tried(update_, state, w, g, on_nonfinite=on_nonfinite)
-        outcomes.append((outcome, state.skipped))
-        states.append((w, state.state))
-    assert str(outcomes[0]) == str(outcomes[1])
-    assert_same_bits(*states)
-
-
-def test_a_frozen_or_shared_or_overlapping_array_comes_out_the_same(monkeypatch):
-    memory = normal(12, np.float32)
-    results = []
-    for whole in (engine.advance_one, lambda *args: False):
-        monkeypatch.setattr(engine, "advance_one", whole)
-        frozen, x = setup(Adam(), memory[:6]), memory[:6].copy()
-        frozen.frozen = True
-        update_(frozen, x, x)
-        results.append([x.copy(), frozen.state])
-        own = memory.copy()
-        state = setup(Momentum(), own[:6])
-        update_(state, own[:6], own[3:9])  # a gradient where the parameter is written
-        results[-1] += own, state.state
-        clash = setup(Momentum(), own[:6])
-        clash.state = type(clash.state)(own[3:9])
-        results[-1].append(tried(update_, clash, own[:6], memory[:6]))
-    assert "overlap in memory" in results[0][-1][2]
-    assert results[0].pop() == results[1].pop()
-    assert_same_bits(*results)
 
 
 # --- one call for the whole tree -------------------------------------------------------------

@@ -60,7 +60,8 @@ def test_objects_need_like_and_the_error_names_them(path: Path) -> None:
     with pytest.raises(ValueError, match=rf"(?s)  model: {__name__}:Net\n.*like=\(state, model\)"):
         load(path)
     save(path, None, {"a": [net().layers[0]], "d": defaultdict(list, x=1)})
-    with pytest.raises(ValueError, match=r"model\['a'\]\[0\]: test_io_like:Layer\n.*model\['d'\]: coll"):
+    layer = rf"model\['a'\]\[0\]: {__name__}:Layer\n.*model\['d'\]: coll"
+    with pytest.raises(ValueError, match=layer):
         load(path)
 
 
