@@ -17,7 +17,6 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from operator import itemgetter
 from types import SimpleNamespace
@@ -25,21 +24,29 @@ from typing import Any, Generic, NamedTuple, TypeVar, overload
 
 import numpy as np
 
-from ._arrays import devices
-from ._arrays import torch as _torch
-from ._arrays.library import (
+from ._arrays.dtypes import (
     dtype_name,
-    is_immutable,
+    is_complex_dtype,
     is_narrow_dtype,
+    is_number,
+    native,
+    numpy_dtype,
+    promoted,
+)
+from ._arrays.layout import View
+from ._arrays.library import (
+    is_array,
+    is_foreign,
+    is_immutable,
     isnumeric,
-    library_of,
+    library_for,
     maywrite,
     of_class,
     plain,
     refuse_masked,
     refuse_masked_parameter,
 )
-from ._arrays.torch import is_given_back
+from ._arrays.sharing import carry, spans_meet, view_of
 from ._engine.arrays import at_once, fresh, writing
 from ._engine.gradients import checked_gradient
 from ._engine.tied import sum_of_two
@@ -47,11 +54,10 @@ from ._messages.text import short
 from ._trees.lockstep import gather, place
 from ._trees.lockstep import places as walk_places
 from ._trees.nodes import mirror, rebuild, register_leaf, trainable_keys
-from ._trees.parameters import View, carry, owners, parameters, span
+from ._trees.parameters import owners, parameters
 from ._trees.paths import KeyPath
 from ._trees.untrained import refuse_no_tree, tell
 from ._trees.walks import fold, walk
-from .words import namespace
 
 Array = Any
 Tree = Any
@@ -126,6 +132,8 @@ class _Parameter(NamedTuple):
     dtype: Any
     """That of its library, in native byte order."""
     is_complex: bool
+    is_summed: bool
+    """Whether one gradient object at several places is one gradient, summed already."""
 
 
 class _Run(NamedTuple):
@@ -300,24 +308,31 @@ class Restructure(Generic[Model]):
             xs = [places[j][1] for j in group]
             x = next(filter(_is_c_contiguous, xs), xs[0])
             start, stop = stop, stop + math.prod(x.shape)
-            dtype = _native(x.dtype)
+            dtype = native(x.dtype)
             re._parameters.append(
-                _Parameter(start, stop, tuple(x.shape), dtype, _is_complex(dtype))
+                _Parameter(
+                    start,
+                    stop,
+                    tuple(x.shape),
+                    dtype,
+                    is_complex_dtype(dtype),
+                    library_for(x).sums_ties,
+                )
             )
             shown = {id(x): _Slot(k, x)}
             re._slots.append(shown[id(x)])
             for other in xs:
                 if id(other) not in shown:
-                    others.append(_Slot(k, other, View.of(x), View.of(other)))
+                    others.append(_Slot(k, other, view_of(x), view_of(other)))
                     shown[id(other)] = others[-1]
             slot_at.update((places[j][0], shown[id(places[j][1])]) for j in group)
             if not is_immutable(x):
                 slot_of.update(shown)
-        re._libraries = frozenset(str(library_of(type(x))) for _, x in places)
+        re._libraries = frozenset(library_for(x).key for _, x in places if not is_immutable(x))
         re._slots += others
         re._likes = [(i, s.like) for i, s in enumerate(re._slots) if s.like is not None]
         re._size = stop
-        re._dtype = _promoted([p.dtype for p in re._parameters])
+        re._dtype = promoted([p.dtype for p in re._parameters])
         dtypes = {p.dtype for p in re._parameters}
         re._own_dtype = dtypes.pop() if len(dtypes) == 1 else None
         re._runs = _runs(re._parameters)
@@ -407,9 +422,8 @@ class Restructure(Generic[Model]):
     def _checked(self, v: Any) -> Array:
         """Return `v` as an array, of the right length."""
         refuse_masked(v, lambda: "the vector", "its .filled(0) is an array")
-        if type(v) is not np.ndarray and not _is_foreign(v):
-            v = np.asarray(v)
-        if isinstance(v, np.ndarray) and v.dtype.kind not in "fciub" and not isnumeric(v):
+        v = v if is_foreign(v) else np.asarray(v)
+        if not is_number(v.dtype):
             raise TypeError(
                 f"expected a vector of {self._size} numbers, got dtype {v.dtype}"
                 f"{'; re.flatten makes a vector of a model' * (v.dtype == object)}"
@@ -418,19 +432,17 @@ class Restructure(Generic[Model]):
         if shape != (self._size,):
             got = f"one of length {shape[0]}" if len(shape) == 1 else f"shape {shape}"
             raise ValueError(f"expected a vector of length {self._size}, got {got}")
-        if is_given_back(v):
+        if library_for(v).has_lost(v):
             raise ValueError("expected a vector with memory, got a tensor whose storage is gone")
         return v
 
     def _split(self, v: Array, copy: bool) -> list[Array]:
         """Return the parameters that `v` holds."""
-        if devices.is_numba(v):
+        if is_foreign(v):
+            library = library_for(v)
             return [
-                _cast(devices.piece(v, p.start, p.shape), p.dtype, copy) for p in self._parameters
-            ]
-        if not isinstance(v, np.ndarray):
-            return [
-                _cast(v[p.start : p.stop].reshape(p.shape), p.dtype, copy) for p in self._parameters
+                library.converted(library.piece(v, p.start, p.shape), p.dtype, copy)
+                for p in self._parameters
             ]
         values: list[Array] = []
         for stretch, shape, several in self._runs:
@@ -446,7 +458,7 @@ class Restructure(Generic[Model]):
         with np.errstate(all="ignore"):
             reals = [x.real for x in values] if v.dtype.kind == "c" else values
             return [
-                (x if p.is_complex else real).astype(_numpy_dtype(p.dtype))
+                (x if p.is_complex else real).astype(numpy_dtype(p.dtype))
                 if copy or x.dtype != p.dtype
                 else x
                 for x, real, p in zip(values, reals, self._parameters, strict=True)
@@ -562,8 +574,9 @@ class Restructure(Generic[Model]):
         for i, slot in enumerate(slots):
             groups.setdefault(slot.k, []).append(i)
         for k, (first, *others) in groups.items():
-            is_tensor = not isinstance(self._parameters[k].dtype, np.dtype)
-            if is_tensor and all(slots[i] is slots[first] and gs[i] is gs[first] for i in others):
+            if self._parameters[k].is_summed and all(
+                slots[i] is slots[first] and gs[i] is gs[first] for i in others
+            ):
                 found.update(others)
         return found
 
@@ -593,9 +606,9 @@ class Restructure(Generic[Model]):
                 fault, got = TypeError, short(x)
             elif tuple(x.shape) != shape:
                 fault, got = ValueError, f"shape {tuple(x.shape)}"
-            elif not p.is_complex and _is_complex(x.dtype):
+            elif not p.is_complex and is_complex_dtype(x.dtype):
                 fault, got = TypeError, f"complex numbers ({x.dtype})"
-            elif is_given_back(x):
+            elif library_for(x).has_lost(x):
                 fault, got = ValueError, "a tensor whose storage was given back"
             else:
                 continue
@@ -611,24 +624,26 @@ class Restructure(Generic[Model]):
         """
         if out is not None:
             _check_out(out, self._size, self._dtype, self._libraries)
-        if _is_foreign(out):
+        if is_foreign(out):
             at_once([writing(out, self._concatenated(pieces, out, out.dtype))])
             return out
         dtype = self._dtype if dtype is None else dtype
         are_numpy = {*map(type, pieces)} <= {np.ndarray}
         if out is None and not are_numpy:
-            foreign = [piece for piece in pieces if _is_foreign(piece)]
+            foreign = [piece for piece in pieces if is_foreign(piece)]
             if foreign:
                 return self._concatenated(pieces, foreign[0], dtype)
         fresh = out is None
         if fresh:
-            out = np.empty(self._size, _numpy_dtype(dtype))
+            out = np.empty(self._size, numpy_dtype(dtype))
         if are_numpy:
             parts = pieces
         else:
             nothing = np.zeros((), out.dtype)
             parts = [
-                np.broadcast_to(nothing, p.shape) if piece is None else _numpy(piece)
+                np.broadcast_to(nothing, p.shape)
+                if piece is None
+                else library_for(piece).to_numpy(piece)
                 for piece, p in zip(pieces, self._parameters, strict=True)
             ]
         if not parts:
@@ -644,22 +659,8 @@ class Restructure(Generic[Model]):
 
     def _concatenated(self, pieces: list[Any], like: Array, dtype: Any) -> Array:
         """Return the vector as an array of the library of `like`, which may be traced."""
-        if devices.is_numba(like):
-            out = devices.vector(self._size, dtype, like)
-            for x, p in zip(pieces, self._parameters, strict=True):
-                devices.assign(devices.piece(out, p.start, p.shape), 0.0 if x is None else x)
-            return out
-        xp = namespace(like)
-        dtype = _dtype_for(like, dtype)
-        place = {"device": like.device} if _is_torch(like) else {}
-        parts = []
-        for piece, p in zip(pieces, self._parameters, strict=True):
-            part = xp.zeros(p.shape, dtype=dtype, **place) if piece is None else piece
-            if isinstance(part, np.ndarray) and not xp.__name__.startswith("autograd"):
-                part = _torch.from_numpy(np.array(part)).to(**place) if place else xp.asarray(part)
-            parts.append(_cast(xp.reshape(part, (-1,)), dtype, False))
-        concatenate = getattr(xp, "concatenate", None) or xp.concat
-        return concatenate(parts)
+        shapes = [p.shape for p in self._parameters]
+        return library_for(like).concatenated(pieces, shapes, like, dtype)
 
     def copy_into_(self, model: Model, v: Any) -> None:
         """Write a vector into the arrays of a model, in place.
@@ -696,16 +697,15 @@ class Restructure(Generic[Model]):
                     f"place (read-only, immutable or broadcast); re(v) makes a new model"
                 )
         self._refuse_other_ties(model, places)
-        if isinstance(v, np.ndarray) and any(
-            isinstance(x, np.ndarray) and np.may_share_memory(plain(x), v) for _, x in places
-        ):
-            v = np.array(v)
-        if any(devices.may_overlap(x, v) or _spans_meet(x, v) for _, x in places):
+        if any(spans_meet(x, v) for _, x in places):
             v = fresh(v)
         values = self._split(v, False)
         with np.errstate(all="ignore"):
             at_once(
-                [writing(x, _of_its_library(x, slot.seen(values[slot.k]))) for slot, x in places]
+                [
+                    writing(x, library_for(x).taken(slot.seen(values[slot.k]), x))
+                    for slot, x in places
+                ]
             )
 
     def _refuse_other_ties(self, model: Tree, places: list[tuple[_Slot, Array]]) -> None:
@@ -783,85 +783,16 @@ def _runs(found: Sequence[_Parameter]) -> list[_Run]:
 # --- arrays and dtypes -------------------------------------------------------------------------
 
 
-def _is_foreign(x: Any) -> bool:
-    """Tell whether `x` is an array of numbers, but not NumPy's."""
-    return not isinstance(x, np.ndarray) and isnumeric(x)
-
-
-def _is_torch(x: Any) -> bool:
-    torch = sys.modules.get("torch")
-    return torch is not None and isinstance(x, torch.Tensor)
-
-
 def _is_c_contiguous(x: Array) -> bool:
-    if isinstance(x, np.ndarray):
-        return x.flags.c_contiguous
-    if devices.is_numba(x):
-        return bool(x.is_c_contiguous())
-    return bool(x.is_contiguous()) if _is_torch(x) else True
-
-
-def _is_complex(dtype: Any) -> bool:
-    return dtype_name(dtype).startswith("complex")
-
-
-def _native(dtype: Any) -> Any:
-    return dtype.newbyteorder("=") if isinstance(dtype, np.dtype) else dtype
-
-
-def _numpy_dtype(dtype: Any) -> np.dtype:
-    return np.dtype(dtype if isinstance(dtype, np.dtype) else dtype_name(dtype))
-
-
-def _dtype_for(like: Array, dtype: Any) -> Any:
-    """Return `dtype` as the library of `like` has it."""
-    if _is_torch(like):
-        return getattr(sys.modules["torch"], dtype_name(dtype))
-    dtype = _numpy_dtype(dtype)
-    jax = sys.modules.get("jax")
-    if jax is not None and isinstance(like, jax.Array):  # without jax_enable_x64, float64 is not
-        return jax.dtypes.canonicalize_dtype(dtype)
-    return dtype
-
-
-def _promoted(dtypes: Sequence[Any]) -> Any:
-    """Return the dtype of a vector that holds numbers of all these dtypes."""
-    distinct = list(dict.fromkeys(dtypes))
-    if len(distinct) < 2:
-        return distinct[0] if distinct else np.dtype(np.float64)
-    if not any(isinstance(dtype, np.dtype) for dtype in distinct):
-        return functools.reduce(sys.modules["torch"].promote_types, distinct)
-    # NumPy promotes no two extension dtypes, such as bfloat16, and none of them with float16.
-    plain = [_numpy_dtype(dtype) for dtype in distinct]
-    return np.result_type(*(_wide(dtype) if dtype.kind == "V" else dtype for dtype in plain))
-
-
-def _wide(dtype: np.dtype) -> np.dtype:
-    return np.dtype(np.complex64 if _is_complex(dtype) else np.float32)
+    return library_for(x).is_c_contiguous(x)
 
 
 def _gradient_dtype(dtype: Any, flat: Any) -> np.dtype:
     """Return the dtype in which gradients for a parameter go into the vector."""
-    wanted = _numpy_dtype(flat)
-    if _is_complex(wanted) and not _is_complex(dtype):
+    wanted = numpy_dtype(flat)
+    if is_complex_dtype(wanted) and not is_complex_dtype(dtype):
         return np.zeros((), wanted).real.dtype
     return wanted
-
-
-def _cast(x: Array, dtype: Any, copy: bool) -> Array:
-    """Return `x` in another dtype, by its real part if that is real; itself if it is right."""
-    wanted = _dtype_for(x, dtype)
-    if _is_complex(x.dtype) and not _is_complex(wanted):
-        x = x.real if isinstance(x, np.ndarray) else namespace(x).real(x)
-    if isinstance(x, np.ndarray):
-        return x.astype(wanted, order="C") if copy or x.dtype != wanted else x
-    if devices.is_numba(x):
-        return devices.astype(x, wanted) if copy or x.dtype != wanted else x
-    if x.dtype != wanted:
-        return x.to(wanted) if _is_torch(x) else x.astype(wanted)
-    if copy and _is_torch(x):
-        return x.clone()
-    return x.copy() if copy and maywrite(x) else x
 
 
 def _may_overlap(parts: list[np.ndarray], out: np.ndarray) -> bool:
@@ -871,30 +802,17 @@ def _may_overlap(parts: list[np.ndarray], out: np.ndarray) -> bool:
     return any(np.may_share_memory(part, out) for part in parts)
 
 
-def _spans_meet(x: Array, v: Array) -> bool:
-    """Tell whether a tensor on the host may share memory with another array."""
-    if not (_is_torch(x) or _is_torch(v)):
-        return False
-    one, other = span(x), span(v)
-    return one is not None and other is not None and one[0] < other[1] and other[0] < one[1]
-
-
-def _numpy(x: Any) -> np.ndarray:
-    if not _is_torch(x):
-        return np.asarray(x)
-    seen = _torch.view(x.detach())  # also of bfloat16
-    return _torch.to_numpy(x) if seen is None else seen
-
-
 def _gradient(g: Any, blank: np.ndarray, where: Callable[[], str], traced: bool) -> Any:
     """Return a gradient, checked; where `traced`, one of another library stays there."""
-    if not (traced and _is_foreign(g)):
+    if not (traced and is_foreign(g)):
         return checked_gradient(g, blank, where)
-    if is_given_back(g):
+    if library_for(g).has_lost(g):
         raise ValueError(
             f"gradient at {where()}: expected a tensor with memory, its was given back"
         )
-    if tuple(g.shape) != blank.shape or (_is_complex(g.dtype) and not _is_complex(blank.dtype)):
+    if tuple(g.shape) != blank.shape or (
+        is_complex_dtype(g.dtype) and not is_complex_dtype(blank.dtype)
+    ):
         raise (ValueError if tuple(g.shape) != blank.shape else TypeError)(
             f"gradient at {where()}: expected an array of shape {blank.shape} and dtype "
             f"{blank.dtype}, got shape {tuple(g.shape)} and dtype {g.dtype}"
@@ -911,24 +829,15 @@ def _check_out(out: Any, size: int, dtype: Any, libraries: frozenset[str]) -> No
     """Raise if `out` cannot take the vector of a model that holds arrays of these libraries."""
     wanted = f"out: expected a writable vector of length {size} and dtype {dtype}"
     refuse_masked(out, lambda: "out", "give a plain array")
-    library = library_of(type(out))
-    if library not in ("numpy", *libraries) or is_immutable(out):
+    known = {"numpy", *libraries}
+    if not is_array(out) or library_for(out).key not in known or is_immutable(out):
         raise TypeError(
-            f"{wanted}, of {' or '.join(sorted({'numpy', *libraries} - {'jax'}))}, got "
+            f"{wanted}, of {' or '.join(sorted(known))}, got "
             f"{type(out).__name__}; leave it out, and a new vector is returned"
         )
     if tuple(out.shape) != (size,):
         raise ValueError(f"{wanted}, got shape {tuple(out.shape)}")
-    if not isnumeric(out) or (_is_complex(dtype) and not _is_complex(out.dtype)):
+    if not isnumeric(out) or (is_complex_dtype(dtype) and not is_complex_dtype(out.dtype)):
         raise TypeError(f"{wanted}, got dtype {out.dtype}")
     if not maywrite(out):
         raise ValueError(f"{wanted}, got one that is read-only or broadcast")
-
-
-def _of_its_library(x: Array, values: Array) -> Array:
-    """Return values as an array of the library of `x`."""
-    if isinstance(x, np.ndarray):
-        return _numpy(values)
-    if devices.is_numba(x) or _is_torch(values):
-        return values
-    return np.asarray(values) if _is_torch(x) else namespace(x).asarray(values)

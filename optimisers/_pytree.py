@@ -1,8 +1,8 @@
 """State trees as trees of JAX and optree: how a `Leaf` is taken apart, and put together again.
 
-The children of a leaf are the numbers of its rule, each in two parts (see `_jax`), and its state;
-its structure is all else: the class of the rule, switches, whole numbers, whether it is frozen.
-Hence other numbers do not make `jax.jit` compile anew, other structure does.
+The children of a leaf are the numbers of its rule, each in two parts (see `_arrays.traced`), and
+its state; its structure is all else: the class of the rule, switches, whole numbers, whether it is
+frozen. Hence other numbers do not make `jax.jit` compile anew, other structure does.
 
 Nothing is imported for that. `announce` registers what it can whenever it is called, which is
 when leaves are made or unpickled, and in each call that takes a state tree.
@@ -17,7 +17,8 @@ from typing import Any, cast
 
 import numpy as np
 
-from ._arrays.jax import Number, attributes, is_jax, number_of, parts_of
+from ._arrays.library import library_for
+from ._arrays.traced import Number, attributes, number_of, parts_of
 from ._trees.nodes import Namespace
 from .rules._base import Rule
 
@@ -75,8 +76,7 @@ def _split(value: Any, default: Any, found: list[Any]) -> Spec:
     if (
         isinstance(value, (float, Number, np.floating))
         or (cls is int and isinstance(default, float))
-        or is_jax(value)
-        or (isinstance(value, np.ndarray) and value.dtype.kind in "fc")
+        or library_for(value).enters_jax(value)
     ):
         found.append(value)
         return (_NUMBER,)

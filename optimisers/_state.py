@@ -13,8 +13,7 @@ from collections.abc import Sequence
 from typing import Any, Literal, TypeVar, cast
 
 from . import _pytree
-from ._arrays.library import is_immutable, isnumeric, plain
-from ._arrays.torch import is_tensor, refuse_given_back
+from ._arrays.library import bare, is_immutable, isnumeric, library_for
 from ._engine import advance as engine
 from ._engine import cpu
 from ._engine.arrays import at_once, fresh
@@ -119,11 +118,10 @@ def setup(rule: Rule, model: Tree) -> Tree:
 
 
 def _new_leaf(rule: Rule, index: int, path: KeyPath, x: Array) -> Leaf:
-    if is_tensor(x):
-        refuse_given_back(x, (), path.__str__)
+    library_for(x).refuse_lost(x, (), path.__str__)
     try:
         with cpu.kernels.UsualEnvironment():
-            return Leaf(rule, started(rule, x.detach() if is_tensor(x) else plain(x), index))
+            return Leaf(rule, started(rule, bare(x), index))
     except TypeError as error:
         raise TypeError(f"at {path}: {error}") from error
 

@@ -14,7 +14,8 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
-from ._arrays.library import dtype_name, isnumeric, library_of
+from ._arrays.dtypes import dtype_name
+from ._arrays.library import isnumeric, library_for
 from ._leaf import Leaf
 from ._messages.calls import explained
 from ._messages.text import short
@@ -269,8 +270,8 @@ class _Evaluation:
 
     def _uphill(self, g: Any) -> Any:
         """Return an array of the gradient in the convention of the rules."""
-        library = library_of(type(g))
-        turned = library == "jax" or (self.by_autograd and library == "numpy")
+        library = library_for(g)
+        turned = library.has_conjugates or (self.by_autograd and library.is_differentiated)
         return g.conj() if turned and g.dtype.kind == "c" else g
 
     def _watched(self, loss: Callable[..., Any]) -> Callable[..., Any]:
@@ -279,7 +280,7 @@ class _Evaluation:
         @functools.wraps(loss)
         def watched(model: Tree) -> Any:
             self.by_autograd = self.by_autograd or any(
-                type(x).__module__.startswith("autograd.") for _, x in walk(model)
+                library_for(x).differentiates_numpy for _, x in walk(model)
             )
             return loss(model)
 

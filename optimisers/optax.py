@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from ._arrays.jax import Maybe, double, is_tracer
+from ._arrays.library import is_abstract, is_array, is_foreign, library_for
+from ._arrays.traced import Maybe, double
 from ._engine.gradients import checked_gradient
 from ._messages.calls import no_name
 from ._messages.text import short, warn_caller
@@ -150,7 +151,7 @@ def _step(rule: Rule, path: Any, x: Array, g: Any, state: Any) -> tuple[Array, A
 
     x = jnp.asarray(x)
     if _is_parameter(x):
-        g = g if isinstance(g, jax.Array | np.ndarray) or g is None or g == () else jnp.asarray(g)
+        g = g if is_array(g) or g is None or g == () else jnp.asarray(g)
         g = checked_gradient(g, x, lambda: jax.tree_util.keystr(path))
         if g is not None:
             return _moved(rule, x, g, state)
@@ -211,13 +212,11 @@ class _FromOptax(Rule):
             return state
 
     def apply(self, state: Any, x: Array, dx: Array, *higher: Array) -> tuple[Any, Array]:
-        traced = is_tracer(x) or is_tracer(dx)
+        traced = is_abstract(x) or is_abstract(dx)
         update = self.tx.update if traced else _compiled(self.tx.update)
         with _at_precision_of(x):
             updates, state = update(_as_jax(dx), state, _as_jax(x))
-            return state, as_like(
-                x, -(np.asarray(updates) if isinstance(x, np.ndarray) else updates)
-            )
+            return state, as_like(x, -library_for(x).taken(updates, x))
 
 
 def from_optax(tx: Any) -> Rule:
@@ -319,7 +318,7 @@ def _compiled(update: Any) -> Any:
 
 def _at_precision_of(x: Array) -> contextlib.AbstractContextManager[Any]:
     """Let JAX compute in double precision, if that is what a NumPy array has."""
-    if not isinstance(x, np.ndarray) or x.dtype.itemsize < (16 if x.dtype.kind == "c" else 8):
+    if is_foreign(x) or x.dtype.itemsize < (16 if x.dtype.kind == "c" else 8):
         return contextlib.nullcontext()
     import jax  # noqa: F401 (which `double` finds where it is loaded)
 
@@ -332,7 +331,7 @@ def _as_jax(x: Array) -> Array:
 
     if isinstance(x, jax.Array):
         return x
-    if isinstance(x, np.ndarray) and x.dtype.char not in "gG":  # long doubles
+    if is_array(x) and not is_foreign(x) and x.dtype.char not in "gG":  # long doubles
         return jax.numpy.array(np.asarray(x, x.dtype.newbyteorder("=")))
     dtype = getattr(x, "dtype", "no dtype")
     raise TypeError(

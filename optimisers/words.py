@@ -15,17 +15,13 @@ A step is written with these words and the operators ``+ - * /`` and ``< <= > >=
 
 from __future__ import annotations
 
-import functools
-import importlib
 import math
-import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-import array_api_compat
 import numpy as np
 
-from ._arrays.jax import is_tracer
+from ._arrays.library import beside, common_namespace, library_for, namespace
 
 __all__ = [
     "abs2",
@@ -41,7 +37,6 @@ __all__ = [
 ]
 
 # Named here since `X | Y` is made anew each time it is evaluated.
-_NUMPY = (np.ndarray, np.generic)
 _WHOLE = (int, np.integer)
 _REAL = (float, int, np.floating, np.integer)
 
@@ -80,23 +75,6 @@ def _step_word(text: str, on_device: str = "") -> Callable[[_Function], _Functio
     return register
 
 
-def namespace(x: Any) -> Any:
-    """Return the module whose functions take `x`: NumPy's, JAX's, PyTorch's, ..."""
-    if isinstance(x, _NUMPY):
-        return np
-    if type(x).__module__.partition(".")[0] == "autograd":
-        return importlib.import_module("autograd.numpy")
-    return array_api_compat.array_namespace(x)
-
-
-def _common(*values: Any) -> Any:
-    """Return the module whose functions take all `values`; one may stand beside NumPy's arrays."""
-    for value in values:
-        if hasattr(value, "dtype") and not isinstance(value, _NUMPY):
-            return namespace(value)
-    return np
-
-
 def is_complex(x: Any) -> bool:
     """Tell whether `x` holds complex numbers."""
     if isinstance(x.dtype, np.dtype):  # so are those of JAX, CuPy and autograd
@@ -108,20 +86,6 @@ def _real(x: Any) -> Any:
     return namespace(x).real(x) if hasattr(x, "dtype") and is_complex(x) else x
 
 
-def _is_tensor(x: Any) -> bool:
-    torch = sys.modules.get("torch")
-    return torch is not None and isinstance(x, torch.Tensor)
-
-
-def _beside(x: Any, y: Any) -> Any:
-    """Return `y` as an array of `x`'s library, where a bare number would not do."""
-    if hasattr(y, "dtype") or isinstance(x, _NUMPY):
-        return y
-    if _is_tensor(x):  # on the host, wherever new tensors would go by default
-        return namespace(x).asarray(y, dtype=x.dtype, device="cpu")
-    return namespace(x).asarray(y, dtype=x.dtype)
-
-
 @_step_word("sqrt(x)")
 def sqrt(x: Any) -> Any:
     """Square root; its derivative at 0 is 0, so that one through a rule is finite there.
@@ -129,25 +93,7 @@ def sqrt(x: Any) -> Any:
     A second moment of 0 means that no gradient has come yet, and then the parameter stays where it
     is; the slope of the root alone is infinite, and times 0 not a number.
     """
-    xp = namespace(x)
-    if is_tracer(x):
-        return _traced_sqrt(xp)(x)
-    if _is_tensor(x):
-        differentiates = sys.modules["torch"].is_grad_enabled()
-    else:
-        differentiates = type(x).__module__.partition(".")[0] == "autograd"
-    return _differentiable_sqrt(xp, x) if differentiates else xp.sqrt(x)
-
-
-def _differentiable_sqrt(xp: Any, x: Any) -> Any:
-    zero = x == 0
-    return xp.where(zero, x * 0, xp.sqrt(xp.where(zero, xp.ones_like(x), x)))
-
-
-@functools.cache
-def _traced_sqrt(xp: Any) -> Any:
-    """Return the root as one operation of JAX, which is traced once for all arrays of a shape."""
-    return sys.modules["jax"].jit(functools.partial(_differentiable_sqrt, xp))
+    return library_for(x).sqrt(x)
 
 
 @_step_word("fabs(x)")
@@ -169,13 +115,7 @@ def abs2(x: Any) -> Any:
 @_step_word("1 if x > 0 else -1 if x < 0 else x + 0")  # nan stays nan, -0 becomes 0
 def sign(x: Any) -> Any:
     """Sign: -1, 0 or 1, nan for nan, and ``z/|z|`` for complex z."""
-    if _is_tensor(x):  # by `where`, since tensors that are sharded or mapped take no mask
-        xp: Any = sys.modules["torch"]
-        if x.is_complex():
-            zero = x == 0
-            return xp.where(zero, xp.zeros_like(x), x / xp.where(zero, 1, x).abs())
-        return xp.where(xp.isnan(x), x, xp.sign(x))
-    return namespace(x).sign(x)
+    return library_for(x).sign(x)
 
 
 @_step_word("x if (x > y) | (x != x) else y")
@@ -186,14 +126,14 @@ def maximum(x: Any, y: Any) -> Any:
     compares, the numbers are second moments, real numbers in complex dress.
     """
     x, y = _real(x), _real(y)
-    return _common(x, y).maximum(x, _beside(x, y))
+    return common_namespace(x, y).maximum(x, beside(x, y))
 
 
 @_step_word("x if (x < y) | (x != x) else y")
 def minimum(x: Any, y: Any) -> Any:
     """Smaller of two numbers, nan if either is; complex numbers as in `maximum`."""
     x, y = _real(x), _real(y)
-    return _common(x, y).minimum(x, _beside(x, y))
+    return common_namespace(x, y).minimum(x, beside(x, y))
 
 
 @_step_word(
@@ -219,7 +159,7 @@ def where(condition: Any, x: Any, y: Any) -> Any:
     """Return `x` where `condition` holds, else `y`."""
     if isinstance(condition, np.bool) or not hasattr(condition, "dtype"):
         return x if condition else y
-    return _common(condition, x, y).where(condition, x, y)
+    return common_namespace(condition, x, y).where(condition, x, y)
 
 
 @_step_word("0")

@@ -32,7 +32,8 @@ from optimisers import (
     update,
     update_,
 )
-from optimisers._arrays.library import is_narrow, isnumeric
+from optimisers._arrays.dtypes import is_narrow
+from optimisers._arrays.library import isnumeric
 from optimisers._engine import advance as engine
 from optimisers._trees.walks import fmap, walk
 from optimisers.rules import _base, _numbers

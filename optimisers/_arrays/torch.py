@@ -1,9 +1,8 @@
-"""What the engine needs to know of PyTorch's tensors.
+"""Tensors of PyTorch.
 
-PyTorch is never imported here: whoever hands over a tensor has done so. A *view* is a NumPy array
-over the memory of a tensor; one is made whenever it is needed and never kept, since a tensor may
-get other memory at any time. What has no view (other devices and dtypes, tensors that are being
-traced or transformed) is left to the array path.
+A *view* is a NumPy array over the memory of a tensor; one is made whenever it is needed and never
+kept, since a tensor may get other memory at any time. What has no view (other devices and dtypes,
+tensors that are being traced or transformed) is left to the array path.
 """
 
 from __future__ import annotations
@@ -11,14 +10,18 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
+from . import traced
+from .devices import DeviceLibrary
 from .dlpack import Viewer
-from .library import dtype_name, is_narrow, maywrite
+from .dtypes import dtype_name, is_narrow
+from .layout import Memory, View, overlaps_itself
+from .library import Call
 from .states import map_state, parts_of_state
 
 Tensor = Any
@@ -26,27 +29,335 @@ Tensor = Any
 
 def is_tensor(x: object) -> bool:
     """Tell whether `x` is a tensor of PyTorch."""
-    torch = sys.modules.get("torch")
-    return torch is not None and isinstance(x, torch.Tensor)
+    return isinstance(x, torch.Tensor)
 
 
-def places(xs: Sequence[object], among: Sequence[int]) -> list[int]:
-    """Return the places, of those given, where there is a tensor."""
-    torch = sys.modules.get("torch")
-    return [] if torch is None else [k for k in among if isinstance(xs[k], torch.Tensor)]
+class Torch(DeviceLibrary):
+    """Kernels of the host take tensors by their views, kernels of CUDA as they are."""
+
+    key = "torch"
+    name = "PyTorch"
+    sums_truth = True
+    to_host = ".cpu()"
+    to_device = ".cuda()"
+    has_views = True
+    by_views = True
+    keeps_order = True
+    reads_bytes = True
+    sums_ties = True
+    as_float = ".to(float)"
+
+    # --- which arrays ------------------------------------------------------------------------
+
+    def owns(self, cls: type) -> bool:
+        return issubclass(cls, torch.Tensor)
+
+    def is_numeric(self, x: Tensor) -> bool:
+        return bool(x.dtype.is_floating_point or x.dtype.is_complex)
+
+    def is_traced(self, x: Tensor) -> bool:
+        return self.is_abstract(x)
+
+    def is_abstract(self, x: Tensor) -> bool:
+        """Tell whether `x` stands for one tensor of each member that ``torch.vmap`` maps."""
+        functorch = torch._C._functorch
+        while functorch.is_gradtrackingtensor(x):
+            x = functorch.get_unwrapped(x)
+        return bool(functorch.is_batchedtensor(x))
+
+    def may_write(self, x: Tensor) -> bool:
+        return x.layout is not torch.strided or not overlaps_itself(x.shape, x.stride(), 1)
+
+    def is_on_device(self, x: Tensor) -> bool:
+        """Tell whether its memory holds its numbers, on a device of CUDA, not of ROCm."""
+        return bool(
+            x.is_cuda
+            and torch.version.hip is None
+            and x.layout is torch.strided
+            and type(x) in (torch.Tensor, torch.nn.Parameter)
+            and not (x.is_conj() or x.is_neg())
+        )
+
+    def has_lost(self, x: Tensor) -> bool:
+        return is_given_back(x)
+
+    def refuse_lost(self, x: Tensor, state: Any, where: Callable[[], str]) -> None:
+        if is_given_back(x):
+            raise ValueError(_GIVEN_BACK.format(what="parameter", where=where()))
+        for part in parts_of_state(state, tuple):
+            if is_tensor(part) and is_given_back(part):
+                raise ValueError(_GIVEN_BACK.format(what="state", where=where()))
+
+    # --- layout ------------------------------------------------------------------------------
+
+    def byte_strides(self, x: Tensor) -> tuple[int, ...]:
+        return tuple(step * x.element_size() for step in x.stride())
+
+    def is_c_contiguous(self, x: Tensor) -> bool:
+        return bool(x.is_contiguous())
+
+    def memory(self, x: Tensor) -> Memory | None:
+        if 0 in x.shape or x.layout is not torch.strided or x.is_meta:
+            return None
+        try:
+            address = x.data_ptr()
+        except RuntimeError:  # a tensor that is being traced or transformed
+            return None
+        if not address:
+            return None
+        meaning = x.dtype, x.is_conj(), x.is_neg()
+        shape, size = tuple(x.shape), x.element_size()
+        return Memory(address, shape, self.byte_strides(x), size, meaning, str(x.device))
+
+    def transposed(self, x: Tensor, order: Sequence[int]) -> Tensor:
+        return x.permute(tuple(order))
+
+    def flipped(self, x: Tensor, axes: Sequence[int]) -> Tensor:
+        return x.flip(tuple(axes))  # PyTorch has no negative strides
+
+    def reshaped(self, x: Tensor, shape: tuple[int, ...]) -> Tensor:
+        return x.reshape(shape)
+
+    def view(self, x: Tensor) -> np.ndarray | None:
+        return view(x)
+
+    def views(self, state: Any, x: Tensor, g: Any) -> tuple[Any, np.ndarray, np.ndarray] | None:
+        return arrays(state, x, g)
+
+    # --- on a device -------------------------------------------------------------------------
+
+    def address(self, x: Tensor) -> int:
+        return int(x.data_ptr())
+
+    def layout(self, x: Tensor) -> tuple[Any, ...]:
+        return x.shape, x.stride(), x.dtype
+
+    def strides(self, x: Tensor) -> tuple[int, ...]:
+        return tuple(x.stride())
+
+    def device(self, x: Tensor) -> int:
+        return int(x.get_device())
+
+    def stream(self, x: Tensor) -> int:
+        return int(torch.cuda.current_stream(x.device).cuda_stream)
+
+    def assign(self, x: Tensor, values: Any) -> None:
+        with torch.no_grad():
+            if isinstance(values, float):
+                x.fill_(values)
+            else:
+                x.copy_(self.adopt(values))
+
+    def adopt(self, g: Any) -> Tensor:
+        return g if is_tensor(g) else torch.as_tensor(g, device="cuda")
+
+    # --- new arrays --------------------------------------------------------------------------
+
+    def blank(self, x: Tensor, dtype: str | None = None) -> Tensor:
+        kind = x.dtype if dtype is None else getattr(torch, dtype)
+        return torch.empty_like(x.detach(), dtype=kind)
+
+    def fresh(self, x: Tensor) -> Tensor:
+        return like(x, x.detach().clone())
+
+    def count_like(self, x: Tensor) -> Tensor:
+        # On the host, wherever new tensors would go by default.
+        return torch.asarray(0, dtype=torch.int64, device="cpu")
+
+    def counted(self, t: Tensor, largest: int) -> Tensor:
+        return t.clamp(max=largest - 1) + 1  # it may be mapped, so that nobody knows it
+
+    def number_of(self, t: Tensor) -> Any:
+        return t.double() if self.is_abstract(t) else int(t)
+
+    def own_dtype(self, x: Tensor, dtype: Any) -> Any:
+        return getattr(torch, dtype_name(dtype))
+
+    def widened(self, x: Tensor) -> Tensor:
+        """Return float32 of narrower numbers; derivatives back stay finite: `traced.widened`."""
+        return _widening().apply(x) if x.requires_grad else x.to(torch.float32)
+
+    def number(self, traced: Tensor, real: Any) -> Tensor:
+        return traced.to(real)
+
+    # --- a step ------------------------------------------------------------------------------
+
+    def bare(self, x: Tensor) -> Tensor:
+        return x.detach()
+
+    def unrecorded(self) -> contextlib.AbstractContextManager[Any]:
+        context: contextlib.AbstractContextManager[Any] = torch.no_grad()
+        return context
+
+    def refuse_write(self, x: Tensor, new: Any, where: Callable[[], str]) -> None:
+        if is_tensor(new) and self.is_abstract(new) and not self.is_abstract(x):
+            raise TypeError(
+                f"at {where()}: update_ cannot write what torch.vmap maps into a tensor that it "
+                "does not map; use update, which returns new ones"
+            )
+
+    def can_hold(self, x: Tensor, new: Any) -> bool:
+        if not is_tensor(new) or x.shape != new.shape or x.dtype != new.dtype:
+            return False
+        if x.device != new.device or x.layout is not torch.strided or not self.may_write(x):
+            return False
+        if x.is_inference() and not torch.is_inference_mode_enabled():
+            return False
+        try:
+            x.data_ptr(), new.data_ptr()
+        except RuntimeError:  # they are being traced or transformed
+            return False
+        return True
+
+    def write_call(self, x: Tensor, new: Any) -> Call:
+        """Return the call that writes into a tensor, also one that requires a gradient."""
+        new = new if is_tensor(new) else from_numpy(np.array(new))
+        return x.detach().copy_, new.detach()
+
+    def note_call(self, xs: list[Tensor]) -> Call:
+        """Return the call that tells autograd that these tensors change.
+
+        Then it refuses graphs that hold them. The call is one of Python: the last, for `at_once`.
+        """
+        return torch.autograd.graph.increment_version, xs
+
+    def like(self, x: Tensor, new: Any) -> Tensor:
+        return like(x, new)
+
+    def state_like(self, old: Any, new: Any, x: Tensor) -> Any:
+        return state_like(old, new, x)
+
+    def shown_like(self, x: Tensor, new: Tensor) -> Tensor:
+        return like(x, new) if x.is_leaf else new
+
+    def viewers(self) -> tuple[Callable[[Tensor], Any], Callable[[Any], Any]]:
+        quick = _viewer()
+        return (view, _view_state) if quick is None else (quick.view, quick.view_state)
+
+    # --- words of steps ----------------------------------------------------------------------
+
+    def beside(self, x: Tensor, y: Any) -> Tensor:
+        # On the host, wherever new tensors would go by default.
+        return torch.asarray(y, dtype=x.dtype, device="cpu")
+
+    def sqrt(self, x: Tensor) -> Tensor:
+        differentiates = torch.is_grad_enabled()
+        return traced.differentiable_sqrt(torch, x) if differentiates else torch.sqrt(x)
+
+    def sign(self, x: Tensor) -> Tensor:
+        """Return the sign, by `where`: tensors that are sharded or mapped take no mask."""
+        if x.is_complex():
+            zero = x == 0
+            return torch.where(zero, torch.zeros_like(x), x / torch.where(zero, 1, x).abs())
+        return torch.where(torch.isnan(x), x, torch.sign(x))
+
+    # --- gradients ---------------------------------------------------------------------------
+
+    def gradient(self, g: Any, x: Tensor, where: Callable[[], str]) -> Tensor:
+        """Return `g` as a dense tensor of the dtype of a step on `x`, outside of any graph."""
+        if not is_tensor(g):
+            if self.is_on_device(x):
+                return super().gradient(g, x, where)
+            g = _tensor_of(g, x, where)
+        if is_given_back(g):
+            raise ValueError(_GIVEN_BACK.format(what="gradient", where=where()))
+        if g.layout is not torch.strided:
+            kind = str(g.layout).removeprefix("torch.")
+            raise TypeError(
+                f"{_wanted(x, where)}, got one with the layout {kind}; make it dense with "
+                ".to_dense(), or the layer that it comes from with sparse=False"
+            )
+        if g.dtype.is_complex and not x.dtype.is_complex:
+            raise TypeError(
+                f"{_wanted(x, where)}, got complex numbers ({g.dtype}); "
+                "take the real part if that is what is meant"
+            )
+        if g.shape != x.shape:
+            raise ValueError(f"{_wanted(x, where)}, got shape {tuple(g.shape)}")
+        if g.device != x.device:
+            raise ValueError(
+                f"{_wanted(x, where)} on {x.device}, got one on {g.device}; "
+                f"move it with .to({str(x.device)!r})"
+            )
+        dtype = torch.float32 if is_narrow(x) else x.dtype
+        return g.detach().to(dtype).resolve_conj().resolve_neg()
+
+    def for_numpy(self, g: Tensor, x: np.ndarray, where: Callable[[], str]) -> np.ndarray:
+        if g.layout is not torch.strided or not g.is_cpu:
+            kind = g.device if g.layout is torch.strided else g.layout
+            raise ValueError(
+                f"gradient at {where()}: expected what NumPy can read, got a tensor on {kind}; "
+                "write .cpu(), or .to_dense() where it is sparse"
+            )
+        if is_given_back(g):
+            raise ValueError(_GIVEN_BACK.format(what="gradient", where=where()))
+        return to_numpy(g)
+
+    def is_nonzero(self, g: Tensor) -> bool:
+        g = g if g.layout is torch.strided else g.to_dense()
+        g = g.float() if is_narrow(g) else g  # PyTorch counts no zeros in 8 bits
+        return bool(g.count_nonzero())
+
+    # --- between libraries -------------------------------------------------------------------
+
+    def to_numpy(self, x: Tensor) -> np.ndarray:
+        seen = view(x.detach())  # also of bfloat16
+        return to_numpy(x) if seen is None else seen
+
+    def from_numpy(self, a: np.ndarray, like: Tensor) -> Tensor:
+        return from_numpy(np.array(a)).to(like.device)
+
+    def converted(self, x: Tensor, dtype: Any, copy: bool) -> Tensor:
+        wanted = self.own_dtype(x, dtype)
+        if x.dtype.is_complex and not wanted.is_complex:
+            x = torch.real(x)
+        if x.dtype != wanted:
+            return x.to(wanted)
+        return x.clone() if copy else x
+
+    def _zeros(self, shape: tuple[int, ...], dtype: Any, like: Tensor) -> Tensor:
+        return torch.zeros(shape, dtype=dtype, device=like.device)
+
+    # --- files -------------------------------------------------------------------------------
+
+    def why_unsavable(self, x: Tensor) -> str:
+        if x.is_meta:
+            return "it has no data"
+        return "" if x.layout is torch.strided else f"its layout is {x.layout}; make it dense"
+
+    def on_host(self, x: Tensor) -> np.ndarray:
+        """Return the bytes: NumPy does not have every dtype."""
+        flat = x.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
+        return flat.view(torch.uint8).numpy() if flat.numel() else np.empty(0, np.uint8)
+
+    def from_bytes(self, raw: np.ndarray, dtype: str, layout: View, like: Tensor) -> Tensor:
+        kind = getattr(torch, dtype)
+        flat = torch.from_numpy(raw).view(kind) if raw.size else torch.empty(0, dtype=kind)
+        x = flat.reshape(layout.shape)
+        if not layout.is_c_order():
+            x = self.seen(self.unseen(x, layout).contiguous(), layout)
+        return x.to(like.device)
+
+    def loaded(self, a: Tensor, like: Tensor) -> Tensor:
+        if isinstance(like, torch.nn.Parameter):
+            return type(like)(a, like.requires_grad)
+        return a.requires_grad_(like.requires_grad) if like.requires_grad else a
 
 
-def is_mapped(x: object) -> bool:
-    """Tell whether `x` stands for one tensor of each member that ``torch.vmap`` maps.
+def _wanted(x: Tensor, where: Callable[[], str]) -> str:
+    shape = tuple(x.shape)
+    return f"gradient at {where()}: expected a tensor of shape {shape} and dtype {x.dtype}"
 
-    Nobody can ask it for a number.
-    """
-    if not is_tensor(x):
-        return False
-    functorch = sys.modules["torch"]._C._functorch
-    while functorch.is_gradtrackingtensor(x):
-        x = functorch.get_unwrapped(x)
-    return bool(functorch.is_batchedtensor(x))
+
+def _tensor_of(g: Any, x: Tensor, where: Callable[[], str]) -> Tensor:
+    """Return a gradient of another library, or a number, as a tensor where `x` lies."""
+    a = np.asarray(g)
+    if a.dtype.kind not in "biufc" and not is_narrow(a):
+        raise TypeError(f"{_wanted(x, where)}, got dtype {a.dtype}")
+    plain = np.array(a, a.dtype.newbyteorder("="), order="C")
+    if plain.dtype == np.longdouble and plain.dtype != np.float64:
+        plain = plain.astype(np.float64)
+    return from_numpy(plain).to(x.device)
 
 
 # --- views -----------------------------------------------------------------------------------
@@ -59,7 +370,6 @@ def view(x: Tensor) -> np.ndarray | None:
     quick = _viewer()
     if quick is not None and (seen := quick.view(x)) is not None:
         return seen
-    torch: Any = sys.modules["torch"]
     if type(x) not in (torch.Tensor, torch.nn.Parameter) or not x.is_cpu or x.is_neg():
         return None  # what looks like a view of these would be a copy
     if is_given_back(x):
@@ -80,7 +390,6 @@ def is_given_back(x: Any) -> bool:
     """
     if not is_tensor(x):
         return False
-    torch: Any = sys.modules["torch"]
     if x.layout is not torch.strided or x.is_meta or not x.numel():
         return False
     if hasattr(x, "__tensor_flatten__"):  # as of DTensor: its numbers are in other tensors
@@ -95,15 +404,6 @@ def is_given_back(x: Any) -> bool:
         return False
 
 
-def refuse_given_back(x: Tensor, state: Any, where: Callable[[], str]) -> None:
-    """Raise if a parameter, or a tensor of its state, has no memory any more."""
-    if is_given_back(x):
-        raise ValueError(_GIVEN_BACK.format(what="parameter", where=where()))
-    for part in parts_of_state(state, tuple):
-        if is_tensor(part) and is_given_back(part):
-            raise ValueError(_GIVEN_BACK.format(what="state", where=where()))
-
-
 _GIVEN_BACK = (
     "{what} at {where}: expected a tensor with memory, got one whose storage was given back "
     "(untyped_storage().resize_(0)); gather or allocate it before the step"
@@ -113,7 +413,6 @@ _GIVEN_BACK = (
 @functools.cache
 def _viewer() -> Viewer | None:
     """Return what makes views in a third of the time, unless this PyTorch does not help with it."""
-    torch: Any = sys.modules["torch"]
     try:
         api = torch.Tensor.__dlpack_c_exchange_api__
         return Viewer(api, torch.Tensor, torch.nn.Parameter, lambda: _bfloat16())
@@ -134,12 +433,6 @@ def _bfloat16() -> np.dtype[Any] | None:
 def _view_state(state: Any) -> Any:
     """Return a state with views in place of its tensors; what has none is None."""
     return map_state(lambda part: view(part) if is_tensor(part) else part, state, into=tuple)
-
-
-def viewers() -> tuple[Callable[[Tensor], Any], Callable[[Any], Any]]:
-    """Return the quickest functions that make views, of a tensor and of those in a state."""
-    quick = _viewer()
-    return (view, _view_state) if quick is None else (quick.view, quick.view_state)
 
 
 def arrays(state: Any, x: Tensor, g: Tensor) -> tuple[Any, np.ndarray, np.ndarray] | None:
@@ -184,7 +477,6 @@ def like(x: Tensor, new: Any) -> Tensor:
 
     It requires a gradient if `x` does, and is a `torch.nn.Parameter` if `x` is one.
     """
-    torch: Any = sys.modules["torch"]
     new = _tensor(new, x).detach()
     if isinstance(x, torch.nn.Parameter):
         return type(x)(new, x.requires_grad)
@@ -214,7 +506,6 @@ def from_numpy(a: np.ndarray) -> Tensor:
 
     Narrow numbers that it does not know become float32.
     """
-    torch: Any = sys.modules["torch"]
     if not is_narrow(a) or a.dtype == np.float16:
         return torch.from_numpy(a)
     known = getattr(torch, dtype_name(a.dtype), None)
@@ -225,7 +516,6 @@ def from_numpy(a: np.ndarray) -> Tensor:
 
 def to_numpy(x: Tensor) -> np.ndarray:
     """Return a strided tensor on the host as an array; numbers that NumPy lacks in float32."""
-    torch: Any = sys.modules["torch"]
     x = x.detach().resolve_conj().resolve_neg()
     if is_narrow(x) and x.dtype is not torch.float16:
         x = x.float()
@@ -235,68 +525,12 @@ def to_numpy(x: Tensor) -> np.ndarray:
     return array
 
 
-def fresh(x: Tensor) -> Tensor:
-    """Return a copy that shares no memory, and no graph, with `x`."""
-    return like(x, x.detach().clone())
-
-
-def blank(x: Tensor) -> Tensor:
-    """Return an empty tensor like `x`, outside of any graph."""
-    return sys.modules["torch"].empty_like(x.detach())
-
-
-def can_hold(x: Tensor, new: Any) -> bool:
-    """Tell whether the numbers of `new` can be written into a tensor as they are."""
-    torch: Any = sys.modules["torch"]
-    if not is_tensor(new) or x.shape != new.shape or x.dtype != new.dtype:
-        return False
-    if x.device != new.device or x.layout is not torch.strided or not maywrite(x):
-        return False
-    if x.is_inference() and not torch.is_inference_mode_enabled():
-        return False
-    try:
-        x.data_ptr(), new.data_ptr()
-    except RuntimeError:  # they are being traced or transformed
-        return False
-    return True
-
-
-def writing(x: Tensor, new: Any) -> tuple[Any, Tensor]:
-    """Return the call that writes into a tensor, also one that requires a gradient."""
-    new = new if is_tensor(new) else from_numpy(np.array(new))
-    return x.detach().copy_, new.detach()
-
-
-def noting(xs: list[Tensor]) -> tuple[Any, list[Tensor]]:
-    """Return the call that tells autograd that these tensors change.
-
-    Then it refuses graphs that hold them. The call is one of Python: the last, for `at_once`.
-    """
-    torch: Any = sys.modules["torch"]
-    return torch.autograd.graph.increment_version, xs
-
-
-def unrecorded(x: object) -> contextlib.AbstractContextManager[Any]:
-    """Return a context in which autograd records nothing, if `x` is a tensor."""
-    if not is_tensor(x):
-        return contextlib.nullcontext()
-    torch: Any = sys.modules["torch"]
-    context: contextlib.AbstractContextManager[Any] = torch.no_grad()
-    return context
-
-
 # --- narrow numbers ----------------------------------------------------------------------------
-
-
-def widened(x: Tensor) -> Tensor:
-    """Return float32 of narrower numbers; derivatives back stay finite, as `_jax.widened` says."""
-    return _widening().apply(x) if x.requires_grad else x.to(sys.modules["torch"].float32)
 
 
 @functools.cache
 def _widening() -> Any:
     """Return the function: a cast whose transpose is bounded by the dtype that it goes back to."""
-    torch: Any = sys.modules["torch"]
 
     class Widened(torch.autograd.Function):  # type: ignore[misc]
         generate_vmap_rule = True
@@ -321,63 +555,4 @@ def _widening() -> Any:
     return Widened
 
 
-# --- gradients ---------------------------------------------------------------------------------
-
-
-def gradient(g: Any, x: Tensor, where: Callable[[], str]) -> Tensor:
-    """Return `g` as a dense tensor of the dtype of a step on `x`, outside of any graph.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If `g` is no gradient for `x`; the message names the place, from `where()`.
-    """
-    torch: Any = sys.modules["torch"]
-
-    def wanted() -> str:
-        shape = tuple(x.shape)
-        return f"gradient at {where()}: expected a tensor of shape {shape} and dtype {x.dtype}"
-
-    if not is_tensor(g):
-        a = np.asarray(g)
-        if a.dtype.kind not in "biufc" and not is_narrow(a):
-            raise TypeError(f"{wanted()}, got dtype {a.dtype}")
-        plain = np.array(a, a.dtype.newbyteorder("="), order="C")
-        if plain.dtype == np.longdouble and plain.dtype != np.float64:
-            plain = plain.astype(np.float64)
-        g = from_numpy(plain).to(x.device)
-    if is_given_back(g):
-        raise ValueError(_GIVEN_BACK.format(what="gradient", where=where()))
-    if g.layout is not torch.strided:
-        kind = str(g.layout).removeprefix("torch.")
-        raise TypeError(
-            f"{wanted()}, got one with the layout {kind}; make it dense with .to_dense(), or the "
-            "layer that it comes from with sparse=False"
-        )
-    if g.dtype.is_complex and not x.dtype.is_complex:
-        raise TypeError(
-            f"{wanted()}, got complex numbers ({g.dtype}); "
-            "take the real part if that is what is meant"
-        )
-    if g.shape != x.shape:
-        raise ValueError(f"{wanted()}, got shape {tuple(g.shape)}")
-    if g.device != x.device:
-        raise ValueError(
-            f"{wanted()} on {x.device}, got one on {g.device}; move it with .to({str(x.device)!r})"
-        )
-    dtype = torch.float32 if is_narrow(x) else x.dtype
-    return g.detach().to(dtype).resolve_conj().resolve_neg()
-
-
-def as_numpy(g: Tensor, where: Callable[[], str]) -> np.ndarray:
-    """Return a tensor, given as the gradient of a NumPy array, as an array."""
-    torch: Any = sys.modules["torch"]
-    if g.layout is not torch.strided or not g.is_cpu:
-        kind = g.device if g.layout is torch.strided else g.layout
-        raise ValueError(
-            f"gradient at {where()}: expected what NumPy can read, got a tensor on {kind}; "
-            "write .cpu(), or .to_dense() where it is sparse"
-        )
-    if is_given_back(g):
-        raise ValueError(_GIVEN_BACK.format(what="gradient", where=where()))
-    return to_numpy(g)
+LIBRARY = Torch()

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .._arrays import devices
-from .._arrays.devices import Library
-from .._arrays.library import maywrite
+from .._arrays.devices import DeviceLibrary as Library
+from .._arrays.dtypes import itemsize
+from .._arrays.library import library_for, maywrite
 from .._arrays.states import parts_of_state
-from .._arrays.torch import is_tensor, like
 from .._leaf import Item
 from .._messages.text import short
 from ..rules.accumulate import _Hold
@@ -85,7 +85,7 @@ class CudaBatch:
         try:
             if self.rows.take(k, leaf, x, g, update.path(k)):
                 return True
-            if devices.is_numba(x):
+            if not library_for(x).computes:
                 raise TypeError(
                     f"at {update.path_of(k)}: {short(leaf.rule)} cannot update an array of Numba "
                     f"of shape {tuple(x.shape)} and dtype {x.dtype}. Kernels take float32 and "
@@ -123,13 +123,12 @@ class CudaBatch:
 
     def results(self) -> tuple[dict[int, Array], dict[int, Any]]:
         new_x = {
-            k: like(self.update.xs[k], new) if is_tensor(new) else new
-            for k, new in self.rows.new_x.items()
+            k: library_for(new).like(self.update.xs[k], new) for k, new in self.rows.new_x.items()
         }
         return new_x, self.rows.new_state
 
     def unrecorded(self) -> list[Any]:
-        return [x for _, x in self.written() if is_tensor(x)]
+        return [x for _, x in self.written() if library_for(x).by_views]
 
 
 class Rows:
@@ -310,7 +309,7 @@ class Rows:
                 return before[2], after[2]
         starts, ends = [span[0] for span in spans], [span[1] for span in spans]
         for job in self.jobs:
-            size = job.length * devices.itemsize(job.kind.program.grad)
+            size = job.length * itemsize(job.kind.program.grad)
             low = job.words[texts.GRAD]
             at = bisect.bisect_right(ends, low)
             if job.length and at < len(spans) and starts[at] < low + size:
@@ -322,12 +321,12 @@ class Rows:
         if self.blank is not None:
             return []
         program, words = job.kind.program, job.words
-        real = job.length * devices.itemsize(program.real)
+        real = job.length * itemsize(program.real)
         spans = [(at, at + real) for at in job.addresses[1::2]]
         if job.moves:
             spans.append((words[texts.OUT], words[texts.OUT] + real))
         if job.moves and program.narrow:
-            size = job.length * devices.itemsize(program.narrow)
+            size = job.length * itemsize(program.narrow)
             spans.append((words[texts.ROUNDED], words[texts.ROUNDED] + size))
         counts = (count.ctypes.data for count, _ in job.counts if type(count) is np.ndarray)
         return [*spans, *((at, at + 8) for at in counts)]

@@ -18,7 +18,7 @@ from weakref import ref
 import numpy as np
 
 from .._arrays import devices
-from .._arrays.devices import Library
+from .._arrays.devices import DeviceLibrary as Library
 from ..rules import _program as rules
 from ..rules._program import (
     Hold,

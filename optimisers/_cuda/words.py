@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from .._arrays.devices import numpy_dtype
+from .._arrays.dtypes import numpy_dtype
 from .._steps.compiled import DEVICE_WORDS, scalar_words
 
 LANES = {"float32": 4, "float64": 2}

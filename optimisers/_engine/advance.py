@@ -22,7 +22,7 @@ from typing import Any
 
 from .. import _fork
 from .._arrays import devices
-from .._arrays import torch as _torch
+from .._arrays.library import library_for
 from .._messages.text import short
 from . import cpu
 from .arrays import ArrayBatch, at_once, blank
@@ -183,7 +183,7 @@ def _made(
         if beside is not None:
             calls += beside(new_x, new_state, skipped)
         if update.in_place and unrecorded:
-            calls.append(_torch.noting(unrecorded))
+            calls.append(library_for(unrecorded[0]).note_call(unrecorded))
         at_once(calls)
     except (FloatingPointError, RuntimeError) as error:
         failed = next((batch.failed for batch in batches if batch.failed >= 0), -1)

@@ -16,17 +16,22 @@ from typing import Any
 
 import numpy as np
 
-from .._arrays import devices
-from .._arrays import torch as _torch
-from .._arrays.jax import Number, is_jax, with_attributes
-from .._arrays.library import isnumeric, maywrite, of_class, refuse_masked
+from .._arrays.library import (
+    is_traced,
+    library_for,
+    library_of,
+    maywrite,
+    of_class,
+    refuse_masked,
+)
+from .._arrays.sharing import carry, overlap
 from .._arrays.states import map_state, parts_of_state
+from .._arrays.traced import Number, with_attributes
 from .._trees.nodes import children, rebuild
-from .._trees.parameters import carry, overlap
 from ..rules._base import ANEW, ElementwiseRule, Rule
-from ..rules._numbers import is_traced, moved, read_only
+from ..rules._numbers import moved, read_only
 from .batch import Batch, Call, Update, note
-from .gradients import checked, named, plain
+from .gradients import checked, named
 
 Array = Any
 
@@ -73,18 +78,14 @@ class ArrayBatch:
         """Evaluate a leaf, and say what is to be written where; write nothing."""
         update, leaf, x = self.update, self.update.leaves[k], self.update.xs[k]
         made, new = _evaluated(update, k, g)
-        if update.in_place and _torch.is_mapped(new) and not _torch.is_mapped(x):
-            raise TypeError(
-                f"at {update.path_of(k)}: update_ cannot write what torch.vmap maps into a tensor "
-                "that it does not map; use update, which returns new ones"
-            )
-        is_known = _torch.is_mapped(new) or not is_traced(new)
+        library = library_for(x)
+        if update.in_place:
+            library.refuse_write(x, new, update.path(k))
+        is_known = library_of(new) is library_of(x) or not is_traced(new)
         if update.in_place and new is not None and maywrite(x) and is_known:
             self.stored.append((k, x, new))
         elif new is not None:
-            self.new_x[k] = of_class(x, new)
-            if _torch.is_tensor(x):
-                self.new_x[k] = _torch.like(x, self.new_x[k])
+            self.new_x[k] = library.like(x, of_class(x, new))
         if update.in_place:
             made, writes = rewritten(leaf.state, made)
             self.stored += [(k, *write) for write in writes]
@@ -143,14 +144,12 @@ def evaluate(
     The parameter is None where the rule makes no step.
     """
     given = x
-    if isinstance(x, np.ndarray):
-        x = plain(x, x.dtype.newbyteorder("="))
-    elif _torch.is_tensor(x):
-        x = x.detach()
+    library = library_for(x)
+    x = library.for_rule(x)
     if type(rule).apply is not ElementwiseRule.apply:
         state, rule = fresh(state), opened(rule)
     dx, *higher = map(read_only, gs)
-    with np.errstate(all="ignore"), _torch.unrecorded(x):
+    with np.errstate(all="ignore"), library.unrecorded():
         state, new = moved(rule, state, read_only(x), dx, *higher)
     if new is not None:
         if tuple(new.shape) != tuple(x.shape):
@@ -158,15 +157,15 @@ def evaluate(
                 f"{type(rule).__name__}.apply returned a step that makes the parameter's shape "
                 f"{tuple(new.shape)} out of {tuple(x.shape)}"
             )
-        if isinstance(given, np.ndarray) and not is_traced(new):
-            new = np.asarray(new, given.dtype)  # its byte order too
+        new = library.restored(new, given)
     return _apart(state, [given, *gs]), new
 
 
 def opened(value: Any) -> Any:
     """Return a rule with ordinary numbers, as a user's `apply` expects them.
 
-    Rules with a `step` keep the two parts of theirs: they compute with both (see `_jax`).
+    Rules with a `step` keep the two parts of theirs: they compute with both (see
+    `_arrays.traced`).
     """
     return map_state(_opened, value, into=(tuple, list))
 
@@ -181,15 +180,7 @@ def _opened(value: Any) -> Any:
 
 def _apart(state: Any, given: list[Array]) -> Any:
     """Return a state that shares no memory with arrays that were `given` to the rule."""
-    arrays = [np.asarray(a) for a in given if isinstance(a, np.ndarray)]
-
-    def unshared(part: Any) -> Any:
-        if not isinstance(part, np.ndarray):
-            return part
-        shared = any(np.may_share_memory(np.asarray(part), a) for a in arrays)
-        return fresh(part) if shared else part
-
-    return map_state(unshared, state, into=tuple) if arrays else state
+    return map_state(lambda part: library_for(part).apart(part, given), state, into=tuple)
 
 
 # --- copies and writing ----------------------------------------------------------------------
@@ -202,15 +193,8 @@ def fresh(state: Any) -> Any:
 
 def _copied(part: Any) -> Any:
     """Return a copy of a part; in lists and dicts, what is there twice stays one thing."""
-    if isinstance(part, np.ndarray):
-        return np.array(part, order="K", subok=not isinstance(part, np.memmap))
-    if _torch.is_tensor(part):
-        return _torch.fresh(part)
-    if devices.library(part) is not None:
-        return devices.fresh(part)
-    if isnumeric(part) or is_jax(part):
-        return part
-    return copy.deepcopy(part)
+    library = library_of(part)
+    return copy.deepcopy(part) if library is None else library.fresh(part)
 
 
 def blank(state: Any) -> Any:
@@ -219,12 +203,8 @@ def blank(state: Any) -> Any:
 
 
 def _blank(part: Any) -> Any:
-    if isinstance(part, np.ndarray):
-        return np.empty_like(np.asarray(part))
-    if _torch.is_tensor(part):
-        return _torch.blank(part)
-    lib = devices.library(part)
-    return _copied(part) if lib is None else lib.blank(part)
+    library = library_of(part)
+    return copy.deepcopy(part) if library is None else library.blank(part)
 
 
 def refuse_masked_state(state: Any, where: Callable[[], str]) -> None:
@@ -235,13 +215,7 @@ def refuse_masked_state(state: Any, where: Callable[[], str]) -> None:
 
 def writing(x: Array, new: Array) -> Call:
     """Return the call that writes `new` into an array; one of C, for `at_once`."""
-    if _torch.is_tensor(x):
-        return _torch.writing(x, new)
-    if devices.is_numba(x):
-        return devices.assign, x, new
-    if isinstance(x, np.ndarray):
-        x = np.asarray(x)  # a subclass may write in a way of its own, or refuse to
-    return operator.setitem, x, ..., new
+    return library_for(x).write_call(x, new)
 
 
 def rewritten(old: Any, new: Any) -> tuple[Any, list[tuple[Array, Array]]]:
@@ -258,7 +232,7 @@ def rewritten(old: Any, new: Any) -> tuple[Any, list[tuple[Array, Array]]]:
 def _kept(old: Any, new: Any, writes: list[tuple[Array, Array]]) -> Any:
     if old is new:
         return old
-    if _can_hold(old, new):
+    if library_for(old).can_hold(old, new):
         if any(overlap([(0, old), (1, other)]) for other, _ in writes):
             return new  # two parts of one state were one array, which the step has set apart
         writes.append((old, new))
@@ -276,27 +250,9 @@ def _kept(old: Any, new: Any, writes: list[tuple[Array, Array]]) -> Any:
     return old if has_items_alone and all(map(operator.is_, parts, olds)) else rebuild(new, parts)
 
 
-def _can_hold(x: Any, new: Any) -> bool:
-    """Tell whether `x` is an array into which the numbers of `new` can be written as they are."""
-    if _torch.is_tensor(x):
-        return _torch.can_hold(x, new)
-    if isinstance(x, np.ndarray):
-        if not isinstance(new, np.ndarray | np.generic) or x.shape != new.shape:
-            return False
-        return x.dtype.newbyteorder("=") == new.dtype.newbyteorder("=") and maywrite(x)
-    lib = devices.library(x)
-    if lib is None or lib is not devices.library(new) or x.shape != new.shape:
-        return False
-    return bool(x.dtype == new.dtype and lib.device(x) == lib.device(new) and maywrite(x))
-
-
 def _unwritten(values: Array, x: Array, writes: list[tuple[Array, Array]]) -> Array:
     """Return `values`, or a copy where they lie in an array other than `x` that is written."""
-    others = [np.asarray(a) for a, _ in writes if a is not x and isinstance(a, np.ndarray)]
-    lies_there = isinstance(values, np.ndarray) and any(
-        np.may_share_memory(values, a) for a in others
-    )
-    return fresh(values) if lies_there else values
+    return library_for(values).apart(values, [a for a, _ in writes if a is not x])
 
 
 def at_once(calls: Iterable[Call]) -> None:
@@ -309,6 +265,4 @@ def at_once(calls: Iterable[Call]) -> None:
 
 def shown(new: Array, x: Array, other: Array) -> Array:
     """Return `new`, which takes the place of `x`, as what takes that of its other view `other`."""
-    if _torch.is_tensor(other) and other.is_leaf:
-        return _torch.like(other, carry(new.detach(), x, other))
-    return carry(new, x, other)
+    return library_for(other).shown_like(other, carry(new, x, other))

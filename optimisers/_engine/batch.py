@@ -10,14 +10,12 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Protocol
 
-from .._arrays.library import isnumeric, refuse_masked_parameter
-from .._arrays.torch import is_tensor, refuse_given_back
+from .._arrays.library import Call, isnumeric, library_for, refuse_masked_parameter
 from .._messages.text import short
 from .gradients import checked, holds_nonfinite
 
 Array = Any
-Call = tuple[Any, ...]
-"""A function and its arguments."""
+__all__ = ["Batch", "Call", "Update", "note"]
 
 
 class Update:
@@ -62,8 +60,8 @@ class Update:
 
     def refuse_given_back(self, k: int) -> None:
         """Raise if the parameter is a tensor without memory, or its state has one."""
-        if is_tensor(self.xs[k]):
-            refuse_given_back(self.xs[k], self.leaves[k].state, self.path(k))
+        x = self.xs[k]
+        library_for(x).refuse_lost(x, self.leaves[k].state, self.path(k))
 
     def is_bad(self, k: int, gradients: Sequence[list[Any]]) -> bool:
         """Tell whether one of the gradients at an index holds infinity or NaN."""

@@ -12,14 +12,11 @@ import numpy as np
 
 from .. import _kernels as baseline
 from .._arrays import devices, dlpack
-from .._arrays import torch as _torch
-from .._arrays.jax import is_jax
-from .._arrays.library import of_class
+from .._arrays.library import by_views, is_array, is_traced, library_for, of_class
+from .._arrays.sharing import host_span
 from .._arrays.states import parts_of_state
 from .._messages.text import short
-from .._trees.parameters import span
 from ..rules._base import _registry
-from ..rules._numbers import is_traced
 from ..rules._program import (
     Hold,
     Master,
@@ -207,9 +204,11 @@ class KernelBatch:
                 rest = self.begun[1]
             else:
                 rest = self.batch.gather(update.leaves, update.xs, update.gs, lower)
-            self.tensors = _torch.places(update.xs, rest) if rest else []
-            if self.tensors:
-                *as_views, unseen = sights(update.leaves, update.xs, update.gs, self.tensors)
+            library, self.tensors = by_views(update.xs, rest) if rest else (None, [])
+            if library is not None:
+                *as_views, unseen = sights(
+                    library, update.leaves, update.xs, update.gs, self.tensors
+                )
                 unseen += self.batch.gather(*as_views, lower)
                 rest = sorted({*rest}.difference(self.tensors).union(unseen))
         except Exception as error:
@@ -225,15 +224,11 @@ class KernelBatch:
         g = self.update.gradient(k)
         if g is None:
             return True
-        plan = None if is_jax(x) or is_jax(g) or is_traced(g) else lower(leaf.rule)
+        library = library_for(x)
+        plan = None if is_traced(g) or not library.has_views else lower(leaf.rule)
         if plan is None:
             return False
-        seen: tuple[Any, np.ndarray, np.ndarray] | None
-        if isinstance(x, np.ndarray):
-            ordered = np.ascontiguousarray if x.flags.c_contiguous else np.asfortranarray
-            seen = leaf.state, np.asarray(x), ordered(g).reshape(x.shape)
-        else:
-            seen = _torch.arrays(leaf.state, x, g) if _torch.is_tensor(x) else None
+        seen = library.views(leaf.state, x, g)
         if seen is None or not self.batch.take(k, plan, *seen):
             return False
         self.late.append(k)
@@ -262,7 +257,7 @@ class KernelBatch:
         return [(self.batch.run,)]
 
     def may_write(self, arrays: Sequence[Any]) -> bool:
-        return any(self.batch.writes(*extent) for x in arrays if (extent := span(x)))
+        return any(self.batch.writes(*extent) for x in arrays if (extent := host_span(x)))
 
     def written(self) -> list[tuple[int, Any]]:
         update = self.update
@@ -271,7 +266,7 @@ class KernelBatch:
             (k, part)
             for k in taken
             for part in parts_of_state(update.leaves[k].state, tuple)
-            if isinstance(part, np.ndarray)
+            if is_array(part)
         ]
 
     def results(self) -> tuple[dict[int, Any], dict[int, Any]]:
@@ -281,9 +276,11 @@ class KernelBatch:
                 new_x[k] = of_class(update.xs[k], new_x[k])
         for k in self.tensors:
             if k in new_state:
-                new_state[k] = _torch.state_like(update.leaves[k].state, new_state[k], update.xs[k])
+                new_state[k] = library_for(update.xs[k]).state_like(
+                    update.leaves[k].state, new_state[k], update.xs[k]
+                )
             if k in new_x:
-                new_x[k] = _torch.like(update.xs[k], new_x[k])
+                new_x[k] = library_for(update.xs[k]).like(update.xs[k], new_x[k])
         return new_x, new_state
 
     def unrecorded(self) -> list[Any]:

@@ -7,16 +7,17 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
-import numpy as np
-
-from .._arrays import devices
-from .._arrays import torch as _torch
-from .._arrays.jax import is_jax, is_tracer
-from .._arrays.library import is_narrow, isnumeric, library_of, refuse_masked
+from .._arrays.library import (
+    is_abstract,
+    isnumeric,
+    library_for,
+    library_of,
+    refuse_masked,
+    wanted_of,
+)
+from .._arrays.traced import is_symbolic_zero
 from .._messages.text import short
-from ..rules._numbers import for_step
 from ..rules.precision import MixedPrecisionState
-from ..words import is_complex, namespace
 
 Array = Any
 
@@ -31,93 +32,20 @@ def checked_gradient(g: Any, x: Array, where: Callable[[], str]) -> Array | None
     TypeError, ValueError
         If `g` is no gradient for `x`; the message names the place, from `where()`.
     """
-    if g is None or (type(g) is tuple and not g) or _is_symbolic_zero(g):
+    if g is None or (type(g) is tuple and not g) or is_symbolic_zero(g):
         return None
     refuse_masked(
         g,
         lambda: f"gradient at {where()}",
         ".filled(0) takes it for zeros, and None says that there is no gradient",
     )
-    on_device = devices.library(x) is not None
-    if on_device and devices.library(g) is not None and not _torch.is_tensor(g):
-        return devices.gradient(g, x, where)
-    wanted = f"expected an array of shape {tuple(x.shape)} and dtype {x.dtype}"
     if not hasattr(g, "dtype") and (not isinstance(g, numbers.Number) or x.shape != ()):
         from .._messages.mixups import for_gradient
 
-        raise TypeError(f"gradient at {where()}: {wanted}, got {short(g)}{for_gradient(g, x)}")
-    if _torch.is_tensor(x) and (_torch.is_tensor(g) or not on_device):
-        return _torch.gradient(g, x, where)
-    if on_device:
-        return devices.gradient(g, x, where)
-    if isinstance(x, np.ndarray) and not _torch.is_tensor(g):
-        devices.refuse_for_host(g, x, where)
-    if is_jax(x) or is_tracer(g):
-        return _jax_gradient(g, x, wanted, where)
-    is_boxed = library_of(type(g)) == "autograd"  # which records what is done to it
-    if isinstance(x, np.ndarray):
-        a = _torch.as_numpy(g, where) if _torch.is_tensor(g) else g if is_boxed else _as_numpy(g)
-        if a.dtype.kind not in "biufc" and not isnumeric(a):
-            raise TypeError(f"gradient at {where()}: {wanted}, got dtype {a.dtype}")
-        if a.dtype.kind == "c" and x.dtype.kind != "c":
-            raise TypeError(
-                f"gradient at {where()}: {wanted}, got complex numbers ({a.dtype}); "
-                "take the real part if that is what is meant"
-            )
-    else:
-        xp = namespace(x)
-        a = g if hasattr(g, "shape") and hasattr(g, "dtype") else xp.asarray(g, dtype=x.dtype)
-    if tuple(a.shape) != tuple(x.shape):
-        raise ValueError(f"gradient at {where()}: {wanted}, got shape {tuple(a.shape)}")
-    if isinstance(x, np.ndarray) and not is_boxed:
-        return plain(a, np.dtype(np.float32) if is_narrow(x) else x.dtype.newbyteorder("="))
-    return for_step(x, a)
-
-
-def is_finite(g: Array) -> bool:
-    """Tell whether all numbers of a checked gradient are finite; waits for its device."""
-    if devices.is_numba(g):
-        g = g.copy_to_host()
-    return bool(namespace(g).all(namespace(g).isfinite(g)))
-
-
-def _jax_gradient(g: Any, x: Array, wanted: str, where: Callable[[], str]) -> Array:
-    """Return `g` as an array of JAX like `x`, which may be NumPy's if `g` is traced."""
-    xp = namespace(g if is_jax(g) else x)
-    a = g if hasattr(g, "dtype") else np.asarray(g)
-    if tuple(a.shape) != tuple(x.shape):
-        raise ValueError(f"gradient at {where()}: {wanted}, got shape {tuple(a.shape)}")
-    kind = str(a.dtype).removeprefix("torch.")
-    if kind.startswith("complex") and not is_complex(x):
         raise TypeError(
-            f"gradient at {where()}: {wanted}, got complex numbers ({a.dtype}); "
-            "take the real part if that is what is meant"
+            f"gradient at {where()}: {wanted_of(x)}, got {short(g)}{for_gradient(g, x)}"
         )
-    if not kind.startswith(("bool", "int", "uint", "float", "bfloat", "complex")):
-        raise TypeError(f"gradient at {where()}: {wanted}, got dtype {a.dtype}")
-    if is_jax(a):
-        return for_step(x, a)
-    a = _torch.as_numpy(a, where) if _torch.is_tensor(a) else _as_numpy(a)
-    return xp.asarray(for_step(x, a))
-
-
-def _is_symbolic_zero(g: Any) -> bool:
-    """Tell whether `g` is JAX's way to say that there is no gradient."""
-    if type(g).__name__ in ("SymbolicZero", "Zero") and type(g).__module__.startswith("jax"):
-        return True
-    return getattr(getattr(g, "dtype", None), "names", None) == ("float0",)
-
-
-def _as_numpy(g: Any) -> np.ndarray:
-    if isinstance(g, np.ndarray):
-        return g
-    return np.asarray(g.detach() if hasattr(g, "detach") else g)
-
-
-def plain(a: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Return `a` as an aligned array in native byte order, itself if it is one."""
-    with np.errstate(all="ignore"):
-        return np.require(np.asarray(a), dtype, "A")
+    return library_for(x).gradient(g, x, where)
 
 
 # --- of a leaf ---------------------------------------------------------------------------------
@@ -143,7 +71,7 @@ def checked(
     """
     if isinstance(leaf.state, MixedPrecisionState) and getattr(g, "dtype", x.dtype) != x.dtype:
         master = as_seen(leaf.state.master)
-        if library_of(type(master)) == library_of(type(x)) and master.shape == x.shape:
+        if library_of(master) is library_of(x) and master.shape == x.shape:
             return checked_gradient(g, master, where)
     return checked_gradient(g, x, where)
 
@@ -156,12 +84,12 @@ def holds_nonfinite(
         return False
     for each in gradients:
         g = checked(each[k], leaf, x, where)
-        if is_tracer(g) or _torch.is_mapped(g):
+        if is_abstract(g):
             raise TypeError(
                 f"at {where()}: on_nonfinite cannot look at numbers while JAX traces or torch.vmap "
                 "maps; leave it out, or call update outside of jit, grad, scan, vmap, ..."
             )
-        if g is not None and not is_finite(g):
+        if g is not None and not library_for(g).is_finite(g):
             return True
     return False
 

@@ -1,18 +1,22 @@
-"""Tensors of PyTorch as the CPU kernels take them: items with views in their states."""
+"""Arrays that the CPU kernels take by views, as PyTorch's: items with views in their states."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from .._arrays.torch import is_tensor, viewers
+from .._arrays.library import Library, library_of
 from .._leaf import Item
 
 
 def sights(
-    leaves: Sequence[Item], xs: Sequence[Any], gs: Sequence[Any], places: Sequence[int]
+    library: Library,
+    leaves: Sequence[Item],
+    xs: Sequence[Any],
+    gs: Sequence[Any],
+    places: Sequence[int],
 ) -> tuple[list[Item | None], list[Any], list[Any], list[int]]:
-    """Return what the kernels may take for the tensors at `places`, and the other places.
+    """Return what the kernels may take for the arrays at `places`, and the other places.
 
     The lists are as long as those given, with None elsewhere.
     """
@@ -21,10 +25,10 @@ def sights(
     views: list[Any] = [None] * n
     grads: list[Any] = [None] * n
     others: list[int] = []
-    see, see_state = viewers()
+    see, see_state = library.viewers()
     for k in places:
         g, leaf = gs[k], leaves[k]
-        seen = see(g) if is_tensor(g) else None
+        seen = see(g) if library_of(g) is library else None
         if seen is None:  # NumPy's own, or in need of a check
             others.append(k)
             continue

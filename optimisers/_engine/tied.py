@@ -8,12 +8,17 @@ from typing import Any
 
 import numpy as np
 
-from .._arrays import devices
-from .._arrays.library import isnumeric, maywrite, of_class, plain, refuse_masked_parameter
-from .._arrays.torch import is_tensor
+from .._arrays.library import (
+    isnumeric,
+    library_for,
+    maywrite,
+    of_class,
+    plain,
+    refuse_masked_parameter,
+)
+from .._arrays.sharing import carry, laid_out, overlap, same_elements
 from .._leaf import Leaf
 from .._messages.text import short
-from .._trees.parameters import carry, laid_out, overlap, same_elements
 from ..rules._numbers import read_only, widened
 from . import advance as engine
 from .arrays import fresh, shown, writing
@@ -74,7 +79,7 @@ class Tied:
             new = plain(first.get(j))
             if new is None and not in_place:
                 new = plain(fresh(x))
-            if isinstance(new, np.ndarray) and any(self.xs[k] is not x for k in group):
+            if any(self.xs[k] is not x for k in group):
                 new = laid_out(new, x)  # so that each view of x has its like
             by_array = {id(x): of_class(x, new)}
             for k in group:
@@ -140,7 +145,7 @@ class Tied:
         given = {}
         x, g = self.xs[first], gs[first]
         # PyTorch has summed what it hands over as the one gradient of one tensor.
-        once = is_tensor(x) and all(self.xs[k] is x and gs[k] is g for k in group)
+        once = library_for(x).sums_ties and all(self.xs[k] is x and gs[k] is g for k in group)
         for k in group[:1] if once else group:
             as_seen = partial(self._carried, source=first, target=k)
             g = checked(gs[k], leaf, self.xs[k], partial(self.where, k), as_seen)
@@ -172,7 +177,7 @@ class Tied:
 def sum_of_two(a: Array, b: Array) -> Array:
     """Return the sum of two gradients of one parameter, in a dtype in which steps are computed."""
     a, b = widened(a), widened(b)
-    if not devices.is_numba(a):
+    if library_for(a).computes:
         with np.errstate(over="ignore", invalid="ignore"):
             return a + b
     return engine.cuda().summed(a, b)

@@ -18,6 +18,7 @@ from itertools import islice
 from types import SimpleNamespace
 from typing import Any, Protocol, TypeVar
 
+from .._arrays.traced import is_boxed_container
 from .._kernels import all_are, same_keys
 from .._messages.text import short
 from ..rules._base import Rule
@@ -299,7 +300,7 @@ def _no_gradient(g: Tree, m: Tree) -> str:
 
 def _unboxed(node: Tree) -> Tree:
     """Return the container, with boxes in it, for which HIPS autograd hands over a box."""
-    if type(node).__module__ != "autograd.builtins":
+    if not is_boxed_container(node):
         return node
     return rebuild(node, [*children(node).values()])
 

@@ -25,7 +25,7 @@ from typing import Any, TypeVar, cast, overload
 
 import numpy as np
 
-from .._arrays.library import library_of
+from .._arrays.library import library_of_class
 from .._messages.text import short
 
 __all__ = [
@@ -111,7 +111,7 @@ def _decide(cls: type) -> bool:
     """Note what `cls` is if no foreign registry can change it."""
     if issubclass(cls, (dict, list, tuple, SimpleNamespace)):
         _known[cls] = _container_kind(cls)
-    elif issubclass(cls, _LEAVES) or library_of(cls) is not None:
+    elif issubclass(cls, _LEAVES) or library_of_class(cls) is not None:
         _known[cls] = None
     elif (registration := _registration(cls)) is not None:
         _known[cls] = registration.kind
@@ -434,7 +434,7 @@ def _register(
         raise TypeError(
             f"expected a class, got {short(cls)}; use @functor(children=..., trainable=...)"
         )
-    if issubclass(cls, (dict, list, tuple, SimpleNamespace, *_LEAVES)) or library_of(cls):
+    if issubclass(cls, (dict, list, tuple, SimpleNamespace, *_LEAVES)) or library_of_class(cls):
         raise TypeError(
             f"{cls.__name__} is a built-in container, an array or a number: what those are "
             "cannot be changed; wrap it in a class of your own"

@@ -11,7 +11,6 @@ b) an update refuses a gradient, other than zero, for something that is no param
 
 from __future__ import annotations
 
-import itertools
 import numbers
 import reprlib
 import sys
@@ -21,8 +20,15 @@ from typing import Any, cast
 
 import numpy as np
 
-from .._arrays.jax import is_tracer
-from .._arrays.library import dtype_name, is_narrow, isnumeric, library_of
+from .._arrays.dtypes import dtype_name
+from .._arrays.library import (
+    is_array,
+    isnumeric,
+    library_for,
+    library_of,
+    library_of_class,
+    package_of,
+)
 from .._messages.text import short, warn_caller
 from .nodes import is_node, kind_of, trainable_keys
 from .paths import KeyPath
@@ -125,25 +131,14 @@ def is_unknown_array(x: Any) -> bool:
     cls = type(x)
     if cls in _PLAIN or issubclass(cls, np.generic | type):
         return False
-    if cls is np.ndarray:
-        return _holds_floats(x)
-    if library_of(cls) is not None:
-        return isinstance(x, np.ndarray) and not isnumeric(x) and _holds_floats(x)
+    if (library := library_of_class(cls)) is not None:
+        return library.seems_to_train(x)
     try:  # attributes of other people's objects may do anything
         tuple(x.shape)
         dtypes = [x.dtype] if hasattr(x, "dtype") else [*x.dtypes]  # a table has one a column
         return any(_is_floating(dtype) for dtype in dtypes)
     except Exception:
         return False
-
-
-def _holds_floats(x: np.ndarray) -> bool:
-    if x.dtype.names:
-        return any(x.dtype[name].base.kind in "fc" for name in x.dtype.names)
-    return x.dtype == object and any(
-        isnumeric(item) or isinstance(item, float | complex | np.inexact)
-        for item in itertools.islice(x.flat, 1000)
-    )
 
 
 def _is_floating(dtype: Any) -> bool:
@@ -204,12 +199,12 @@ def _seen(x: Any) -> str:
     if isinstance(x, Iterator):
         return f"an iterator ({name})"
     if is_unknown_array(x):
-        library = type(x).__module__.partition(".")[0]
+        library = package_of(x)
         dtype = getattr(x, "dtype", "several dtypes")
         if library == "numpy":
             return f"an array of {dtype}"
         return f"a {name} of {dtype}, an array of {library}, which is not known here"
-    if library_of(type(x)) is not None:
+    if is_array(x):
         return f"an array of {dtype_name(x.dtype)}"
     if callable(x) and not hasattr(x, "__dict__"):
         return f"a {name}"
@@ -218,7 +213,7 @@ def _seen(x: Any) -> str:
 
 def _way_out(x: Any) -> str:
     """Return what to write so that it trains, as text; empty if nobody could have meant it to."""
-    library = library_of(type(x))
+    library = library_of(x)
     if is_node(x):
         return "np.asarray of it trains" if isinstance(x, list | tuple) else ""
     if isinstance(x, type):
@@ -239,7 +234,7 @@ def _way_out(x: Any) -> str:
         has_to_numpy = callable(getattr(x, "to_numpy", None))
         return f"{'its .to_numpy()' if has_to_numpy else 'np.asarray of it'} trains"
     if library is not None:
-        return "its .to(float) trains" if library == "torch" else "its .astype(float) trains"
+        return f"its {library.as_float} trains"
     if isinstance(x, Mapping):
         return "write dict(...) of it"
     if callable(x) and not hasattr(type(x), "__dict__"):
@@ -302,22 +297,16 @@ def lost(x: Any) -> str:
 
 def _is_something(g: Any) -> bool:
     """Tell whether a leaf of a gradient is a number or an array other than zero."""
-    if isinstance(g, np.ndarray | np.generic):
-        return _is_nonzero(g)
-    if isinstance(g, numbers.Number):
+    library = library_of(g)
+    if library is None and isinstance(g, numbers.Number):
         return bool(cast(Any, g) != 0)
-    library = library_of(type(g))
-    if library == "autograd":
-        return _is_something(g._value)
-    if is_tracer(g) or (library is None and not (hasattr(g, "shape") or hasattr(g, "__array__"))):
+    if library is None and not (hasattr(g, "shape") or hasattr(g, "__array__")):
         return False
     try:
-        if library == "torch":
-            g = g if g.layout is sys.modules["torch"].strided else g.to_dense()
-            g = g.float() if is_narrow(g) else g  # PyTorch counts no zeros in 8 bits
-        elif library != "cupy" and not hasattr(g, "count_nonzero"):
-            return _is_nonzero(np.asarray(g))
-        return bool(g.count_nonzero() if hasattr(g, "count_nonzero") else (g != 0).any())
+        if library is None and hasattr(g, "count_nonzero"):
+            return bool(g.count_nonzero())
+        g = np.asarray(g) if library is None else g
+        return library_for(g).is_nonzero(g)
     except Exception:  # whoever hides the numbers of a known library is tracing
         return library is None and _differs(g)
 
@@ -328,12 +317,3 @@ def _differs(g: Any) -> bool:
         return bool((g != 0).any())
     except Exception:
         return True
-
-
-def _is_nonzero(g: np.ndarray | np.generic) -> bool:
-    if g.dtype == object:
-        return any(_is_something(item) for item in np.asarray(g).flat)
-    kind = g.dtype.kind
-    if kind not in "biufc" and (kind != "V" or dtype_name(g.dtype).startswith("void")):
-        return False  # text, times; or `float0`, by which JAX says that there is none
-    return bool(np.count_nonzero(g != 0))

@@ -18,7 +18,7 @@ import sys
 from collections.abc import Callable, Container, Hashable, Iterable, Iterator, Sequence
 from typing import Any, cast
 
-from .._arrays.library import is_immutable, isnumeric, library_of
+from .._arrays.library import is_immutable, isnumeric, library_of, library_of_class
 from .nodes import Kind, are_leaves, children, is_node, kind_of, listed, rebuild
 from .paths import KeyPath
 
@@ -200,7 +200,8 @@ class _Frame:
         if row is not None and are_leaves(found.values()):
             xs = [*found.values()]
             self.items, self.results = iter(()), row(xs)
-            if any(library_of(kind) == "jax" for kind in {*map(type, xs)}):
+            libraries = map(library_of_class, {*map(type, xs)})
+            if any(library is not None and library.is_immutable for library in libraries):
                 self.is_value = any(is_immutable(x) and isnumeric(x) for x in xs)
 
 
@@ -272,7 +273,8 @@ def fmap(
     done: dict[Hashable, tuple[Any, Any]] = {}
 
     def leaf(path: KeyPath, x: Any, *others: Any) -> Any:
-        if library_of(type(x)) in (None, "jax"):
+        library = library_of(x)
+        if library is None or library.is_immutable:
             return f(x, *others)
         marks = (id(x), *map(id, others)) if others else id(x)
         if marks not in done:

@@ -12,12 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from .._arrays.library import library_of
-from .._trees.parameters import View, carry
+from .._arrays.layout import View
+from .._arrays.library import Library, library_of
+from .._arrays.numpy import LIBRARY as NUMPY
+from .._arrays.sharing import carry
 from . import _safetensors as form
 from ._entries import ArrayNode, StoredTensor, c_order, damaged
 from ._json import FileFormatError
-from ._revive import as_like, typed
+from ._revive import typed
 from ._safetensors import Source
 
 Array = Any
@@ -35,8 +37,8 @@ class ArrayReader:
         self.tensors = tensors
         self.bases: dict[int, np.ndarray] = {}
         """The arrays of NumPy that were read, each in the layout in which it was saved."""
-        self._tensors: dict[int, Any] = {}
-        """The tensors of PyTorch."""
+        self._others: dict[int, Any] = {}
+        """Those of the library that makes its own of bytes (PyTorch)."""
         self._arrays: dict[tuple[int, str], tuple[Any, ArrayNode]] = {}
 
     def raw(self, k: int, verify: bool = True) -> np.ndarray:
@@ -62,23 +64,23 @@ class ArrayReader:
 
     def array(self, said: ArrayNode, like: Array) -> Array:
         """Return an array of the library of `like`; where `said` is shared, so is the array."""
-        library = (library_of(type(like)) if like is not None else None) or "numpy"
-        mark = id(said), library
+        library = NUMPY if like is None else library_of(like) or NUMPY
+        mark = id(said), library.key
         if mark not in self._arrays:
             tensor = self.tensors[said.tensor]
-            base = self._base(said.tensor, "torch" if library == "torch" else "numpy", like)
+            base = self._base(said.tensor, library, like)
             if said.view is not None:
                 base = carry(base, tensor.layout, said.view)
-            self._arrays[mark] = as_like(base, library, like), said  # an id is good while it lives
+            self._arrays[mark] = library.loaded(base, like), said  # an id is good while it lives
         return self._arrays[mark][0]
 
     def of_numpy(self, k: int, view: View | None) -> np.ndarray:
         """Return an array of NumPy, or another view of one."""
-        base: np.ndarray = self._base(k, "numpy", None)
+        base: np.ndarray = self._base(k, NUMPY, None)
         return base if view is None else carry(base, self.tensors[k].layout, view)
 
-    def _base(self, k: int, library: str, like: Array) -> Array:
-        bases: dict[int, Any] = self._tensors if library == "torch" else self.bases
+    def _base(self, k: int, library: Library, like: Array) -> Array:
+        bases: dict[int, Any] = self._others if library.reads_bytes else self.bases
         if k not in bases:
             tensor = self.tensors[k]
             with _naming(tensor.name):
@@ -147,7 +149,7 @@ class ArrayReader:
             self.bases[k] = np.ndarray(tensor.shape, dtype, data).copy()
             return
         with _naming(tensor.name):
-            self.bases[k] = typed(raw, tensor.dtype, tensor.layout, "numpy", None)
+            self.bases[k] = typed(raw, tensor.dtype, tensor.layout, NUMPY, None)
 
 
 @contextlib.contextmanager

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from .._arrays.layout import View
 from .._trees.nodes import listed
-from .._trees.parameters import View
 from . import _safetensors as form
 from ._entries import (
     ABSENT,

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 
-from .._arrays.jax import attributes
-from .._arrays.library import is_narrow_dtype, isnumeric, library_of
+from .._arrays.dtypes import is_narrow_dtype
+from .._arrays.library import is_array, isnumeric
+from .._arrays.traced import attributes
 from .._leaf import Leaf
 from .._messages.text import plain
 from .._trees.nodes import children, is_node
@@ -65,7 +66,7 @@ class Differences:
                 if rule is not x.rule and signature_of(rule) != signature_of(x.rule):
                     yield differ(path, partial(_told_rule, rule), partial(_has_rule, x.rule))
                 stack.append((path.step("state"), x.state, said[2], True, None))
-            elif kind == "array" and library_of(type(x)) is not None:
+            elif kind == "array" and is_array(x):
                 mine = self._contents.tensors[said[1]]
                 shape = said[2].shape if len(said) == 3 else mine.shape
                 if shape != tuple(x.shape):
@@ -157,7 +158,7 @@ def _has(x: Any) -> str:
 
 
 def _shown(x: Any) -> str:
-    if library_of(type(x)) is not None:
+    if is_array(x):
         return f"an array of shape {tuple(x.shape)}"
     if isinstance(x, Leaf):
         return f"a Leaf with {x.rule!r:.60}"
@@ -172,7 +173,7 @@ _REPLACEABLE = (bool, int, float, complex, str, bytes, type(None), np.generic, n
 def may_replace(x: Any, kind: str) -> bool:
     """Tell whether a node of a file may stand where the structure given has `x`."""
     if kind == "left_out":
-        return not is_node(x) and not isinstance(x, Leaf) and library_of(type(x)) is None
+        return not is_node(x) and not isinstance(x, Leaf) and not is_array(x)
     return kind == "value" and isinstance(x, _REPLACEABLE)
 
 

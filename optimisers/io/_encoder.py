@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from typing import Any, NamedTuple, cast
 
 import numpy as np
 
-from .._arrays.jax import Number, attributes, is_tracer
-from .._arrays.library import is_immutable, library_of
+from .._arrays.library import is_array, is_immutable, is_traced, library_for
+from .._arrays.sharing import view_of
+from .._arrays.traced import Number, attributes
 from .._leaf import Leaf
 from .._messages.text import plain
 from .._trees.nodes import children, is_node
-from .._trees.parameters import View, owners
+from .._trees.parameters import owners
 from .._trees.paths import KeyPath
 from .._trees.walks import fold
 from ..rules._base import Rule
@@ -129,7 +129,7 @@ class Encoder:
         def views(k: int) -> list[Any]:
             if owner[k] == k:
                 return []
-            view = View.of(self.arrays[k][1])
+            view = view_of(self.arrays[k][1])
             return [[*view.shape], [*view.order], [*view.flips]]
 
         for field in self._in_fields:
@@ -203,7 +203,7 @@ class Encoder:
             )
         if is_immutable(x):  # a parameter at each place, not a tie
             return self._array_node(place.root, place.path, name, x)
-        if library_of(type(x)) is not None:
+        if is_array(x):
             if id(x) not in self._array_nodes:
                 self._array_node(place.root, place.path, name, x)
             return self._array_nodes[id(x)]
@@ -341,7 +341,7 @@ class Encoder:
         if cls is dict and all(type(key) is str for key in x):
             found = [self._value(f"{place}[{k!r}]", f"{name}.{k}", v, deeper) for k, v in x.items()]
             return {"dict": [list(x), found]}
-        if library_of(cls) is not None:
+        if is_array(x):
             known = self._numbers.get(("field", id(x)))
             k = known[0] if known else self._number("field", x, self._array(place, name, x))
             self._in_fields.append({"array": k})
@@ -364,18 +364,9 @@ def _key(place: object, key: Any) -> Any:
 
 
 def _refuse_unsavable(place: object, x: Array) -> None:
-    if type(x) is np.ndarray and form.dtype_name(x.dtype) is not None:
-        return
-    library = library_of(type(x))
-    why = ""
-    if library == "autograd" or is_tracer(x):
-        why = "it is being traced: save outside the function that is differentiated or compiled"
-    elif form.dtype_name(x.dtype) is None:
+    why = library_for(x).why_unsavable(x)
+    if not is_traced(x) and form.dtype_name(x.dtype) is None:
         why = f"arrays of dtype {x.dtype} have no place in a file"
-    elif isinstance(x, np.ndarray) and type(x) not in (np.ndarray, np.memmap):
-        why = "it may be more than its numbers; take np.asarray of it"
-    elif library == "torch" and (x.layout is not sys.modules["torch"].strided or x.is_meta):
-        why = f"its layout is {x.layout}; make it dense" if not x.is_meta else "it has no data"
     if why:
         raise TypeError(f"cannot save the {type(x).__name__} at {place}: {why}")
 
@@ -393,9 +384,9 @@ def _unlike(name: str, names: set[str]) -> str:
 
 def _layout(x: Array, with_flips: bool) -> str:
     """Return what the text says of how elements follow each other in memory, if not in C order."""
-    if library_of(type(x)) not in ("numpy", "torch", "cupy") or 0 in x.shape:
+    if not library_for(x).keeps_order or 0 in x.shape:
         return ""
-    view = View.of(x)
+    view = view_of(x)
     text = ""
     if view.order != tuple(range(len(view.shape))):
         text += f',"order":{form.listed_shape(view.order)}'
@@ -406,13 +397,4 @@ def _layout(x: Array, with_flips: bool) -> str:
 
 def raw(x: Array) -> np.ndarray:
     """Return the bytes of an array of any library, in C order."""
-    library = library_of(type(x))
-    if library == "torch":
-        torch: Any = sys.modules["torch"]
-        flat = x.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
-        return flat.view(torch.uint8).numpy() if flat.numel() else np.empty(0, np.uint8)
-    if library == "cupy":
-        x = x.get()
-    elif library == "numba":
-        x = x.copy_to_host()
-    return form.untyped(np.asarray(x))
+    return form.untyped(library_for(x).on_host(x))

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
-from .._trees.parameters import View
+from .._arrays.layout import View
 from . import _safetensors as form
 from ._json import FileFormatError
 

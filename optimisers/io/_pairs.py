@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from .._arrays.library import isnumeric, library_of
+from .._arrays.library import isnumeric, library_for, library_of_class
 from .._leaf import Leaf
 from .._trees.nodes import children, is_node, rebuild
 from .._trees.parameters import owners
@@ -140,7 +140,7 @@ class Pairs:
         xs, tensors = row.xs, [self._contents.tensors[k] for k in read]
         if {*map(type, xs)} == {np.ndarray}:
             shapes: list[Any] = [x.shape for x in xs]
-        elif None in map(library_of, {*map(type, xs)}):
+        elif None in map(library_of_class, {*map(type, xs)}):
             return False
         else:
             shapes = [tuple(x.shape) for x in xs]
@@ -200,7 +200,7 @@ class Pairs:
             for row in self._rows
             if row.kind == "array"
             for k, x in zip(row.below, row.xs, strict=True)
-            if type(x) is np.ndarray
+            if not library_for(x).reads_bytes
         )
         for row in reversed(self._rows):
             values: Iterable[Any]

@@ -20,8 +20,10 @@ from typing import Any
 
 import numpy as np
 
+from .._arrays.layout import View
+from .._arrays.library import Library
+from .._arrays.sharing import seen, unseen
 from .._trees.nodes import listed
-from .._trees.parameters import View
 from ..rules._base import Rule
 from . import _safetensors as form
 from ._entries import ABSENT, c_order
@@ -241,34 +243,14 @@ def named_fields(cls: type) -> list[Any] | None:
 # --- arrays of each library --------------------------------------------------------------------
 
 
-def typed(raw: np.ndarray, dtype: str, layout: View, library: str, like: Array) -> Array:
-    """Return the array that these bytes are, laid out in memory as it was."""
-    if library == "torch":
-        torch: Any = sys.modules["torch"]
-        kind = getattr(torch, dtype)
-        flat = torch.from_numpy(raw).view(kind) if raw.size else torch.empty(0, dtype=kind)
-        x = flat.reshape(layout.shape)
-        x = layout.seen(layout.unseen(x).contiguous()) if layout != c_order(layout.shape) else x
-        return x.to(like.device)
+def typed(raw: np.ndarray, dtype: str, layout: View, library: Library, like: Array) -> Array:
+    """Return the array that these bytes are, laid out in memory as it was.
+
+    It is one of the library, beside `like`, if that makes arrays of bytes, else one of NumPy.
+    """
+    if library.reads_bytes:
+        return library.from_bytes(raw, dtype, layout, like)
     x = form.typed(raw, dtype, layout.shape)
     if layout == c_order(layout.shape):
         return x
-    return layout.seen(np.array(layout.unseen(x), order="C"))
-
-
-def as_like(x: Array, library: str, like: Array) -> Array:
-    """Return an array as one of another library, where and as the one given is."""
-    if library == "torch":
-        torch: Any = sys.modules["torch"]
-        if isinstance(like, torch.nn.Parameter):
-            return type(like)(x, like.requires_grad)
-        return x.requires_grad_(like.requires_grad) if like.requires_grad else x
-    if library == "jax":
-        jax: Any = sys.modules["jax"]
-        new = jax.numpy.array(x)
-        return jax.device_put(new, like.sharding) if getattr(like, "committed", False) else new
-    if library == "cupy":
-        return sys.modules["cupy"].asarray(x)
-    if library == "numba":
-        return sys.modules["numba"].cuda.to_device(x)
-    return x
+    return seen(np.array(unseen(x, layout), order="C"), layout)

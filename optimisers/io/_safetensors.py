@@ -28,6 +28,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from .._arrays import dtypes
 from .._fork import Turn
 from ._atomic import opened, replacing
 from ._json import FileFormatError, decoded, parse, shown, without_strings
@@ -80,15 +81,15 @@ def _is_extended(dtype: np.dtype[Any]) -> bool:
     return dtype.kind in "fc" and dtype.char in _EXTENDED
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=256, typed=True)
 def dtype_name(dtype: Any) -> str | None:
-    """Return the name under which a dtype (NumPy's or PyTorch's) is saved, None if it cannot be."""
+    """Return the name under which a dtype of any library is saved, None if it cannot be."""
     if isinstance(dtype, np.dtype):
         if _is_extended(dtype):
             return _EXTENDED[dtype.char]
         name = dtype.name
     else:
-        name = str(dtype).removeprefix("torch.")
+        name = dtypes.dtype_name(dtype)
     return name if name in _TAGS or name in _ONE_BYTE or name == "complex128" else None
 
 

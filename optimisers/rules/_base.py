@@ -12,35 +12,29 @@ from collections.abc import Collection, Iterable, Iterator
 from types import FunctionType
 from typing import Any, ClassVar, Self
 
-import numpy as np
-
-from .._arrays.jax import (
+from .._arrays.library import library_for
+from .._arrays.traced import (
     Maybe,
-    attributes,
     chosen,
     double,
-    holds_traced,
-    is_jax,
-    is_tracer,
     lifted,
+    lifted_count,
+    needs_double,
     promoting,
     settled,
     with_attributes,
 )
-from .._arrays.torch import is_mapped
 from .._messages.calls import refuse, takes
 from .._messages.text import short
 from ..words import is_complex
 from ._fields import _checked, _limits
 from ._numbers import (
-    _copy,
     as_count,
     as_like,
     cast_like,
     count_like,
     counted,
     full_like,
-    is_traced,
     kept_as,
     read_only,
     widened,
@@ -445,7 +439,9 @@ class ElementwiseRule(Rule):
             dx, new = self.step(x, dx, tuple(slots), self._coefs_for(x, t))
         made = []
         for old, value in zip(kept, new, strict=True):
-            made.append(kept_as(old, _copy(value) if id(value) in held else value))
+            made.append(
+                kept_as(old, library_for(value).copied(value) if id(value) in held else value)
+            )
             held.add(id(value))
         if self.counts:
             made.append(as_like(state.t, t))
@@ -459,16 +455,12 @@ class ElementwiseRule(Rule):
 
     def _coefs_for(self, x: Any, t: Any) -> tuple[Any, ...]:
         """Return the numbers that the step needs at count `t`, computed in double, cast once."""
-        if is_tracer(t) or any(map(holds_traced, attributes(self).values())):
+        if needs_double(self, t):
             with double():
-                rule = with_attributes(self, lifted)
-                t = t.astype(np.int64) if is_jax(t) else t  # so that t + 1 is more, and 2 t too
+                rule, t = with_attributes(self, lifted), lifted_count(t)
                 return cast_like(x, numbers(rule, t))
         rule = with_attributes(self, settled)
-        if t is not None:
-            if is_mapped(t):
-                t = t.double()
-            t = t if is_traced(t) else int(t)
+        t = None if t is None else library_for(t).number_of(t)
         return cast_like(x, numbers(rule, t))
 
 

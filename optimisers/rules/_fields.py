@@ -8,7 +8,7 @@ import typing
 from collections.abc import Callable
 from typing import Annotated, Any, NamedTuple
 
-from .._arrays.jax import (
+from .._arrays.traced import (
     Number,
 )
 from .._messages.text import short

@@ -21,9 +21,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from .. import _fork
-from .._arrays.jax import attributes, holds_traced, settled, with_attributes
 from .._arrays.states import parts_of_state
-from .._arrays.torch import is_mapped
+from .._arrays.traced import (
+    attributes,
+    holds_abstract,
+    holds_traced,
+    settled,
+    with_attributes,
+)
 
 if TYPE_CHECKING:
     from ._base import ElementwiseRule, Rule
@@ -124,7 +129,7 @@ def _in_numbers(rule: Any) -> Any:
     numbers = attributes(rule).values()
     if all(map(_is_python, numbers)):
         return rule
-    if any(map(holds_traced, numbers)) or any(map(_holds_mapped, numbers)):
+    if any(map(holds_traced, numbers)) or any(map(holds_abstract, numbers)):
         return None
     return with_attributes(rule, settled)
 
@@ -132,11 +137,6 @@ def _in_numbers(rule: Any) -> Any:
 def _is_python(value: Any) -> bool:
     """Tell whether a value is a number of Python, or holds nothing else."""
     return all(type(part) in (float, bool, int) for part in parts_of_state(value, tuple))
-
-
-def _holds_mapped(value: Any) -> bool:
-    """Tell whether ``torch.vmap`` maps a number in `value`."""
-    return any(map(is_mapped, parts_of_state(value, tuple)))
 
 
 def numbers(rule: ElementwiseRule, t: Any = None) -> tuple[Any, ...]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from .._arrays.jax import Maybe, chosen, is_tracer
-from .._arrays.torch import is_mapped
+from .._arrays.library import is_abstract
+from .._arrays.traced import Maybe, chosen
 from ..words import zeros_like
 from ._base import (
     Array,
@@ -95,7 +95,7 @@ class AccumGrad(Rule):
             raise ValueError(misfit(self, "sum", state.sum, x))
         # Earlier versions kept the sum as narrow as the parameter is.
         state = AccumGradState(widened(state.sum), as_count(state.count, x))
-        if is_tracer(state.count) or is_mapped(state.count):
+        if is_abstract(state.count):
             return self._traced(state, x, dx)
         if int(state.count) < self._last(state.count):
             (total,), _ = _Hold().apply((state.sum,), x, dx)

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Self
 
-from .._arrays.jax import Maybe, chosen
-from .._arrays.library import is_narrow
+from .._arrays.dtypes import is_narrow
+from .._arrays.traced import Maybe, chosen
 from .._messages.text import short
 from ._base import ANEW, Array, Rule, adjusted, refuse_strange, started
 from ._numbers import (

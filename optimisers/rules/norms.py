@@ -6,11 +6,9 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
-from .._arrays.jax import promoting
-from .._arrays.torch import is_tensor
-from ..words import absolute, namespace, where
+from .._arrays.library import bare, for_sums, library_for, namespace
+from .._arrays.traced import promoting
+from ..words import absolute, where
 from ._base import (
     Array,
     Arrays,
@@ -90,7 +88,7 @@ class ClipNorm(Rule):
         if is_traced(norm) or is_traced(self.omega):
             passes = (norm <= self.omega) | (self.omega == math.inf)
             return where(passes, 1.0, self.omega / where(passes, 1.0, norm))
-        if self.throw and not math.isfinite(norm.detach() if is_tensor(norm) else norm):
+        if self.throw and not math.isfinite(bare(norm)):
             raise FloatingPointError(
                 f"ClipNorm: the gradient has {self.p:g}-norm {norm}; "
                 "ClipNorm(..., throw=False) lets such gradients through"
@@ -109,15 +107,10 @@ def norm(x: Array, p: float) -> Any:
     if math.prod(x.shape) == 0:
         return 0.0
     xp = namespace(x)
-    if xp is np:
-        x = np.astype(
-            x, np.result_type(np.float64, x.dtype if x.dtype.kind in "fc" else 0), copy=False
-        )
-    elif x.dtype.itemsize < 4:
-        x = xp.astype(x, xp.float32)
+    x = for_sums(x)
     size = absolute(x)
     if p == 0:
-        return xp.sum(size != 0)
+        return library_for(x).count_nonzero(size)
     extreme = xp.max(size) if p > 0 else xp.min(size)
     if math.isinf(p):
         return extreme

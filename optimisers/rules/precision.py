@@ -8,10 +8,9 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 
-from .._arrays import devices
-from .._arrays.library import isnumeric
+from .._arrays.library import isnumeric, library_for
 from .._messages.text import short
-from ..words import is_complex, namespace
+from ..words import is_complex
 from ._base import Array, Rule, adjusted, checked_state, misfit, refuse_strange, started
 from ._numbers import (
     as_like,
@@ -126,12 +125,7 @@ class MixedPrecision(Rule):
     def _lift(self, x: Array) -> Array:
         """Return a copy of `x` in the master's precision."""
         dtype = np.result_type(self.dtype, np.complex64) if is_complex(x) else self.dtype
-        if isinstance(x, np.ndarray):
-            return np.array(x, dtype, order="K")
-        if devices.is_numba(x):
-            return devices.astype(x, dtype)
-        xp = namespace(x)
-        return xp.astype(x, getattr(xp, dtype.name), copy=True)
+        return library_for(x).astype(x, dtype)
 
     def fields(self) -> Iterator[tuple[str, Any]]:
         yield "dtype", self.dtype

@@ -27,7 +27,6 @@ from optimisers import (  # noqa: E402
     setup,
     update_,
 )
-from optimisers._arrays import devices  # noqa: E402
 from optimisers._arrays import torch as _torch  # noqa: E402
 from optimisers.rules import _base  # noqa: E402
 
@@ -41,9 +40,9 @@ pytestmark = [
 
 @pytest.fixture(autouse=True)
 def _on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(devices, "_is_plain_cuda", lambda x: x.ndim > 0)  # not counts
-    monkeypatch.setattr(devices._Torch, "device", lambda self, x: 0)
-    monkeypatch.setattr(devices._Torch, "stream", lambda self, x: 0)
+    monkeypatch.setattr(_torch.Torch, "is_on_device", lambda self, x: x.ndim > 0)  # not counts
+    monkeypatch.setattr(_torch.Torch, "device", lambda self, x: 0)
+    monkeypatch.setattr(_torch.Torch, "stream", lambda self, x: 0)
     monkeypatch.setattr(_torch, "_viewer", lambda: None)
     monkeypatch.setattr(_torch, "view", lambda x: x if type(x) is np.ndarray else None)
 

@@ -28,8 +28,9 @@ from optimisers import (
     update,
     update_,
 )
+from optimisers._arrays.library import namespace
 from optimisers.rules._numbers import counted
-from optimisers.words import ema_weight, namespace, sign, sqrt
+from optimisers.words import ema_weight, sign, sqrt
 
 # --- the variance of a gradient that hardly varies --------------------------------------------
 

@@ -20,7 +20,7 @@ from optimisers import (
     trainables,
     update_,
 )
-from optimisers._trees.parameters import same_elements
+from optimisers._arrays.sharing import same_elements
 from optimisers.rules import _base
 
 pytestmark = pytest.mark.elsewhere

@@ -17,7 +17,7 @@ from vectors import Affine, Layer, count, refuses
 
 import optimisers
 from optimisers import destructure, functor, trainables
-from optimisers._trees.parameters import same_elements
+from optimisers._arrays.sharing import same_elements
 
 pytestmark = pytest.mark.elsewhere
 

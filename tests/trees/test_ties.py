@@ -25,7 +25,8 @@ from optimisers import (
     update,
     update_,
 )
-from optimisers._trees.parameters import View, carry, laid_out, owners, same_elements
+from optimisers._arrays.sharing import carry, laid_out, same_elements, view_of
+from optimisers._trees.parameters import owners
 
 pytestmark = pytest.mark.elsewhere
 
@@ -124,7 +125,7 @@ def test_carry_goes_by_the_addresses(views):
     at = dict(zip(addresses(source).flat, values.flat, strict=True))
     expected = np.array([at[a] for a in addresses(target).flat]).reshape(target.shape)
     np.testing.assert_array_equal(carry(values, source, target), expected)
-    np.testing.assert_array_equal(carry(values, View.of(source), View.of(target)), expected)
+    np.testing.assert_array_equal(carry(values, view_of(source), view_of(target)), expected)
 
 
 @settings(deadline=None)

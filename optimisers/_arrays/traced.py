@@ -1,0 +1,361 @@
+"""What a rule's numbers and decisions become while JAX traces; imports nothing of JAX itself.
+
+a) A hyperparameter that crosses into a traced function becomes an array, in float32 unless JAX is
+   set to 64 bits. In float32 the 0.999 of Adam is off by 1e-8, which is nothing, and so is its
+   ``1 - 0.999``, of which it is 1e-5. So a number crosses as two: what float32 holds of it
+   (``high``), and what that leaves (``low``). Inside, the two are a `Number`.
+b) What a step needs of the numbers is computed from both, in double (`double`, `lifted`), and then
+   cast once, as on the host: these are a few scalars for each array. They meet arrays of other
+   dtypes in a step, which JAX may be set to refuse; not there (`promoting`).
+c) Whether there is a step can be a traced question (`AccumGrad`), as it can be one that
+   ``torch.vmap`` maps. The answer is a `Maybe`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import ctypes
+import functools
+import importlib
+import math
+import numbers
+import operator
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from types import SimpleNamespace
+from typing import Any, TypeVar, cast
+
+import numpy as np
+
+from .library import is_abstract
+from .states import map_state, parts_of_state
+
+Array = Any
+T = TypeVar("T")
+
+
+def is_jax(x: object) -> bool:
+    """Tell whether `x` is an array of JAX, traced or not."""
+    jax = sys.modules.get("jax")
+    return jax is not None and isinstance(x, (jax.Array, jax.core.Tracer))
+
+
+def is_tracer(x: object) -> bool:
+    """Tell whether `x` stands for an array that JAX will know only later."""
+    jax = sys.modules.get("jax")
+    return jax is not None and isinstance(x, jax.core.Tracer)
+
+
+# --- numbers in two parts --------------------------------------------------------------------
+
+
+class Number:
+    """A hyperparameter in the hands of JAX, in two parts; calculates like the number it is.
+
+    It is traced, or one for each of many models (`jax.vmap`): of parts that are known, `number_of`
+    makes a float. The parts may be anything, since JAX builds trees of anything.
+    """
+
+    __slots__ = ("high", "low")
+
+    def __init__(self, high: Any, low: Any) -> None:
+        self.high = high
+        self.low = low
+
+    @property
+    def is_traced(self) -> bool:
+        return is_tracer(self.high) or is_tracer(self.low)
+
+    @property
+    def is_scalar(self) -> bool:
+        return getattr(self.high, "ndim", 0) == 0
+
+    def value(self) -> Any:
+        """Return an ordinary number, or an array of JAX where it is traced or not a scalar."""
+        if self.is_traced or not self.is_scalar:
+            return self.high + self.low
+        return _whole(self.high, self.low)
+
+    def __jax_array__(self) -> Array:
+        return sys.modules["jax"].numpy.asarray(self.value())
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.array(self.value(), dtype)
+
+    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **options: Any) -> Any:
+        """Calculate for NumPy, by its function of that name or, while JAX traces, by JAX's."""
+        values = [x.value() if isinstance(x, Number) else x for x in inputs]
+        if any(map(is_tracer, values)):
+            own = getattr(sys.modules["jax"].numpy, ufunc.__name__, None)
+            return NotImplemented if own is None or method != "__call__" else own(*values)
+        return getattr(ufunc, method)(*values, **options)
+
+    def __float__(self) -> float:
+        return float(self.value())
+
+    def __int__(self) -> int:
+        return int(self.value())
+
+    def __round__(self, ndigits: int | None = None) -> Any:
+        return round(self.value(), ndigits)
+
+    def __format__(self, spec: str) -> str:
+        return format(self.value(), spec)
+
+    def __bool__(self) -> bool:
+        return bool(self.value())
+
+    def __hash__(self) -> int:
+        return hash(self.value())
+
+    def __repr__(self) -> str:
+        known = is_jax(self.high) and is_jax(self.low) and not self.is_traced
+        return repr(self.value()) if known else f"Number({self.high!r}, {self.low!r})"
+
+
+def _forward(name: str) -> Callable[..., Any]:
+    calculate = getattr(operator, name)
+
+    def method(self: Number, other: Any) -> Any:
+        return calculate(self.value(), other.value() if isinstance(other, Number) else other)
+
+    return method
+
+
+def _backward(name: str) -> Callable[..., Any]:
+    calculate = getattr(operator, name)
+    return lambda self, other: calculate(other, self.value())
+
+
+def _alone(name: str) -> Callable[..., Any]:
+    calculate = getattr(operator, name)
+    return lambda self: calculate(self.value())
+
+
+for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow"):
+    setattr(Number, f"__{_name}__", _forward(f"__{_name}__"))
+    setattr(Number, f"__r{_name}__", _backward(f"__{_name}__"))
+for _name in ("eq", "ne", "lt", "le", "gt", "ge"):
+    setattr(Number, f"__{_name}__", _forward(f"__{_name}__"))
+for _name in ("neg", "pos", "abs"):
+    setattr(Number, f"__{_name}__", _alone(f"__{_name}__"))
+for _name, _calculate in (("trunc", math.trunc), ("floor", math.floor), ("ceil", math.ceil)):
+    setattr(Number, f"__{_name}__", lambda self, calculate=_calculate: calculate(self.value()))
+
+
+def _divmod(self: Number, other: Any) -> Any:
+    return divmod(self.value(), other.value() if isinstance(other, Number) else other)
+
+
+cast(Any, Number).__divmod__ = _divmod
+cast(Any, Number).__rdivmod__ = lambda self, other: divmod(other, self.value())
+numbers.Real.register(Number)
+
+
+def parts_of(value: Any) -> tuple[Any, Any]:
+    """Return the two parts of a number, in which it crosses into JAX."""
+    if type(value) is Number:
+        return value.high, value.low
+    if not isinstance(value, (float, int)):
+        return value, 0.0
+    high = ctypes.c_float(value).value
+    return high, value - high if math.isfinite(high) else 0.0
+
+
+def number_of(high: Any, low: Any) -> Any:
+    """Return the number that has these parts: one of Python if both are known."""
+    if type(low) is float and not isinstance(high, (float, np.generic)):
+        if low == 0.0 and hasattr(high, "dtype"):
+            return high
+    elif _is_known(high) and _is_known(low):
+        whole = not isinstance(high, float) and high.dtype.kind in "biuc"
+        return high.item() if whole else _whole(high, low)
+    return Number(high, low)
+
+
+def _is_known(x: object) -> bool:
+    if isinstance(x, (np.ndarray, np.generic)):
+        return x.ndim == 0 and x.dtype.kind in "biufcV" and x.dtype.names is None
+    return isinstance(x, float) or (is_jax(x) and not is_tracer(x) and cast(Any, x).ndim == 0)
+
+
+def _whole(high: Any, low: Any) -> float:
+    """Return the sum of two parts; where `low` was rounded, a near decimal number with few digits.
+
+    So a number comes back from JAX as it was written, 0.001 and not 0.0010000000000000009.
+    """
+    value = float(high) + float(low)
+    if not isinstance(low, float) and low.dtype != np.float64:
+        short = float(f"{value:.13g}")
+        if abs(short - value) <= abs(value) * 2.0**-48:
+            return short
+    return value
+
+
+def is_boxed_container(x: object) -> bool:
+    """Tell whether `x` is the box by which HIPS autograd stands for a container."""
+    return type(x).__module__ == "autograd.builtins"
+
+
+WHY_UNSAVABLE = "it is being traced: save outside the function that is differentiated or compiled"
+"""Why a file has no place for an array that stands for another."""
+
+
+def is_symbolic_zero(g: Any) -> bool:
+    """Tell whether `g` is JAX's way to say that there is no gradient."""
+    if type(g).__name__ in ("SymbolicZero", "Zero") and type(g).__module__.startswith("jax"):
+        return True
+    return getattr(getattr(g, "dtype", None), "names", None) == ("float0",)
+
+
+def differentiable_sqrt(xp: Any, x: Array) -> Array:
+    """Return the square root by the functions of `xp`; its derivative at 0 is 0."""
+    zero = x == 0
+    return xp.where(zero, x * 0, xp.sqrt(xp.where(zero, xp.ones_like(x), x)))
+
+
+# --- in double -------------------------------------------------------------------------------
+
+
+def double() -> AbstractContextManager[None]:
+    """Let JAX compute in double meanwhile, also where it is not set to 64 bits."""
+    jax = cast(Any, sys.modules["jax"])
+    context = getattr(jax, "enable_x64", None)
+    if context is None:  # as in older versions
+        context = importlib.import_module("jax.experimental").enable_x64
+    return cast("AbstractContextManager[None]", context(True))
+
+
+def promoting() -> AbstractContextManager[Any]:
+    """Let dtypes meet meanwhile, also where JAX is set to refuse that (strict promotion)."""
+    jax = cast(Any, sys.modules.get("jax"))
+    if jax is None or jax.config.jax_numpy_dtype_promotion == "standard":
+        return contextlib.nullcontext()
+    return cast("AbstractContextManager[None]", jax.numpy_dtype_promotion("standard"))
+
+
+def attributes(rule: Any) -> dict[str, Any]:
+    """Return what a rule consists of, by name: its fields, and what else it has been given."""
+    state = cast(Any, object.__getstate__(rule))
+    if type(state) is not tuple:
+        return state or {}
+    own, slots = state
+    return {**(own or {}), **slots}
+
+
+def with_attributes(rule: T, change: Callable[[Any], Any]) -> T:
+    """Return a copy of a rule with other attributes; itself if `change` gives back each."""
+    own = attributes(rule)
+    new = {name: change(value) for name, value in own.items()}
+    if all(new[name] is value for name, value in own.items()):
+        return rule
+    rule = copy.copy(rule)
+    for name, value in new.items():
+        object.__setattr__(rule, name, value)
+    return rule
+
+
+def holds_traced(value: Any) -> bool:
+    """Tell whether JAX traces a number in `value`."""
+    return any(map(_is_traced, parts_of_state(value, (tuple, list))))
+
+
+def _is_traced(value: Any) -> bool:
+    return value.is_traced or not value.is_scalar if type(value) is Number else is_tracer(value)
+
+
+def needs_double(rule: Any, t: Any) -> bool:
+    """Tell whether JAX traces a number of a rule, or the count `t` of its steps."""
+    return is_tracer(t) or any(map(holds_traced, attributes(rule).values()))
+
+
+def lifted_count(t: Any) -> Any:
+    """Return a count in 64 bits, so that t + 1 is more, and 2 t too; to be called in `double`."""
+    return t.astype(np.int64) if is_jax(t) else t
+
+
+def holds_abstract(value: Any) -> bool:
+    """Tell whether JAX traces, or ``torch.vmap`` maps, a number in `value`."""
+    return any(map(is_abstract, parts_of_state(value, tuple)))
+
+
+def settled(value: Any) -> Any:
+    """Return an ordinary number for one in two parts that is known."""
+    return map_state(_settled, value, into=(tuple, list))
+
+
+def _settled(value: Any) -> Any:
+    return value if type(value) is not Number or holds_traced(value) else value.value()
+
+
+def lifted(value: Any) -> Any:
+    """Return a traced number in double; to be called within `double`."""
+    return map_state(_lifted, value, into=(tuple, list))
+
+
+def _lifted(value: Any) -> Any:
+    if type(value) is Number:
+        jnp = sys.modules["jax"].numpy
+        return sum(jnp.asarray(part).astype(jnp.float64) for part in (value.high, value.low))
+    if is_tracer(value) and value.dtype.kind == "f":
+        return value.astype(sys.modules["jax"].numpy.float64)
+    return value
+
+
+# --- narrow numbers --------------------------------------------------------------------------
+
+
+def widened(x: Array) -> Array:
+    """Return float32 of narrower numbers that are traced; derivatives back stay finite.
+
+    The derivative of a step by its gradient may be large, as 1e5 for Adam where the gradient was
+    zero. Beyond the largest number of float16 it would be infinite, and NaN times that zero.
+    """
+    return _widening().bind(x)
+
+
+@functools.cache
+def _widening() -> Any:
+    """Return the primitive: a cast whose transpose is bounded by the dtype that it goes back to."""
+    jax = cast(Any, sys.modules["jax"])
+    ad, batching, mlir = (
+        importlib.import_module(f"jax.interpreters.{name}") for name in ("ad", "batching", "mlir")
+    )
+    primitive: Any = importlib.import_module("jax.extend.core").Primitive("optimisers_widened")
+
+    def wide(x: Array) -> Array:
+        return jax.lax.convert_element_type(x, np.float32)
+
+    def transposed(derivative: Array, x: Any) -> list[Array]:
+        dtype = x.aval.dtype
+        most = float(jax.numpy.finfo(dtype).max)
+        bounded = jax.numpy.clip(derivative, -most, most)
+        return [jax.lax.convert_element_type(bounded, dtype)]
+
+    primitive.def_impl(wide)
+    primitive.def_abstract_eval(lambda x: x.update(dtype=np.dtype(np.float32), weak_type=False))
+    ad.deflinear2(primitive, transposed)
+    batching.defvectorized(primitive)
+    mlir.register_lowering(primitive, mlir.lower_fun(wide, multiple_results=False))
+    return primitive
+
+
+# --- perhaps a step --------------------------------------------------------------------------
+
+
+class Maybe(SimpleNamespace):
+    """A step, and whether it is made: what `apply` returns where JAX will know only later."""
+
+    step: Array
+    made: Array
+
+
+def chosen(made: Array, new: T, old: T) -> T:
+    """Return `new` where `made` says so, else `old`, in each array of a tree of JAX or PyTorch."""
+    if not is_jax(made):
+        where = sys.modules["torch"].where
+        return cast(T, map_state(lambda a, b: where(made, b, a), old, new, into=tuple))
+    jax = cast(Any, sys.modules["jax"])
+    return cast(T, jax.tree_util.tree_map(lambda a, b: jax.numpy.where(made, a, b), new, old))
