@@ -162,3 +162,39 @@ def test_the_next_minor_version_of_the_compiler_for_gpus_is_allowed() -> None:
         (need,) = [n for n in PROJECT["project"]["optional-dependencies"][extra] if "numba-" in n]
         (least,), (limit,) = re.findall(r">=0\.(\d+)", need), re.findall(r"<0\.(\d+)", need)
         assert int(limit) >= int(least) + 2, f"{need} has no room for the next minor version"
+
+
+LONG = {
+    "optimisers/_flat.py": "the two classes of the flat vector, with long docstrings",
+    "optimisers/_trees/nodes.py": "each way to be a node, and how a class is registered",
+}
+"""Files of the package that are too long and do not say why at their head; remove, never add."""
+
+
+def lengths(folder: str, *suffixes: str) -> dict[str, int]:
+    """Return the number of lines of each file of a folder that git knows, or may know."""
+    paths = [p for p in (ROOT / folder).rglob("*") if p.suffix in suffixes]
+    made = {"_kernels.c", "_steps.pxi", "dlpack.c"}
+    return {
+        p.relative_to(ROOT).as_posix(): len(p.read_text(encoding="utf-8").splitlines())
+        for p in paths
+        if p.name not in made and "golden" not in p.parts
+    }
+
+
+def test_no_file_of_tests_is_long() -> None:
+    found = lengths("tests", ".py")
+    assert found
+    assert {path: n for path, n in found.items() if n > 700} == {}
+
+
+def test_files_of_the_package_are_short_or_say_at_their_head_why_not() -> None:
+    found = lengths("optimisers", ".py", ".pyx", ".pxi", ".pyi", ".h")
+    assert found
+    long = {path for path, n in found.items() if n > 600}
+    unsaid = {
+        path
+        for path in long
+        if "more than 600 lines" not in (ROOT / path).read_text(encoding="utf-8")[:400]
+    }
+    assert unsaid == LONG.keys(), "too long without a reason, or no longer too long"
