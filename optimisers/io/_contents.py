@@ -50,6 +50,7 @@ _MOST_PARTS = 1000
 """Rules that one rule may be made of."""
 _AT_ONCE = 1 << 16
 """Children that are looked at together."""
+_KINDS = {*CHILDLESS, *INNER, "leaf"}
 _SECOND = itemgetter(1)
 
 
@@ -163,9 +164,9 @@ class Contents:
     def _read_nodes(self, nodes: list[Any], roots: dict[str, Any]) -> None:
         """Check the nodes kind by kind: those of a kind are alike, and are looked at in columns."""
         self.nodes = nodes
-        for said in nodes if {*map(type, nodes)} - {tuple} else ():
-            if type(said) is not tuple:
-                damaged(f"a node is {said!r:.60}")
+        if {*map(type, nodes)} - {tuple} or {said[0] for said in nodes} - _KINDS:
+            wrong = next(x for x in nodes if type(x) is not tuple or x[0] not in _KINDS)
+            damaged(f"a node is {wrong!r:.60}")
         self.rows = rows = rows_of(nodes, range(len(nodes)))
         families = _Families(len(nodes))
         for kind, row in rows.items():
@@ -181,13 +182,11 @@ class Contents:
                 for k in row:
                     if len(said := nodes[k]) > 1:
                         families.add(k, said[1:])
-            elif kind in INNER:
+            else:
                 for k in row:
                     said = nodes[k]
                     nodes[k] = self._checked_inner(said, kind)
                     families.add(k, said[children_at(said) :])
-            else:
-                damaged(f"a node is {nodes[row[0]]!r:.60}")
         self._read_roots(roots, families)
 
     def _check_arrays(self, row: list[int]) -> None:
