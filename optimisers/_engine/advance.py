@@ -146,11 +146,16 @@ def advance(
 
 def _gathered(update: Update, begun: Any) -> list[Batch]:
     """Return batches that take all that is to be updated."""
-    batches: list[Batch] = [KernelBatch(update, begun)]
-    rest = batches[0].gather(range(len(update.leaves)))
-    if any(devices.library(update.xs[k]) is not None for k in rest):
+    kernels = KernelBatch(update, begun)
+    rest = kernels.gather(range(len(update.leaves)))
+    # One that has taken nothing is asked no more: on a device the calls are what a step costs.
+    batches: list[Batch] = [kernels] if kernels.indices() else []
+    for k in rest:
+        if update.leaves[k].job is None and devices.library(update.xs[k]) is None:
+            continue
         batches.append(cuda().CudaBatch(update, blank))
         rest = batches[-1].gather(rest)
+        break
     if rest:
         batches.append(ArrayBatch(update))
         batches[-1].gather(rest)
