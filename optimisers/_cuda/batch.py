@@ -18,7 +18,7 @@ import numpy as np
 from .._arrays import devices
 from .._arrays.devices import DeviceLibrary as Library
 from .._arrays.dtypes import itemsize
-from .._arrays.library import library_for, maywrite
+from .._arrays.library import by_views, library_for, maywrite
 from .._arrays.states import parts_of_state
 from .._leaf import Item
 from .._messages.text import short
@@ -128,7 +128,7 @@ class CudaBatch:
         return new_x, self.rows.new_state
 
     def unrecorded(self) -> list[Any]:
-        return [x for _, x in self.written() if library_for(x).by_views]
+        return [self.update.xs[k] for k in by_views(self.update.xs, self.indices())[1]]
 
 
 class Rows:
