@@ -701,16 +701,16 @@ def as_like(old: Any, value: Any) -> Any:
 
 def check_fit(g: Any, x: Any, where: Callable[[], str]) -> None:
     """Raise if an array is no gradient for the parameter `x`, by its dtype or its shape."""
-    wanted = f"gradient at {where()}: {wanted_of(x)}"
+    error: type[Exception] = TypeError
     if not dtypes.is_number(g.dtype):
-        raise TypeError(f"{wanted}, got dtype {g.dtype}")
-    if is_complex_dtype(g.dtype) and not is_complex_dtype(x.dtype):
-        raise TypeError(
-            f"{wanted}, got complex numbers ({g.dtype}); "
-            "take the real part if that is what is meant"
-        )
-    if tuple(g.shape) != tuple(x.shape):
-        raise ValueError(f"{wanted}, got shape {tuple(g.shape)}")
+        got = f"dtype {g.dtype}"
+    elif is_complex_dtype(g.dtype) and not is_complex_dtype(x.dtype):
+        got = f"complex numbers ({g.dtype}); take the real part if that is what is meant"
+    elif tuple(g.shape) != tuple(x.shape):
+        error, got = ValueError, f"shape {tuple(g.shape)}"
+    else:
+        return
+    raise error(f"gradient at {where()}: {wanted_of(x)}, got {got}")
 
 
 def wanted_of(x: Any) -> str:

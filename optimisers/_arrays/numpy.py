@@ -14,13 +14,13 @@ from .layout import Memory, Span, overlaps_itself
 from .library import (
     Call,
     Library,
+    check_fit,
     for_step,
     is_abstract,
     is_traced,
     isnumeric,
     library_for,
     library_of,
-    wanted_of,
 )
 
 Array = np.ndarray
@@ -154,8 +154,11 @@ class Numpy(Library):
         return x
 
     def apart(self, x: Array, others: Sequence[Any]) -> Array:
-        known = [np.asarray(a) for a in others if isinstance(a, np.ndarray)]
-        return self.fresh(x) if any(np.may_share_memory(np.asarray(x), a) for a in known) else x
+        plain = np.asarray(x)
+        for other in others:
+            if isinstance(other, np.ndarray) and np.may_share_memory(plain, np.asarray(other)):
+                return self.fresh(x)
+        return x
 
     def can_hold(self, x: Array, new: Any) -> bool:
         if not isinstance(new, np.ndarray | np.generic) or x.shape != new.shape:
@@ -193,16 +196,8 @@ class Numpy(Library):
         a = library_for(g).for_numpy(g, x, where)
         if is_abstract(a):
             return library_for(a).gradient(a, x, where)
-        wanted = f"gradient at {where()}: {wanted_of(x)}"
-        if a.dtype.kind not in "biufc" and not isnumeric(a):
-            raise TypeError(f"{wanted}, got dtype {a.dtype}")
-        if a.dtype.kind == "c" and x.dtype.kind != "c":
-            raise TypeError(
-                f"{wanted}, got complex numbers ({a.dtype}); "
-                "take the real part if that is what is meant"
-            )
-        if tuple(a.shape) != tuple(x.shape):
-            raise ValueError(f"{wanted}, got shape {tuple(a.shape)}")
+        if a.shape != x.shape or a.dtype != x.dtype:
+            check_fit(a, x, where)
         if is_traced(a):  # a box, which records what is done to it
             return for_step(x, a)
         wide = np.dtype(np.float32) if dtypes.is_narrow(x) else x.dtype.newbyteorder("=")

@@ -154,8 +154,9 @@ class Torch(DeviceLibrary):
     # --- new arrays --------------------------------------------------------------------------
 
     def blank(self, x: Tensor, dtype: str | None = None) -> Tensor:
-        kind = x.dtype if dtype is None else getattr(torch, dtype)
-        return torch.empty_like(x.detach(), dtype=kind)
+        if dtype is None:
+            return torch.empty_like(x.detach())
+        return torch.empty_like(x.detach(), dtype=getattr(torch, dtype))
 
     def fresh(self, x: Tensor) -> Tensor:
         return like(x, x.detach().clone())
