@@ -12,7 +12,7 @@ args ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all docs-test docs docs-serve examples bench asv asv-check lint format types oracles
+.PHONY: help demo test test-all docs-test docs docs-serve examples bench bench-against asv asv-check lint format types oracles
 .PHONY: build wheel portable oldest newest reproducible audit clean distclean
 .PHONY: sanitize sanitize-threads attack attack-files fuzz fuzz-guided big
 .PHONY: test-cuda test-gpu bench-gpu
@@ -57,6 +57,9 @@ docs-serve: docs ## show the site on port 8000 of this machine
 
 bench: $(VENV)/bench $(VENV)/oracles ## time everything beside NumPy, PyTorch, optax: docs/benchmarks/benchmarks.md
 	@$(BIN)/python asv_bench/side_by_side.py $(args)
+
+bench-against: $(VENV)/bench ## build the revision REV and this one, time both in turn, and say which rows are slower
+	@$(BIN)/python tools/bench_against.py $(REV) $(args)
 
 asv: $(VENV)/bench $(VENV)/oracles ## time every row of the goals with asv, for a history; published in build/published/asv
 	@mkdir -p build

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 import optimisers as opt
-from optimisers.rules._base import registry
 
 Array = np.ndarray
 Tree = Any
@@ -99,5 +99,12 @@ def example(rule: type[opt.Rule]) -> opt.Rule:
     raise TypeError(f"{rule.__name__} takes neither nothing, nor a number, nor a rule")
 
 
-RULES: dict[str, opt.Rule] = {rule.__name__: example(rule) for rule in registry()}
+RULES: dict[str, opt.Rule] = {
+    name: example(rule)
+    for name, rule in vars(opt.rules).items()
+    if name[0] != "_"
+    and isinstance(rule, type)
+    and issubclass(rule, opt.Rule)
+    and not inspect.isabstract(rule)
+}
 """An example of every rule there is, by its name."""

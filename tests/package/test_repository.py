@@ -165,6 +165,7 @@ def test_the_next_minor_version_of_the_compiler_for_gpus_is_allowed() -> None:
 
 
 LONG = {
+    "optimisers/_arrays/library.py": "the verbs of array libraries, a docstring each",
     "optimisers/_flat.py": "the two classes of the flat vector, with long docstrings",
     "optimisers/_trees/nodes.py": "each way to be a node, and how a class is registered",
 }
