@@ -511,7 +511,7 @@ def _found(cls: type) -> Library | None:
     if issubclass(cls, np.generic | type):
         return None
     for name in _names():
-        if name in sys.modules and name not in _libraries:
+        if sys.modules.get(name) is not None and name not in _libraries:
             module = importlib.import_module(f"{__package__}.{name}")
             _libraries[name] = getattr(module, "LIBRARY", None)
     owners = (library for library in [*_libraries.values()] if library and library.owns(cls))
