@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from . import _pytree
 from ._trees.nodes import register_leaf
@@ -48,12 +48,13 @@ class Leaf(Item):
 
     Notes
     -----
-    To JAX and optree a leaf is a node: the numbers of its rule and its state are the children, so
-    state trees go through `jax.jit`, `jax.lax.scan` and `jax.vmap`, and another learning rate does
-    not compile anew. Both learn that when leaves are made or unpickled and whenever a state tree is
-    handed to this library, if they are imported by then; so import them first. Each number crosses
-    as two, what float32 holds of it and the rest. In a leaf that comes back it is a number again,
-    put together when `rule` is looked at.
+    To JAX and optree a leaf is a node: its children are a vector of the numbers of its rule and the
+    counts of its state, and the arrays of its state. So state trees go through `jax.jit`,
+    `jax.lax.scan` and `jax.vmap`, and another learning rate does not compile anew. Both learn that
+    when leaves are made or unpickled and whenever a state tree is handed to this library, if they
+    are imported by then; so import them first. Each number crosses as two, the value in float32 and
+    the rest. In a leaf that comes back, numbers and counts are taken out of the vector when `rule`
+    or `state` is looked at.
 
     JAX makes one leaf for each place of a tied parameter. `update` goes on to treat them as one and
     gives back one; `adjust_` and `freeze_` should until then be given all places. What was skipped
@@ -72,7 +73,7 @@ class Leaf(Item):
     tie: _pytree.Tie | None
     """What it has in common with the leaves that JAX makes of it, one for each of its places."""
     crossed: _pytree.Crossed | None
-    """The rule as JAX or optree gave it back, if they made this leaf; `rule` is then set late."""
+    """What JAX or optree gave back, if they made this leaf; rule and state are then set late."""
 
     def __init__(self, rule: Rule, state: Any, frozen: bool = False, skipped: int = 0) -> None:
         _pytree.announce(Leaf)
@@ -87,9 +88,15 @@ class Leaf(Item):
     if not TYPE_CHECKING:  # type checkers know what there is
 
         def __getattr__(self, name: str) -> Any:
-            if name == "rule" and self.crossed is not None:
-                self.rule = rule = self.crossed.rule()
-                return rule
+            if (crossed := self.crossed) is not None and name in ("rule", "state"):
+                if name == "rule":
+                    self.rule = rule = crossed.rule()
+                    return rule
+                state = crossed.state()
+                if not crossed.is_traced:
+                    self.state = state
+                    crossed.drop_state()
+                return state
             if name[0] == "_" or name in _SLOTS:
                 message = f"{type(self).__name__!r} object has no attribute {name!r}"
                 raise AttributeError(message, name=name, obj=self)
@@ -99,9 +106,18 @@ class Leaf(Item):
 
     def renewed(self, rule: Rule, state: Any) -> Leaf:
         """Return another leaf for the same places."""
+        crossed = self.crossed
+        if crossed is not None and crossed.is_traced and rule is crossed.made:
+            crossed = crossed.with_state(state)
+            if crossed is not None:
+                return self.carried(crossed)
         new = Leaf(rule, state, self.frozen, self.skipped)
         new.tie = self.tie
         return new
+
+    def carried(self, crossed: _pytree.Crossed) -> Leaf:
+        """Return another leaf for the same places, of what JAX has."""
+        return cast(Leaf, _pytree.carried(self, crossed))
 
     def __reduce__(self) -> Any:
         return _unpickled, (self.rule, self.state, self.frozen, self.tie, self.skipped)

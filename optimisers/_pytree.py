@@ -1,8 +1,11 @@
 """State trees as trees of JAX and optree: how a `Leaf` is taken apart, and put together again.
 
-The children of a leaf are the numbers of its rule, each in two parts (see `_arrays.traced`), and
-its state; its structure is all else: the class of the rule, switches, whole numbers, whether it is
-frozen. Hence other numbers do not make `jax.jit` compile anew, other structure does.
+JAX takes time for each array that crosses, so the children of a leaf are few: the numbers of its
+rule and the counts of its state, packed into one vector (see `traced.Packed`), and the rest of its
+state, with None in place of each count. A number that is no float (a whole number of JAX, an array)
+is a child by itself. The structure of a leaf is all else: the class of the rule, switches, whole
+numbers, whether it is frozen. Hence other numbers do not make `jax.jit` compile anew, other
+structure does.
 
 Nothing is imported for that. `announce` registers what it can whenever it is called, which is
 when leaves are made or unpickled, and in each call that takes a state tree.
@@ -10,15 +13,28 @@ when leaves are made or unpickled, and in each call that takes a state tree.
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import itertools
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
 
-from ._arrays.library import library_for
-from ._arrays.traced import Number, attributes, number_of, parts_of
+from ._arrays.library import isnumeric, library_for
+from ._arrays.states import map_state, parts_of_state
+from ._arrays.traced import (
+    Number,
+    Packed,
+    attributes,
+    is_jax,
+    is_tracer,
+    number_of,
+    parts_of,
+)
+from ._arrays.traced import packed as pack
 from ._trees.nodes import Namespace
 from .rules._base import Rule
 
@@ -54,13 +70,21 @@ def note_crossing(tie: Tie | None) -> None:
 
 # --- rules -----------------------------------------------------------------------------------
 
-# How a value comes back: from a number, a rule, a sequence of such, or as it was. The class of what
-# stays is noted since True == 1 == 1.0.
-_NUMBER, _RULE, _SEQUENCE, _STATIC = range(4)
+# How a value comes back: from a number of the vector, from one that is a child, a rule, a sequence
+# of such, or as it was. The class of what stays is noted since True == 1 == 1.0.
+_PACKED, _CHILD, _RULE, _SEQUENCE, _STATIC = range(5)
 Spec = tuple[Any, ...]
 
 
-def _split_rule(rule: Rule, found: list[Any]) -> Spec:
+class _Found:
+    """The numbers of a rule, in the order in which they come back."""
+
+    def __init__(self) -> None:
+        self.packed: list[Any] = []
+        self.children: list[Any] = []
+
+
+def _split_rule(rule: Rule, found: _Found) -> Spec:
     cls = type(rule)
     static = cls.static + cls.fixed
     specs = [
@@ -70,33 +94,49 @@ def _split_rule(rule: Rule, found: list[Any]) -> Spec:
     return _RULE, cls, tuple(specs)
 
 
-def _split(value: Any, default: Any, found: list[Any]) -> Spec:
-    """Append the numbers in a value, and return how to make the value of them."""
+def _split(value: Any, default: Any, found: _Found) -> Spec:
+    """Note the numbers in a value, and return how to make the value of them."""
     cls = type(value)
-    if (
-        isinstance(value, (float, Number, np.floating))
-        or (cls is int and isinstance(default, float))
-        or library_for(value).enters_jax(value)
-    ):
-        found.append(value)
-        return (_NUMBER,)
+    if _can_be_packed(value) or (cls is int and isinstance(default, float)):
+        found.packed.append(value)
+        return (_PACKED,)
+    if cls is Number or library_for(value).enters_jax(value):
+        found.children += parts_of(value)
+        return (_CHILD,)
     if isinstance(value, Rule):
         return _split_rule(value, found)
     if cls is tuple or cls is list:
-        count = len(found)
         defaults = default if isinstance(default, tuple) else ()
         specs = tuple(
             _split(v, defaults[i] if i < len(defaults) else None, found)
             for i, v in enumerate(value)
         )
-        if len(found) > count or any(spec[0] == _RULE for spec in specs):
+        if any(spec[0] != _STATIC for spec in specs):
             return _SEQUENCE, cls, specs
     return _STATIC, cls, value
 
 
+def _can_be_packed(value: Any) -> bool:
+    """Tell whether a value is one float, of Python, NumPy or JAX."""
+    if isinstance(value, (float, np.floating)):
+        return True
+    parts = (value.high, value.low) if type(value) is Number else (value,)
+    return all(
+        isinstance(part, (float, np.floating))
+        or (is_jax(part) and part.ndim == 0 and isnumeric(part) and part.dtype.kind != "c")
+        for part in parts
+    )
+
+
+@functools.lru_cache(maxsize=1024)
+def _shared(spec: Spec) -> Spec:
+    """Return the first of equal specs, since JAX compares the structures at each call."""
+    return spec
+
+
 def _names(spec: Spec, name: str) -> Iterator[str]:
-    """Yield the names of the numbers of a value, in the order of `_split`."""
-    if spec[0] == _NUMBER:
+    """Yield the names of the numbers of a value that are children, in the order of `_split`."""
+    if spec[0] == _CHILD:
         yield name
     elif spec[0] == _RULE:
         for field, below in spec[2]:
@@ -106,78 +146,214 @@ def _names(spec: Spec, name: str) -> Iterator[str]:
             yield from _names(below, f"{name}[{i}]")
 
 
-def _join(spec: Spec, numbers: Iterator[Any]) -> Any:
+def classes_in(spec: Spec) -> Iterator[type[Rule]]:
+    """Yield the classes of a rule and of the rules in it."""
+    if spec[0] == _RULE:
+        yield spec[1]
+        for _, below in spec[2]:
+            yield from classes_in(below)
+    elif spec[0] == _SEQUENCE:
+        for below in spec[2]:
+            yield from classes_in(below)
+
+
+def _join(spec: Spec, numbers: Iterator[Any], children: Iterator[Any]) -> Any:
     kind = spec[0]
-    if kind == _NUMBER:
-        return number_of(next(numbers), next(numbers))
+    if kind == _PACKED:
+        return next(numbers)
+    if kind == _CHILD:
+        return number_of(next(children), next(children))
     if kind == _STATIC:
         return spec[2]
     if kind == _SEQUENCE:
-        return spec[1](_join(below, numbers) for below in spec[2])
+        return spec[1](_join(below, numbers, children) for below in spec[2])
     rule = object.__new__(spec[1])
     for name, below in spec[2]:
-        object.__setattr__(rule, name, _join(below, numbers))
+        object.__setattr__(rule, name, _join(below, numbers, children))
     return rule
+
+
+# --- counts ----------------------------------------------------------------------------------
+
+
+def _without_counts(state: Any) -> tuple[Any, list[Any]]:
+    """Return a state with None in place of its counts, and the counts."""
+    counts: list[Any] = []
+
+    def emptied(part: Any) -> Any:
+        if hasattr(type(part), "keeps_count") and _is_count(part[-1]):
+            counts.append(part[-1])
+            return type(part)._make((*part[:-1], None))
+        return part
+
+    return map_state(emptied, state, into=tuple, whole="keeps_count"), counts
+
+
+def _is_count(t: Any) -> bool:
+    if isinstance(t, (np.ndarray, np.generic)) or is_jax(t):
+        return t.ndim == 0 and t.dtype.kind in "iu"
+    return type(t) is int
+
+
+def _with_counts(state: Any, packed: Packed) -> Any:
+    """Return a state that has its counts again."""
+    places = itertools.count()
+    like = next((part for part in parts_of_state(state, tuple) if is_jax(part)), None)
+
+    def filled(part: Any) -> Any:
+        if hasattr(type(part), "keeps_count") and part[-1] is None:
+            return type(part)._make((*part[:-1], packed.count(next(places), like)))
+        return part
+
+    return map_state(filled, state, into=tuple, whole="keeps_count")
 
 
 # --- leaves ----------------------------------------------------------------------------------
 
+Structure = tuple[tuple[Spec, int], bool, "Tie | None"]
+"""The spec of the rule and how many numbers are packed; whether frozen; the tie."""
 
-class Crossed:
-    """The rule of a leaf as JAX or optree gave it back; put together when it is asked for.
+
+class Crossed(Packed):
+    """A leaf's rule and state as JAX or optree gave them back; put together when asked for.
 
     A number that JAX has is ready later than the call that returned it, so to make a float of it
-    is to wait. A training loop, which hands the leaf to the next call, never asks; and the parts
+    is to wait. A training loop, which hands the leaf to the next call, never asks; and the children
     that it hands on are those that came, of the same types, so that nothing is compiled anew.
     """
 
-    __slots__ = ("made", "parts", "spec")
+    __slots__ = ("children", "made", "structure")
 
-    def __init__(self, spec: Spec, parts: list[Any]) -> None:
-        self.spec = spec
-        self.parts = parts
+    def __init__(self, structure: Structure, children: tuple[Any, ...]) -> None:
+        self.structure = structure
+        self.children = children
+        """The vector, numbers that are not in it in two parts each, the state without counts."""
         self.made: Rule | None = None
+
+    @property
+    def vector(self) -> Any:
+        return self.children[0]
+
+    @property
+    def length(self) -> int:
+        return self.structure[0][1]
+
+    def copied(self, copy: Callable[[Any], Any]) -> Crossed:
+        """Return the same with a copy of the state."""
+        return Crossed(self.structure, (*self.children[:-1], copy(self.children[-1])))
+
+    def drop_state(self) -> None:
+        """Forget the state, which the leaf has whole from now on."""
+        self.children = *self.children[:-1], None
+
+    @property
+    def is_traced(self) -> bool:
+        """Tell whether JAX knows the numbers and counts only later."""
+        return is_tracer(self.vector)
+
+    def is_all_of(self, leaf: Any) -> bool:
+        """Tell whether a leaf has neither got another rule nor another state."""
+        rule = _rule_at_hand(leaf)
+        return (rule is None or rule is self.made) and _state_at_hand(leaf) is None
 
     def rule(self) -> Rule:
         if self.made is None:
-            self.made = cast(Rule, _join(self.spec, iter(self.parts)))
+            numbers, children = iter(self.numbers()), iter(self.children[1:-1])
+            self.made = cast(Rule, _join(self.structure[0][0], numbers, children))
         return self.made
 
+    def state(self) -> Any:
+        """Return the state; its counts are made anew each time, for the reason of `Number`."""
+        return _with_counts(self.children[-1], self)
 
-def _flatten(leaf: Any) -> tuple[list[Any], tuple[Any, ...]]:
+    def with_state(self, state: Any) -> Crossed | None:
+        """Return the same rule with another state; None if its counts do not fit the vector."""
+        rest, counts = _without_counts(state)
+        if self.holds_arrays():
+            if self.vector.shape != (2 * (self.length + len(counts)),):
+                return None
+        elif counts:
+            return None
+        return Crossed(self.structure, (self.counting(counts), *self.children[1:-1], rest))
+
+
+def _flatten(leaf: Any) -> tuple[tuple[Any, ...], Structure]:
     """Return the children of a leaf, and its structure."""
-    crossed, rule = leaf.crossed, _rule_at_hand(leaf)
-    if crossed is not None and (rule is None or rule is crossed.made):
-        return [*crossed.parts, leaf.state], (crossed.spec, leaf.frozen, leaf.tie)
-    found: list[Any] = []
+    crossed = leaf.crossed
+    if crossed is None:
+        return _packed_anew(leaf)
+    rule, state = _rule_at_hand(leaf), _state_at_hand(leaf)
+    if rule is not None and rule is not crossed.made:
+        return _packed_anew(leaf)
+    if state is not None:
+        crossed = crossed.with_state(state)
+        if crossed is None:
+            return _packed_anew(leaf)
+    structure = crossed.structure
+    if structure[1] is not leaf.frozen or structure[2] is not leaf.tie:
+        structure = structure[0], leaf.frozen, leaf.tie
+    return crossed.children, structure
+
+
+def _packed_anew(leaf: Any) -> tuple[tuple[Any, ...], Structure]:
+    found = _Found()
     spec = _split_rule(leaf.rule, found)
-    children = [part for value in found for part in parts_of(value)]
-    return [*children, leaf.state], (spec, leaf.frozen, leaf.tie)
+    crossed, state = leaf.crossed, _state_at_hand(leaf)
+    counts: list[Any] = []
+    if crossed is not None and state is None:
+        rest = crossed.children[-1]
+        ends = crossed.counts() if crossed.holds_arrays() else None
+    else:
+        rest, counts = _without_counts(leaf.state)
+        ends = None
+    length = len(found.packed)
+    vector = None
+    if length or counts or (ends is not None and ends.shape[-1]):
+        vector = pack(found.packed, counts, ends)
+    with contextlib.suppress(TypeError):  # of something static that has no hash
+        spec = _shared(spec)
+    return (vector, *found.children, rest), ((spec, length), leaf.frozen, leaf.tie)
 
 
-def _rule_at_hand(leaf: Any) -> Rule | None:
+def _rule_at_hand(leaf: Any) -> Any:
     """Return the rule of a leaf, or None if it is not put together yet."""
     try:
-        return cast(Rule, object.__getattribute__(leaf, "rule"))
+        return type(leaf).rule.__get__(leaf)  # unlike leaf.rule, does not make one
     except AttributeError:
         return None
 
 
-def _names_of(structure: tuple[Any, ...]) -> list[str]:
+def _state_at_hand(leaf: Any) -> Any:
+    """Return the state of a leaf, or None if it is not put together yet."""
+    try:
+        return type(leaf).state.__get__(leaf)
+    except AttributeError:
+        return None
+
+
+def _names_of(structure: Structure) -> list[str]:
     """Return the names of the children of a leaf."""
-    names = [part for n in _names(structure[0], "rule") for part in (n, f"{n}.low")]
-    return [*names, "state"]
+    loose = [part for n in _names(structure[0][0], "rule") for part in (n, f"{n}.low")]
+    return ["packed", *loose, "state"]
 
 
-def _unflatten(cls: type, structure: tuple[Any, ...], children: Iterable[Any]) -> Any:
+def _unflatten(cls: type, structure: Structure, children: Iterable[Any]) -> Any:
     """Return a leaf of any children: nothing is checked, no `__init__` runs."""
-    *numbers, state = children
-    spec, frozen, tie = structure
     leaf: Any = object.__new__(cls)
-    leaf.crossed, leaf.state = Crossed(spec, numbers), state
-    leaf.frozen, leaf.skipped, leaf.job, leaf.tie = frozen, 0, None, tie
-    note_crossing(tie)
+    leaf.crossed = Crossed(structure, tuple(children))
+    _, leaf.frozen, leaf.tie = structure
+    leaf.skipped, leaf.job = 0, None
+    if leaf.tie is not None:
+        note_crossing(leaf.tie)
     return leaf
+
+
+def carried(leaf: Any, crossed: Crossed) -> Any:
+    """Return another leaf for the same places, whose rule and state are put together late."""
+    new: Any = object.__new__(type(leaf))
+    new.crossed = crossed
+    new.frozen, new.tie, new.skipped, new.job = leaf.frozen, leaf.tie, leaf.skipped, None
+    return new
 
 
 # --- registering -----------------------------------------------------------------------------
@@ -210,7 +386,7 @@ def _register_with_optree(cls: type) -> None:
     optree = sys.modules["optree"]
     everywhere = optree.registry.__GLOBAL_NAMESPACE
 
-    def with_names(leaf: Any) -> tuple[list[Any], Any, list[str]]:
+    def with_names(leaf: Any) -> tuple[tuple[Any, ...], Any, list[str]]:
         children, structure = _flatten(leaf)
         return children, structure, _names_of(structure)
 

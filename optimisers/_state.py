@@ -312,13 +312,19 @@ def _renewed(
     made: dict[int, Leaf] = {}
     for k, leaf in enumerate(leaves):
         if k in new_state or id(leaf) not in made:
-            new = new_state[k] if k in new_state else fresh(leaf.state)
-            made[id(leaf)] = leaf.renewed(leaf.rule, new)
+            made[id(leaf)] = _renewed_one(leaf, new_state.get(k, leaf.crossed), k in new_state)
     for k in skipped:
         made[id(leaves[k])].skipped += 1
     for leaf, other in zip(leaves, held, strict=True) if leaves is not held else ():
         made[id(other)] = made[id(leaf)]
     return fmap(lambda leaf: made.get(id(leaf), leaf), state)
+
+
+def _renewed_one(leaf: Leaf, new: Any, is_new: bool) -> Leaf:
+    """Return a leaf with a new state, or a copy if there is none."""
+    if type(new) is _pytree.Crossed and (is_new or (new.is_traced and new.is_all_of(leaf))):
+        return leaf.carried(new)
+    return leaf.renewed(leaf.rule, new if is_new else fresh(leaf.state))
 
 
 # --- adjust, freeze, thaw --------------------------------------------------------------------
@@ -397,8 +403,18 @@ def adjust(state: Tree, eta: float | None = None, /, **fields: Any) -> Tree:
     """
     leaves = _leaves(state)
     rules = _adjusted(leaves, eta, fields)
-    made = {id(leaf): leaf.renewed(rules[id(leaf)], fresh(leaf.state)) for leaf in leaves}
+    made = {id(leaf): _with_rule(leaf, rules[id(leaf)]) for leaf in leaves}
     return fmap(lambda x: made.get(id(x), x), state)
+
+
+def _with_rule(leaf: Leaf, rule: Rule) -> Leaf:
+    """Return a copy of a leaf with another rule; what JAX gave back stays as it is."""
+    crossed = leaf.crossed
+    if crossed is None or not crossed.is_all_of(leaf):
+        return leaf.renewed(rule, fresh(leaf.state))
+    new = leaf.carried(crossed.copied(fresh))
+    new.rule = rule
+    return new
 
 
 def adjust_(state: Tree, eta: float | None = None, /, **fields: Any) -> None:

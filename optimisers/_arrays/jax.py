@@ -115,7 +115,16 @@ class Jax(Library):
 @functools.cache
 def _traced_sqrt(xp: Any) -> Any:
     """Return the root as one operation of JAX, which is traced once for all arrays of a shape."""
-    return jax.jit(functools.partial(traced.differentiable_sqrt, xp))
+    root = jax.custom_jvp(xp.sqrt)
+
+    def derivative(given: tuple[Any], tangents: tuple[Any]) -> tuple[Any, Any]:
+        (x,), (dx,) = given, tangents
+        zero = x == 0
+        slope = 0.5 / root(xp.where(zero, xp.ones_like(x), x))
+        return root(x), dx * xp.where(zero, xp.zeros_like(x), slope)
+
+    root.defjvp(derivative)
+    return jax.jit(root)
 
 
 LIBRARY = Jax()

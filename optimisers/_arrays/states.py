@@ -9,7 +9,7 @@ CONTAINERS: tuple[type, ...] = tuple, list, dict
 
 
 def map_state(
-    change: Callable[..., Any], *states: Any, into: Any = CONTAINERS, wide: bool = True
+    change: Callable[..., Any], *states: Any, into: Any = CONTAINERS, whole: str = ""
 ) -> Any:
     """Return the last of some states with each part changed to ``change(*parts)``.
 
@@ -24,9 +24,8 @@ def map_state(
         One or more states of one form.
     into : type or tuple of types
         The containers to walk through; others are parts.
-    wide : bool
-        Whether to walk through kinds of state with `is_wide`, which keep arrays that are not
-        rounded; else they stay as they are.
+    whole : str, optional
+        The name of an attribute; kinds of state that have it are parts.
 
     Returns
     -------
@@ -37,21 +36,21 @@ def map_state(
     cls = type(last)
     if not isinstance(last, into) or not (cls in CONTAINERS or hasattr(cls, "_make")):
         return change(*states)
-    if not wide and hasattr(cls, "is_wide"):
-        return last
+    if whole and hasattr(cls, whole):
+        return change(*states)
     new = []
     same = True
     if len(states) == 1:
         for old in last.values() if cls is dict else last:
             if isinstance(old, into):
-                made = map_state(change, old, into=into, wide=wide)
+                made = map_state(change, old, into=into, whole=whole)
             else:  # which spares a call
                 made = change(old)
             new.append(made)
             same &= made is old
     elif (rows := _side_by_side(states, last)) is not None:
         for row in rows:
-            new.append(map_state(change, *row, into=into, wide=wide))
+            new.append(map_state(change, *row, into=into, whole=whole))
             same &= new[-1] is row[-1]
     else:
         return change(*states)

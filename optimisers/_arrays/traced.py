@@ -22,8 +22,10 @@ import math
 import numbers
 import operator
 import sys
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, TypeVar, cast
 
@@ -55,17 +57,30 @@ class Number:
     """A hyperparameter in the hands of JAX, in two parts; calculates like the number it is.
 
     It is traced, or one for each of many models (`jax.vmap`): of parts that are known, `number_of`
-    makes a float. The parts may be anything, since JAX builds trees of anything.
+    makes a float. The parts may be anything, since JAX builds trees of anything. Parts that lie in
+    the vector of a leaf are taken out of it whenever they are asked for, not before: code inside a
+    branch of `jax.lax.cond` may ask first, and what it gets must not outlive the branch.
     """
 
-    __slots__ = ("high", "low")
+    __slots__ = ("_high", "_low", "packed")
 
-    def __init__(self, high: Any, low: Any) -> None:
-        self.high = high
-        self.low = low
+    def __init__(self, high: Any, low: Any, packed: Packed | None = None) -> None:
+        self._high = high
+        self._low = low
+        self.packed = packed
+
+    @property
+    def high(self) -> Any:
+        return self._high if self.packed is None else self.packed.part(self._high)
+
+    @property
+    def low(self) -> Any:
+        return self._low if self.packed is None else self.packed.part(self._low)
 
     @property
     def is_traced(self) -> bool:
+        if self.packed is not None:
+            return is_tracer(self.packed.vector)
         return is_tracer(self.high) or is_tracer(self.low)
 
     @property
@@ -162,6 +177,125 @@ def parts_of(value: Any) -> tuple[Any, Any]:
         return value, 0.0
     high = ctypes.c_float(value).value
     return high, value - high if math.isfinite(high) else 0.0
+
+
+def at(vector: Any, k: int) -> Any:
+    """Return an element of a vector, or of each of many; without the checks of indexing."""
+    if isinstance(vector, np.ndarray):
+        return vector[..., k]
+    lax = cast(Any, sys.modules["jax"]).lax
+    return lax.index_in_dim(vector, k, vector.ndim - 1, keepdims=False)
+
+
+class Packed(ABC):
+    """The numbers and the counts of a leaf in one vector, since JAX takes time for each array.
+
+    First the high parts of the numbers, then the low parts, then each count as two whole numbers,
+    of which the second is below 2**16: floats, so that derivatives by the numbers go through.
+    """
+
+    __slots__ = ()
+
+    @property
+    @abstractmethod
+    def vector(self) -> Any:
+        """Return the vector."""
+
+    @property
+    @abstractmethod
+    def length(self) -> int:
+        """Return how many numbers there are."""
+
+    def holds_arrays(self) -> bool:
+        """Tell whether the vector is one; JAX builds trees of anything."""
+        vector = self.vector
+        return (isinstance(vector, np.ndarray) or is_jax(vector)) and vector.ndim > 0
+
+    def part(self, k: int) -> Any:
+        return at(self.vector, k) if self.holds_arrays() else self.vector
+
+    def numbers(self) -> list[Any]:
+        """Return the numbers: those of Python, if they are known."""
+        n = self.length
+        if n and self.holds_arrays() and not is_tracer(self.vector) and self.vector.ndim == 1:
+            vector = np.asarray(self.vector)
+            return [number_of(vector[k], vector[n + k]) for k in range(n)]
+        return [Number(k, n + k, self) for k in range(n)]
+
+    def count(self, k: int, like: Any) -> Any:
+        """Return a count, by the library of `like`, an array of the state."""
+        if not self.holds_arrays():
+            return self.vector
+        vector, high = self.vector, 2 * (self.length + k)
+        if isinstance(vector, np.ndarray):
+            count = vector[..., high].astype(np.int64) * _BASE + vector[..., high + 1].astype(int)
+            jax = cast(Any, sys.modules.get("jax"))
+            return jax.numpy.asarray(count) if is_jax(like) else np.asarray(count)
+        whole = np.int32 if vector.dtype == np.float32 else np.int64
+        return at(vector, high).astype(whole) * _BASE + at(vector, high + 1).astype(whole)
+
+    def counts(self) -> Any:
+        """Return the end of the vector, where the counts are."""
+        vector = self.vector
+        if isinstance(vector, np.ndarray):
+            return vector[..., 2 * self.length :]
+        lax = cast(Any, sys.modules["jax"]).lax
+        axis = vector.ndim - 1
+        return lax.slice_in_dim(vector, 2 * self.length, vector.shape[axis], axis=axis)
+
+    def counting(self, counts: Sequence[Any]) -> Any:
+        """Return the vector with other counts, which are known or have its leading axes."""
+        if not counts:
+            return self.vector
+        end = parts_of_counts(counts, self.vector.dtype)
+        if isinstance(end, np.ndarray) and not is_tracer(self.vector):
+            return np.concatenate([np.asarray(self.vector)[..., : 2 * self.length], end], axis=-1)
+        jax = cast(Any, sys.modules["jax"])
+        vector = jax.numpy.asarray(self.vector)
+        numbers = jax.lax.slice_in_dim(vector, 0, 2 * self.length, axis=vector.ndim - 1)
+        return jax.numpy.concatenate([numbers, end], axis=-1)
+
+
+_BASE = 2**16
+
+
+def doubles_of(vector: Any, n: int) -> Any:
+    """Return the `n` numbers of a vector in double; to be called within `double`."""
+    lax, wide = cast(Any, sys.modules["jax"]).lax, vector.astype(np.float64)
+    axis = wide.ndim - 1
+    return lax.slice_in_dim(wide, 0, n, axis=axis) + lax.slice_in_dim(wide, n, 2 * n, axis=axis)
+
+
+def packed(numbers: Sequence[Any], counts: Sequence[Any], end: Any = None) -> Any:
+    """Return the vector of numbers and counts, or of numbers and the end of another vector.
+
+    It is NumPy's where all are known, in double, so that nothing is lost before JAX takes it.
+    """
+    parts = [*zip(*map(parts_of, numbers), strict=True)] or [(), ()]
+    flat = [*parts[0], *parts[1]]
+    if not any(map(is_tracer, (*flat, *counts, end))):
+        if end is None:
+            end = parts_of_counts(counts, np.float64)
+        return np.concatenate([np.array([*map(float, flat)], np.float64), np.asarray(end)])
+    jnp = cast(Any, sys.modules["jax"]).numpy
+    real = jnp.result_type(float)
+    if end is None:
+        end = parts_of_counts(counts, real)
+    firsts = [jnp.asarray(part, real).reshape(1) for part in flat]
+    return jnp.concatenate([*firsts, jnp.asarray(end, real)])
+
+
+def parts_of_counts(counts: Sequence[Any], dtype: Any) -> Any:
+    """Return the two parts of each count, one after the other, along the last axis."""
+    if not any(map(is_jax, counts)):
+        whole = np.stack([*map(np.asarray, counts)], axis=-1) if counts else np.zeros(0, np.int64)
+        parts = np.stack([whole >> 16, whole & (_BASE - 1)], axis=-1)
+        return parts.reshape(*whole.shape[:-1], 2 * len(counts)).astype(dtype)
+    jnp = cast(Any, sys.modules["jax"]).numpy
+    if not any(map(is_tracer, counts)) and all(np.ndim(count) == 0 for count in counts):
+        return parts_of_counts([np.asarray(count) for count in counts], dtype)
+    halves = [half for t in map(jnp.asarray, counts) for half in (t >> 16, t & (_BASE - 1))]
+    return jnp.stack([half.astype(dtype) for half in halves], axis=-1)
 
 
 def number_of(high: Any, low: Any) -> Any:
@@ -290,13 +424,72 @@ def _settled(value: Any) -> Any:
     return value if type(value) is not Number or holds_traced(value) else value.value()
 
 
-def lifted(value: Any) -> Any:
-    """Return a traced number in double; to be called within `double`."""
-    return map_state(_lifted, value, into=(tuple, list))
+def common_vector(rule: Any) -> Packed | None:
+    """Return what holds all traced numbers of a rule, if one vector of a leaf does."""
+    found: Packed | None = None
+    for part in parts_of_state(tuple(attributes(rule).values()), (tuple, list)):
+        if type(part) is Number:
+            if part.packed is None or (found is not None and part.packed is not found):
+                return None
+            found = part.packed
+        elif is_jax(part):
+            return None
+    return found if found is not None and is_tracer(found.vector) else None
 
 
-def _lifted(value: Any) -> Any:
+def differentiated_in_double(function: Callable[..., Array]) -> Callable[..., Array]:
+    """Return a function that may compute in double, and whose derivatives then do, too.
+
+    JAX may differentiate what it has traced later, when it is not set to 64 bits any more. Its own
+    derivatives of doubles are then rounded on the way.
+    """
+    jax = cast(Any, sys.modules["jax"])
+    made: Any = jax.custom_jvp(function)
+
+    def derivative(given: tuple[Any, ...], tangents: tuple[Any, ...]) -> Any:
+        n = len(given)
+        both = differentiated_in_double(lambda *args: jax.jvp(function, args[:n], args[n:]))
+        return both(*given, *tangents)
+
+    made.defjvp(derivative)
+    return cast("Callable[..., Array]", made)
+
+
+def lifting() -> Callable[[Any], Any]:
+    """Return what makes doubles of traced numbers; to be called, and used, within `double`."""
+    known: dict[int, Any] = {}  # the numbers of a vector in double, so that each is cast once
+    return lambda value: map_state(partial(_lifted, known), value, into=(tuple, list))
+
+
+class _Place(int):
+    """Stands for a number in the vector of a leaf, without holding it: the position there."""
+
+
+def detached(value: Any) -> Any:
+    """Return a value with places instead of the numbers of a vector."""
+
+    def place(part: Any) -> Any:
+        return _Place(part._high) if type(part) is Number else part
+
+    return map_state(place, value, into=(tuple, list))
+
+
+def attaching(vector: Any, length: int) -> Callable[[Any], Any]:
+    """Return what puts doubles from a vector in these places; called and used within `double`."""
+    doubles = doubles_of(vector, length)
+
+    def number(part: Any) -> Any:
+        return at(doubles, part) if type(part) is _Place else part
+
+    return lambda value: map_state(number, value, into=(tuple, list))
+
+
+def _lifted(known: dict[int, Any], value: Any) -> Any:
     if type(value) is Number:
+        if (packed := value.packed) is not None and is_jax(packed.vector):
+            if id(packed) not in known:
+                known[id(packed)] = doubles_of(packed.vector, packed.length)
+            return at(known[id(packed)], value._high)
         jnp = sys.modules["jax"].numpy
         return sum(jnp.asarray(part).astype(jnp.float64) for part in (value.high, value.low))
     if is_tracer(value) and value.dtype.kind == "f":

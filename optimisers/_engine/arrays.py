@@ -26,12 +26,14 @@ from .._arrays.library import (
 )
 from .._arrays.sharing import carry, overlap
 from .._arrays.states import map_state, parts_of_state
-from .._arrays.traced import Number, with_attributes
+from .._arrays.traced import Number, is_tracer, with_attributes
+from .._pytree import Crossed
 from .._trees.nodes import children, rebuild
 from ..rules._base import ANEW, ElementwiseRule, Rule
 from ..rules._numbers import moved, read_only
 from .batch import Batch, Call, Update, note
 from .gradients import checked, named
+from .traced import Steps
 
 Array = Any
 
@@ -47,6 +49,7 @@ class ArrayBatch:
     def __init__(self, update: Update) -> None:
         self.update = update
         self.gs: dict[int, Array] = {}
+        self.steps = Steps(evaluate)
         self.stored: list[tuple[int, Array, Array]] = []
         """Indices, arrays of their parameters or states, and what is to be written into these."""
         self.new_x: dict[int, Array] = {}
@@ -77,7 +80,7 @@ class ArrayBatch:
     def _evaluate(self, k: int, g: Array) -> None:
         """Evaluate a leaf, and say what is to be written where; write nothing."""
         update, leaf, x = self.update, self.update.leaves[k], self.update.xs[k]
-        made, new = _evaluated(update, k, g)
+        made, new = _evaluated(self.steps, update, k, g)
         library = library_for(x)
         if update.in_place:
             library.refuse_write(x, new, update.path(k))
@@ -87,6 +90,7 @@ class ArrayBatch:
         elif new is not None:
             self.new_x[k] = library.like(x, of_class(x, new))
         if update.in_place:
+            made = made.state() if type(made) is Crossed else made
             made, writes = rewritten(leaf.state, made)
             self.stored += [(k, *write) for write in writes]
         self.new_state[k] = made
@@ -114,16 +118,17 @@ class ArrayBatch:
         return []
 
 
-def _evaluated(update: Update, k: int, g: Array) -> tuple[Any, Array | None]:
+def _evaluated(steps: Steps, update: Update, k: int, g: Array) -> tuple[Any, Array | None]:
     """Return the state and the parameter that a step makes; what it raises has the path."""
     leaf, x = update.leaves[k], update.xs[k]
     others = [
         checked(h[k], leaf, x, derivative)
         for h, derivative in named(update.higher, k, update.path_of)
     ]
-    refuse_masked_state(leaf.state, update.path(k))
+    if not is_tracer(x):
+        refuse_masked_state(leaf.state, update.path(k))
     try:
-        return evaluate(leaf.rule, leaf.state, x, [g, *others])
+        return steps.evaluate(leaf, x, [g, *others])
     except FloatingPointError as error:
         raise FloatingPointError(f"at {update.path_of(k)}: {error}") from error
     except Exception as error:

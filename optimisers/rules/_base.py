@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import itertools
 import typing
 from abc import ABC, abstractmethod
 from collections import namedtuple
@@ -12,13 +13,23 @@ from collections.abc import Collection, Iterable, Iterator
 from types import FunctionType
 from typing import Any, ClassVar, Self
 
-from .._arrays.library import library_for
+import numpy as np
+
+from .._arrays.library import library_for, namespace
 from .._arrays.traced import (
     Maybe,
+    Packed,
+    at,
+    attaching,
     chosen,
+    common_vector,
+    detached,
+    differentiated_in_double,
     double,
-    lifted,
+    is_jax,
+    is_tracer,
     lifted_count,
+    lifting,
     needs_double,
     promoting,
     settled,
@@ -391,6 +402,8 @@ class ElementwiseRule(Rule):
         cls.counts = "t" in inspect.signature(cls.coefs).parameters
         names = (*cls.slots, "t") if cls.counts else cls.slots
         state = namedtuple(f"{cls._shown_as}State", names)  # type: ignore[misc]
+        if cls.counts:
+            setattr(state, "keeps_count", True)  # noqa: B010 (in its last part; see `_pytree`)
         state.__module__, state.__qualname__ = cls.__module__, f"{cls.__qualname__}.State"
         cls.State = state
 
@@ -456,12 +469,40 @@ class ElementwiseRule(Rule):
     def _coefs_for(self, x: Any, t: Any) -> tuple[Any, ...]:
         """Return the numbers that the step needs at count `t`, computed in double, cast once."""
         if needs_double(self, t):
+            if (packed := common_vector(self)) is not None and is_jax(x):
+                return self._coefs_of(packed, x, t)
             with double():
-                rule, t = with_attributes(self, lifted), lifted_count(t)
+                rule, t = with_attributes(self, lifting()), lifted_count(t)
                 return cast_like(x, numbers(rule, t))
         rule = with_attributes(self, settled)
         t = None if t is None else library_for(t).number_of(t)
         return cast_like(x, numbers(rule, t))
+
+    def _coefs_of(self, packed: Packed, x: Any, t: Any) -> tuple[Any, ...]:
+        """Return the numbers of the step where those of the rule are in the vector of a leaf."""
+        # What JAX keeps of this function must not hold a tracer.
+        real, xp, length = np.empty(0, x.dtype).real.dtype, namespace(x), packed.length
+        places = with_attributes(self, detached)
+        known: list[Any] = []
+
+        def traced(vector: Any, *counts: Any) -> Any:
+            with double():
+                rule = with_attributes(places, attaching(vector, length))
+                t = counts[0].astype(np.int64) if counts else None
+                coefs = numbers(rule, t)
+                known[:] = [None if is_tracer(n) else float(n) for n in coefs]
+                # In one vector they are one function of what XLA compiles, and not one each.
+                made = [n.astype(np.float64) for n in coefs if is_tracer(n)]
+                return (xp.stack(made) if made else xp.zeros(0)).astype(real)
+
+        if t is None:
+            found = differentiated_in_double(traced)(packed.vector)
+        else:
+            with double():  # a count of floats, since whole numbers have no derivatives
+                wide = xp.asarray(t).astype(np.float64)
+            found = differentiated_in_double(traced)(packed.vector, wide)
+        order = itertools.count()
+        return tuple(at(found, next(order)) if n is None else n for n in known)
 
 
 def class_names(rule: Rule) -> Iterator[str]:

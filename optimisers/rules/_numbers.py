@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,8 @@ from .._arrays.library import (
     widened,
 )
 from .._arrays.states import map_state
-from ..words import maximum, minimum
+from .._arrays.traced import is_tracer
+from ..words import ema_weight, maximum, minimum
 
 if TYPE_CHECKING:
     from ._base import Rule
@@ -51,8 +53,10 @@ def moved(rule: Rule, state: Any, x: Any, *gs: Any) -> tuple[Any, Any]:
     if not (rule._widens and is_narrow(x)):
         return rule.move(state, x, *gs)
     wide = (read_only(widened(a)) for a in (x, *gs))
-    made, new = rule.move(map_state(widened, state, wide=False), *wide)
-    return map_state(_narrowed, state, made, wide=False), None if new is None else as_like(x, new)
+    made, new = rule.move(map_state(widened, state, whole="is_wide"), *wide)
+    return map_state(_narrowed, state, made, whole="is_wide"), None if new is None else as_like(
+        x, new
+    )
 
 
 def applied(rule: Rule, state: Any, x: Any, *gs: Any) -> tuple[Any, Any]:
@@ -60,8 +64,8 @@ def applied(rule: Rule, state: Any, x: Any, *gs: Any) -> tuple[Any, Any]:
     if not (rule._widens and is_narrow(x)):
         return rule.apply(state, x, *gs)
     wide = (read_only(widened(a)) for a in (x, *gs))
-    made, dx = rule.apply(map_state(widened, state, wide=False), *wide)
-    return map_state(_narrowed, state, made, wide=False), dx
+    made, dx = rule.apply(map_state(widened, state, whole="is_wide"), *wide)
+    return map_state(_narrowed, state, made, whole="is_wide"), dx
 
 
 def _narrowed(old: Any, new: Any) -> Any:
@@ -144,6 +148,27 @@ def counted(t: Any) -> Any:
     where a count stops; one that went over to negative numbers would stop the parameter.
     """
     return library_for(t).counted(t, largest_count(t))
+
+
+def root(x: Any) -> Any:
+    """Return the square root of a number of `coefs`.
+
+    While JAX traces, by its own function: the derivative of its power in double is refused where
+    JAX takes it later, as of a loop.
+    """
+    return sys.modules["jax"].lax.sqrt(x) if is_tracer(x) else x**0.5
+
+
+def inverse_root(x: Any) -> Any:
+    """Return one over the square root of a number of `coefs`, like `root`."""
+    return sys.modules["jax"].lax.rsqrt(x) if is_tracer(x) else x**-0.5
+
+
+def ema_scale(beta: Any, t: Any) -> Any:
+    """Return one over the square root of ``ema_weight(beta, t)``, in one call for plain numbers."""
+    if type(beta) is float and type(t) is int:
+        return (1.0 - beta**t) ** -0.5
+    return inverse_root(ema_weight(beta, t))
 
 
 def cast_like(x: Any, numbers: Iterable[Any]) -> tuple[Any, ...]:

@@ -42,6 +42,11 @@ class AccumGradState(NamedTuple):
         """Tell that its arrays are not rounded to a parameter of narrow numbers."""
         return True
 
+    @staticmethod
+    def keeps_count() -> bool:
+        """Tell that its last part is a count; see `_pytree`."""
+        return True
+
 
 @dataclass(frozen=True)
 class AccumGrad(Rule):

@@ -15,6 +15,7 @@ from ..words import (
 )
 from ._base import Array, Arrays, ElementwiseRule, Numbers, Stepped
 from ._fields import Decays, Finite, NonNegative
+from ._numbers import ema_scale, inverse_root, root
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class Adam(ElementwiseRule):
 
     def coefs(self, t: Any) -> Numbers:
         b1, b2 = self.beta
-        rate, scale = self.eta / ema_weight(b1, t), ema_weight(b2, t) ** -0.5
+        rate, scale = self.eta / ema_weight(b1, t), ema_scale(b2, t)
         return b1, 1 - b1, b2, 1 - b2, rate, scale, self.epsilon
 
     @staticmethod
@@ -126,7 +127,7 @@ class AdamW(ElementwiseRule):
 
     def coefs(self, t: Any) -> Numbers:
         b1, b2 = self.beta
-        rate, scale = self.eta / ema_weight(b1, t), ema_weight(b2, t) ** -0.5
+        rate, scale = self.eta / ema_weight(b1, t), ema_scale(b2, t)
         decay = where(self.couple, self.eta * self.lambda_, self.lambda_)
         return b1, 1 - b1, b2, 1 - b2, rate, scale, self.epsilon, decay
 
@@ -193,8 +194,8 @@ class RAdam(ElementwiseRule):
         r = r_inf - 2 * t * (1 - seen) / seen
         adaptive = r > 4
         r, r_inf = where(adaptive, r, 5.0), where(adaptive, r_inf, 5.0)
-        rectifier = ((r - 4) * (r - 2) * r_inf / ((r_inf - 4) * (r_inf - 2) * r)) ** 0.5
-        rate, scale = self.eta * rectifier / ema_weight(b1, t), seen**-0.5
+        rectifier = root((r - 4) * (r - 2) * r_inf / ((r_inf - 4) * (r_inf - 2) * r))
+        rate, scale = self.eta * rectifier / ema_weight(b1, t), inverse_root(seen)
         adapt = where(adaptive, 1.0, 0.0)
         return b1, 1 - b1, b2, 1 - b2, rate, scale, self.epsilon, adapt, 0.0, 1.0
 
@@ -314,7 +315,7 @@ class NAdam(ElementwiseRule):
         b1, b2 = self.beta
         rate_m = self.eta * b1 / ema_weight(b1, t + 1)
         rate_g = self.eta * (1 - b1) / ema_weight(b1, t)
-        scale = (b2 / ema_weight(b2, t)) ** 0.5
+        scale = root(b2 / ema_weight(b2, t))
         return b1, 1 - b1, b2, 1 - b2, rate_m, rate_g, scale, self.epsilon
 
     @staticmethod
@@ -371,7 +372,7 @@ class OAdam(ElementwiseRule):
 
     def coefs(self, t: Any) -> Numbers:
         b1, b2 = self.beta
-        rate, scale = self.eta / ema_weight(b1, t), ema_weight(b2, t) ** -0.5
+        rate, scale = self.eta / ema_weight(b1, t), ema_scale(b2, t)
         return b1, 1 - b1, b2, 1 - b2, rate, scale, self.epsilon, 2.0
 
     @staticmethod
@@ -494,7 +495,7 @@ class AdaBelief(ElementwiseRule):
 
     def coefs(self, t: Any) -> Numbers:
         b1, b2 = self.beta
-        rate, scale = self.eta / ema_weight(b1, t), ema_weight(b2, t) ** -0.5
+        rate, scale = self.eta / ema_weight(b1, t), ema_scale(b2, t)
         return b1, 1 - b1, b2, 1 - b2, rate, scale, self.epsilon
 
     @staticmethod

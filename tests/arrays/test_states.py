@@ -75,7 +75,7 @@ def test_a_state_whose_parts_stay_is_returned_itself():
 
 def test_other_containers_are_parts():
     assert map_state(repr, ([1], (2,)), into=(tuple,)) == ("[1]", ("2",))
-    assert map_state(twice, (1, Wide(1)), wide=False) == (2, Wide(1))
+    assert map_state(repr, (1, Wide(1)), whole="is_wide") == ("1", "Wide(a=1)")
     assert map_state(twice, (1, Wide(1))) == (2, Wide(2))
 
 

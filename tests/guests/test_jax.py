@@ -369,7 +369,7 @@ def test_numbers_of_users_rules():
         setup(DecayDescent(power=2), x)
     )
     assert structure_of(setup(Steep(1.0), x)) != structure_of(setup(Steep(2.0), x))
-    assert len(leaves_of(setup(Handmade(0.1, 0.2), x))) == 4
+    assert [len(p) for p in leaves_of(setup(Handmade(0.1, 0.2), x))] == [4]
     by_array = setup(Handmade(np.array([1.0, 2.0])), x)
     assert repr(tree_map(lambda a: a, by_array).rule.rates) == repr([np.array([1.0, 2.0])])
     _, new = jax.jit(update)(by_array, x, x)
