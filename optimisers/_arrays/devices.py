@@ -33,6 +33,8 @@ class DeviceLibrary(Library):
     """How a user brings an array of the host to the device."""
     stays = False
     """Whether an array has the same memory and layout as long as it lives."""
+    loses_memory = False
+    """Whether an array that lives may have given its memory back (see `refuse_lost`)."""
 
     def is_on_device(self, x: Array) -> bool:
         return True

@@ -600,11 +600,10 @@ def by_views(xs: Sequence[Any], among: Sequence[int]) -> tuple[Any, list[int]]:
 
     None and nothing if there are no such arrays among those at the positions given.
     """
-    classes = {
-        cls: library
-        for cls in {type(xs[k]) for k in among}
-        if (library := library_of_class(cls)) is not None and library.by_views
-    }
+    classes = {}
+    for cls in {*map(type, map(xs.__getitem__, among))}:
+        if (library := library_of_class(cls)) is not None and library.by_views:
+            classes[cls] = library
     if not classes:
         return None, []
     return next(iter(classes.values())), [k for k in among if type(xs[k]) in classes]

@@ -42,6 +42,7 @@ class Torch(DeviceLibrary):
     to_device = ".cuda()"
     has_views = True
     by_views = True
+    loses_memory = True
     keeps_order = True
     reads_bytes = True
     sums_ties = True

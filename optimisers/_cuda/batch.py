@@ -18,7 +18,7 @@ import numpy as np
 from .._arrays import devices
 from .._arrays.devices import DeviceLibrary as Library
 from .._arrays.dtypes import itemsize
-from .._arrays.library import by_views, library_for, maywrite
+from .._arrays.library import library_for, maywrite
 from .._arrays.states import parts_of_state
 from .._leaf import Item
 from .._messages.text import short
@@ -54,83 +54,6 @@ class _Group:
         """Whether the launch had the same rows before."""
 
 
-class CudaBatch:
-    """Leaves that the CUDA kernels update: a batch, as `_engine.batch` has it, and its protocol."""
-
-    name = "cuda"
-
-    def __init__(self, update: Update, blank: Callable[[Any], Any]) -> None:
-        self.update = update
-        self.rows = Rows(None if update.in_place else blank)
-
-    @property
-    def failed(self) -> int:
-        return self.rows.failed
-
-    def gather(self, ks: Sequence[int]) -> list[int]:
-        return [k for k in ks if not self._take(k)]
-
-    def _take(self, k: int) -> bool:
-        """Take one leaf if it is on a device; tell whether this is its end."""
-        update, leaf, x = self.update, self.update.leaves[k], self.update.xs[k]
-        if leaf.job is not None:
-            update.refuse_given_back(k)
-            if self.rows.try_repeat(k, leaf, x, update.gs[k]):
-                return True
-        if devices.library(x) is None:
-            return False
-        g = update.gradient(k)
-        if g is None:
-            return True
-        try:
-            if self.rows.take(k, leaf, x, g, update.path(k)):
-                return True
-            if not library_for(x).computes:
-                raise TypeError(
-                    f"at {update.path_of(k)}: {short(leaf.rule)} cannot update an array of Numba "
-                    f"of shape {tuple(x.shape)} and dtype {x.dtype}. Kernels take float32 and "
-                    "float64, others inside MixedPrecision, and rules of the library or with a "
-                    "`step`; for anything else make the parameters arrays of CuPy or tensors of "
-                    "PyTorch. If the rule is one of these, the state is not of this parameter: "
-                    "call setup anew with this model"
-                )
-        except Exception as error:
-            error.add_note(f"raised by {leaf.rule!r} at {update.path_of(k)}; nothing was updated")
-            raise
-        return False
-
-    def indices(self) -> list[int]:
-        return self.rows.places()
-
-    def nonfinite(self) -> list[int]:
-        gradients = [self.update.gs, *self.update.higher]
-        return [k for k in self.indices() if self.update.is_bad(k, gradients)]
-
-    def settle(self, before: Sequence[Batch]) -> tuple[int, int] | None:
-        return self.rows.settle()
-
-    def measure(self) -> None:
-        self.rows.measure()
-
-    def calls(self) -> list[Call]:
-        return self.rows.calls()
-
-    def may_write(self, arrays: Sequence[Array]) -> bool:
-        return True
-
-    def written(self) -> list[tuple[int, Array]]:
-        return [(k, self.update.xs[k]) for k in self.indices()]
-
-    def results(self) -> tuple[dict[int, Array], dict[int, Any]]:
-        new_x = {
-            k: library_for(new).like(self.update.xs[k], new) for k, new in self.rows.new_x.items()
-        }
-        return new_x, self.rows.new_state
-
-    def unrecorded(self) -> list[Any]:
-        return [self.update.xs[k] for k in by_views(self.update.xs, self.indices())[1]]
-
-
 class Rows:
     """Leaves to be updated together: those of one `Kind` are rows of the table of one launch.
 
@@ -140,6 +63,9 @@ class Rows:
         Given a state, returns an empty one of the same form, which the run then fills, as it fills
         a new array for each parameter. None updates in place.
     """
+
+    failed = -1
+    """The place where `measure` raised."""
 
     def __init__(self, blank: Callable[[Any], Any] | None) -> None:
         self.blank = blank
@@ -155,7 +81,6 @@ class Rows:
         self.lasting: list[tuple[Job, Any, Array, Array]] = []
         """Jobs that their leaves are to keep, with those, parameters and gradients."""
         self.streams: dict[tuple[str, int], int] = {}
-        self.failed = -1
         self.on = _call_on if _launch.devices() > 1 else _call
 
     def plan(self, rule: Any) -> Plan | None:
@@ -164,18 +89,9 @@ class Rows:
             self.last_rule, self.last_plan = rule, plan_of(rule)
         return self.last_plan
 
-    def places(self) -> list[int]:
+    def indices(self) -> list[int]:
         """Return the places taken."""
         return [job.place for job in self.jobs]
-
-    def try_repeat(self, place: int, leaf: Any, x: Array, g: Array) -> bool:
-        """Take a leaf that has a job from its last step, if that is to be done again."""
-        job: Job | None = leaf.job
-        if job is None or self.blank is not None or not job.try_repeat(leaf, x, g):
-            return False
-        job.place = place
-        self._add(job, job.kind.program, x)
-        return True
 
     def take(self, place: int, leaf: Any, x: Array, g: Array, where: Callable[[], str]) -> bool:
         """Take one leaf if the kernels can; tell whether.
@@ -258,7 +174,7 @@ class Rows:
 
     # --- before anything is written ----------------------------------------------------------
 
-    def settle(self) -> tuple[int, int] | None:
+    def settle(self, before: Sequence[Batch] = ()) -> tuple[int, int] | None:
         """Compile and send what the run needs, and see that nothing is written that is read.
 
         Gradients that lie in memory which the run writes are copied. Where two leaves would write
@@ -391,6 +307,80 @@ class Rows:
                 calls.append((operator.setitem, count, ..., value))
         calls += [(keep_job, *entry) for entry in self.lasting]
         return calls
+
+
+class CudaBatch(Rows):
+    """Leaves that the CUDA kernels update: a batch, as `_engine.batch` has it, and its protocol.
+
+    It is its rows, since each call in between is a part of what a step on a device costs.
+    """
+
+    name = "cuda"
+
+    def __init__(self, update: Update, blank: Callable[[Any], Any]) -> None:
+        super().__init__(None if update.in_place else blank)
+        self.update = update
+
+    def gather(self, ks: Sequence[int]) -> list[int]:
+        update, rest = self.update, []
+        leaves, xs, gs, repeats = update.leaves, update.xs, update.gs, self.blank is None
+        for k in ks:
+            leaf, x = leaves[k], xs[k]
+            job: Job | None = leaf.job
+            if job is not None:
+                if job.lib.loses_memory:
+                    update.refuse_given_back(k)
+                if repeats and job.try_repeat(leaf, x, gs[k]):
+                    job.place = k
+                    self._add(job, job.kind.program, x)
+                    continue
+            if not self._take(k):
+                rest.append(k)
+        return rest
+
+    def _take(self, k: int) -> bool:
+        """Take one leaf if it is on a device; tell whether this is its end."""
+        update, leaf, x = self.update, self.update.leaves[k], self.update.xs[k]
+        if devices.library(x) is None:
+            return False
+        g = update.gradient(k)
+        if g is None:
+            return True
+        try:
+            if self.take(k, leaf, x, g, update.path(k)):
+                return True
+            if not library_for(x).computes:
+                raise TypeError(
+                    f"at {update.path_of(k)}: {short(leaf.rule)} cannot update an array of Numba "
+                    f"of shape {tuple(x.shape)} and dtype {x.dtype}. Kernels take float32 and "
+                    "float64, others inside MixedPrecision, and rules of the library or with a "
+                    "`step`; for anything else make the parameters arrays of CuPy or tensors of "
+                    "PyTorch. If the rule is one of these, the state is not of this parameter: "
+                    "call setup anew with this model"
+                )
+        except Exception as error:
+            error.add_note(f"raised by {leaf.rule!r} at {update.path_of(k)}; nothing was updated")
+            raise
+        return False
+
+    def nonfinite(self) -> list[int]:
+        gradients = [self.update.gs, *self.update.higher]
+        return [k for k in self.indices() if self.update.is_bad(k, gradients)]
+
+    def may_write(self, arrays: Sequence[Array]) -> bool:
+        return True
+
+    def written(self) -> list[tuple[int, Array]]:
+        return [(k, self.update.xs[k]) for k in self.indices()]
+
+    def results(self) -> tuple[dict[int, Array], dict[int, Any]]:
+        xs = self.update.xs
+        for k, new in self.new_x.items():
+            self.new_x[k] = library_for(new).like(xs[k], new)
+        return self.new_x, self.new_state
+
+    def unrecorded(self) -> list[Any]:
+        return [self.update.xs[job.place] for job in self.jobs if job.lib.by_views]
 
 
 def summed(a: Array, b: Array) -> Array:

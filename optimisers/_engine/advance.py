@@ -179,10 +179,11 @@ def _made(
         unrecorded: list[Any] = []
         for batch in batches:
             calls += batch.calls()
-            for all_new, new in zip((new_x, new_state), batch.results(), strict=True):
-                all_new.update(new)
+            made_x, made_state = batch.results()
+            new_x.update(made_x)
+            new_state.update(made_state)
             unrecorded += batch.unrecorded()
-        if update.in_place:
+        if update.in_place and skipped:
             leaves = update.leaves
             calls += [(setattr, leaves[k], "skipped", leaves[k].skipped + 1) for k in skipped]
         if beside is not None:

@@ -214,12 +214,13 @@ class KernelBatch:
         except Exception as error:
             note_failed(error, self.batch, update.leaves, update.path_of)
             raise
-        return [k for k in rest if not self._take(k)]
+        leaves = update.leaves
+        return [k for k in rest if leaves[k].job is not None or not self._take(k)]
 
     def _take(self, k: int) -> bool:
         """Take a leaf after all, now that its gradient is plain; tell whether this is its end."""
         leaf, x = self.update.leaves[k], self.update.xs[k]
-        if leaf.job is not None or devices.library(x) is not None:
+        if devices.library(x) is not None:
             return False
         g = self.update.gradient(k)
         if g is None:

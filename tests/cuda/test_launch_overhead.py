@@ -1,8 +1,8 @@
 """The measurement of what a step of device arrays costs on the host runs, on small sizes.
 
 It needs no GPU, but a process of its own, since a stub takes the place of Numba's driver. It checks
-itself that a step is one launch; how long that takes is not looked at here: no test depends on the
-speed of a machine.
+itself that a step is one launch, and how many functions of Python it calls; how long that takes is
+not looked at here: no test depends on the speed of a machine.
 """
 
 from __future__ import annotations
