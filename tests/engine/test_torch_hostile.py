@@ -27,9 +27,9 @@ from optimisers import (
     update,
     update_,
 )
-from optimisers._arrays import torch as _torch
 
 torch: Any = pytest.importorskip("torch")
+_torch: Any = importlib.import_module("optimisers._arrays.torch")
 Optimizer: Any = importlib.import_module("optimisers.torch").Optimizer
 
 quick = pytest.mark.skipif(_torch._viewer() is None, reason="this PyTorch describes no tensors")
