@@ -88,7 +88,8 @@ class Leaf(Item):
     if not TYPE_CHECKING:  # type checkers know what there is
 
         def __getattr__(self, name: str) -> Any:
-            if (crossed := self.crossed) is not None and name in ("rule", "state"):
+            crossed = getattr(self, "crossed", None) if name in ("rule", "state") else None
+            if crossed is not None:
                 if name == "rule":
                     self.rule = rule = crossed.rule()
                     return rule

@@ -21,17 +21,16 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
-import numpy as np
-
-from ._arrays.library import isnumeric, library_for
+from ._arrays.library import library_for
 from ._arrays.states import map_state, parts_of_state
 from ._arrays.traced import (
     Number,
     Packed,
     attributes,
-    is_jax,
-    is_tracer,
+    is_count,
+    is_one_float,
     number_of,
+    of_jax,
     parts_of,
 )
 from ._arrays.traced import packed as pack
@@ -97,7 +96,7 @@ def _split_rule(rule: Rule, found: _Found) -> Spec:
 def _split(value: Any, default: Any, found: _Found) -> Spec:
     """Note the numbers in a value, and return how to make the value of them."""
     cls = type(value)
-    if _can_be_packed(value) or (cls is int and isinstance(default, float)):
+    if is_one_float(value) or (cls is int and isinstance(default, float)):
         found.packed.append(value)
         return (_PACKED,)
     if cls is Number or library_for(value).enters_jax(value):
@@ -114,18 +113,6 @@ def _split(value: Any, default: Any, found: _Found) -> Spec:
         if any(spec[0] != _STATIC for spec in specs):
             return _SEQUENCE, cls, specs
     return _STATIC, cls, value
-
-
-def _can_be_packed(value: Any) -> bool:
-    """Tell whether a value is one float, of Python, NumPy or JAX."""
-    if isinstance(value, (float, np.floating)):
-        return True
-    parts = (value.high, value.low) if type(value) is Number else (value,)
-    return all(
-        isinstance(part, (float, np.floating))
-        or (is_jax(part) and part.ndim == 0 and isnumeric(part) and part.dtype.kind != "c")
-        for part in parts
-    )
 
 
 @functools.lru_cache(maxsize=1024)
@@ -181,7 +168,7 @@ def _without_counts(state: Any) -> tuple[Any, list[Any]]:
     counts: list[Any] = []
 
     def emptied(part: Any) -> Any:
-        if hasattr(type(part), "keeps_count") and _is_count(part[-1]):
+        if hasattr(type(part), "keeps_count") and is_count(part[-1]):
             counts.append(part[-1])
             return type(part)._make((*part[:-1], None))
         return part
@@ -189,16 +176,10 @@ def _without_counts(state: Any) -> tuple[Any, list[Any]]:
     return map_state(emptied, state, into=tuple, whole="keeps_count"), counts
 
 
-def _is_count(t: Any) -> bool:
-    if isinstance(t, (np.ndarray, np.generic)) or is_jax(t):
-        return t.ndim == 0 and t.dtype.kind in "iu"
-    return type(t) is int
-
-
 def _with_counts(state: Any, packed: Packed) -> Any:
     """Return a state that has its counts again."""
     places = itertools.count()
-    like = next((part for part in parts_of_state(state, tuple) if is_jax(part)), None)
+    like = next(iter(of_jax(parts_of_state(state, tuple))), None)
 
     def filled(part: Any) -> Any:
         if hasattr(type(part), "keeps_count") and part[-1] is None:
@@ -245,11 +226,6 @@ class Crossed(Packed):
     def drop_state(self) -> None:
         """Forget the state, which the leaf has whole from now on."""
         self.children = *self.children[:-1], None
-
-    @property
-    def is_traced(self) -> bool:
-        """Tell whether JAX knows the numbers and counts only later."""
-        return is_tracer(self.vector)
 
     def is_all_of(self, leaf: Any) -> bool:
         """Tell whether a leaf has neither got another rule nor another state."""

@@ -23,7 +23,7 @@ import numbers
 import operator
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from types import SimpleNamespace
@@ -31,7 +31,7 @@ from typing import Any, TypeVar, cast
 
 import numpy as np
 
-from .library import is_abstract
+from .library import is_abstract, isnumeric
 from .states import map_state, parts_of_state
 
 Array = Any
@@ -206,6 +206,11 @@ class Packed(ABC):
     def length(self) -> int:
         """Return how many numbers there are."""
 
+    @property
+    def is_traced(self) -> bool:
+        """Tell whether JAX knows the numbers and counts only later."""
+        return is_tracer(self.vector)
+
     def holds_arrays(self) -> bool:
         """Tell whether the vector is one; JAX builds trees of anything."""
         vector = self.vector
@@ -257,6 +262,44 @@ class Packed(ABC):
 
 
 _BASE = 2**16
+
+
+def is_one_float(value: Any) -> bool:
+    """Tell whether a value is one float, of Python, NumPy or JAX, which a vector can hold."""
+    if isinstance(value, (float, np.floating)):
+        return True
+    parts = (value.high, value.low) if type(value) is Number else (value,)
+    return all(
+        isinstance(part, (float, np.floating))
+        or (is_jax(part) and part.ndim == 0 and isnumeric(part) and part.dtype.kind != "c")
+        for part in parts
+    )
+
+
+def is_count(t: Any) -> bool:
+    """Tell whether something in the place of a count is one, which a vector can hold."""
+    if isinstance(t, (np.ndarray, np.generic)) or is_jax(t):
+        return t.ndim == 0 and t.dtype.kind in "iu"
+    return type(t) is int
+
+
+def of_jax(values: Iterable[Any]) -> list[Any]:
+    """Return those values that are arrays of JAX."""
+    return [value for value in values if is_jax(value)]
+
+
+def root(x: Any) -> Any:
+    """Return the square root of a number of `coefs`.
+
+    While JAX traces, by its own function: the derivative of its power in double is refused where
+    JAX takes it later, as of a loop.
+    """
+    return cast(Any, sys.modules["jax"]).lax.sqrt(x) if is_tracer(x) else x**0.5
+
+
+def inverse_root(x: Any) -> Any:
+    """Return one over the square root of a number of `coefs`, like `root`."""
+    return cast(Any, sys.modules["jax"]).lax.rsqrt(x) if is_tracer(x) else x**-0.5
 
 
 def doubles_of(vector: Any, n: int) -> Any:
@@ -424,8 +467,10 @@ def _settled(value: Any) -> Any:
     return value if type(value) is not Number or holds_traced(value) else value.value()
 
 
-def common_vector(rule: Any) -> Packed | None:
-    """Return what holds all traced numbers of a rule, if one vector of a leaf does."""
+def common_vector(rule: Any, x: Array) -> Packed | None:
+    """Return what holds all traced numbers of the rule of a JAX array, if a leaf's vector does."""
+    if not is_jax(x):
+        return None
     found: Packed | None = None
     for part in parts_of_state(tuple(attributes(rule).values()), (tuple, list)):
         if type(part) is Number:

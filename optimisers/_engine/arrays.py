@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from .._arrays.library import (
+    is_abstract,
     is_traced,
     library_for,
     library_of,
@@ -26,7 +27,7 @@ from .._arrays.library import (
 )
 from .._arrays.sharing import carry, overlap
 from .._arrays.states import map_state, parts_of_state
-from .._arrays.traced import Number, is_tracer, with_attributes
+from .._arrays.traced import Number, with_attributes
 from .._pytree import Crossed
 from .._trees.nodes import children, rebuild
 from ..rules._base import ANEW, ElementwiseRule, Rule
@@ -125,7 +126,7 @@ def _evaluated(steps: Steps, update: Update, k: int, g: Array) -> tuple[Any, Arr
         checked(h[k], leaf, x, derivative)
         for h, derivative in named(update.higher, k, update.path_of)
     ]
-    if not is_tracer(x):
+    if not is_abstract(x):
         refuse_masked_state(leaf.state, update.path(k))
     try:
         return steps.evaluate(leaf, x, [g, *others])

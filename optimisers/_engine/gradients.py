@@ -69,7 +69,9 @@ def checked(
     TypeError, ValueError
         If `g` is no gradient for `x`; the message names the place, from `where()`.
     """
-    if getattr(g, "dtype", x.dtype) != x.dtype and isinstance(leaf.state, MixedPrecisionState):
+    dtype = getattr(g, "dtype", None)
+    is_other = dtype is not None and dtype != getattr(x, "dtype", dtype)
+    if is_other and isinstance(leaf.state, MixedPrecisionState):
         master = as_seen(leaf.state.master)
         if library_of(master) is library_of(x) and master.shape == x.shape:
             return checked_gradient(g, master, where)

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
-from .._arrays.traced import is_jax
+from .._arrays.traced import of_jax
 from .._pytree import Crossed, classes_in
 from ..rules._base import OURS, ElementwiseRule, Rule
 
@@ -29,9 +29,10 @@ class Steps:
     def evaluate(self, leaf: Any, x: Array, gs: Sequence[Array | None]) -> tuple[Any, Array | None]:
         """Return new state and parameter, as `arrays.evaluate` does; or a `Crossed` as state."""
         crossed: Crossed | None = getattr(leaf, "crossed", None)
-        if crossed is not None and crossed.is_traced and crossed.is_all_of(leaf) and is_jax(x):
+        if crossed is not None and crossed.is_traced and crossed.is_all_of(leaf):
             kind = crossed.structure[0]
-            if _can_be_called(kind) and all(g is None or is_jax(g) for g in gs):
+            arrays = [x, *(g for g in gs if g is not None)]
+            if _can_be_called(kind) and len(of_jax(arrays)) == len(arrays):
                 try:
                     return self._called(crossed, x, gs)
                 except _OtherFormError:

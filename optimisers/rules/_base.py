@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 
-from .._arrays.library import library_for, namespace
+from .._arrays.library import is_abstract, library_for, namespace
 from .._arrays.traced import (
     Maybe,
     Packed,
@@ -26,8 +26,6 @@ from .._arrays.traced import (
     detached,
     differentiated_in_double,
     double,
-    is_jax,
-    is_tracer,
     lifted_count,
     lifting,
     needs_double,
@@ -469,7 +467,7 @@ class ElementwiseRule(Rule):
     def _coefs_for(self, x: Any, t: Any) -> tuple[Any, ...]:
         """Return the numbers that the step needs at count `t`, computed in double, cast once."""
         if needs_double(self, t):
-            if (packed := common_vector(self)) is not None and is_jax(x):
+            if (packed := common_vector(self, x)) is not None:
                 return self._coefs_of(packed, x, t)
             with double():
                 rule, t = with_attributes(self, lifting()), lifted_count(t)
@@ -490,9 +488,9 @@ class ElementwiseRule(Rule):
                 rule = with_attributes(places, attaching(vector, length))
                 t = counts[0].astype(np.int64) if counts else None
                 coefs = numbers(rule, t)
-                known[:] = [None if is_tracer(n) else float(n) for n in coefs]
+                known[:] = [None if is_abstract(n) else float(n) for n in coefs]
                 # In one vector they are one function of what XLA compiles, and not one each.
-                made = [n.astype(np.float64) for n in coefs if is_tracer(n)]
+                made = [n.astype(np.float64) for n in coefs if is_abstract(n)]
                 return (xp.stack(made) if made else xp.zeros(0)).astype(real)
 
         if t is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +19,7 @@ from .._arrays.library import (
     widened,
 )
 from .._arrays.states import map_state
-from .._arrays.traced import is_tracer
+from .._arrays.traced import inverse_root
 from ..words import ema_weight, maximum, minimum
 
 if TYPE_CHECKING:
@@ -148,20 +147,6 @@ def counted(t: Any) -> Any:
     where a count stops; one that went over to negative numbers would stop the parameter.
     """
     return library_for(t).counted(t, largest_count(t))
-
-
-def root(x: Any) -> Any:
-    """Return the square root of a number of `coefs`.
-
-    While JAX traces, by its own function: the derivative of its power in double is refused where
-    JAX takes it later, as of a loop.
-    """
-    return sys.modules["jax"].lax.sqrt(x) if is_tracer(x) else x**0.5
-
-
-def inverse_root(x: Any) -> Any:
-    """Return one over the square root of a number of `coefs`, like `root`."""
-    return sys.modules["jax"].lax.rsqrt(x) if is_tracer(x) else x**-0.5
 
 
 def ema_scale(beta: Any, t: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from .._arrays.traced import inverse_root, root
 from ..words import (
     abs2,
     absolute,
@@ -15,7 +16,7 @@ from ..words import (
 )
 from ._base import Array, Arrays, ElementwiseRule, Numbers, Stepped
 from ._fields import Decays, Finite, NonNegative
-from ._numbers import ema_scale, inverse_root, root
+from ._numbers import ema_scale
 
 
 @dataclass(frozen=True)

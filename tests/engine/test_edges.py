@@ -381,7 +381,7 @@ def test_counts_of_jax_arrays_stop_at_their_end(rule):
             state, y = call(state, y, g)
             if k == 0:
                 np.testing.assert_allclose(y, expected, rtol=1e-5)
-        leaves = jax.tree_util.tree_leaves(state)
+        leaves = jax.tree_util.tree_leaves(state.state)
         assert [int(a) for a in leaves if getattr(a, "dtype", None) == "int32"] == [LAST]
         assert np.isfinite(y).all()
         assert (np.abs(y - x) > 0.01).all()
