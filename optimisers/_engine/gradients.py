@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
+from .._arrays.dtypes import dtype_name
 from .._arrays.library import (
     is_abstract,
     isnumeric,
@@ -69,13 +70,19 @@ def checked(
     TypeError, ValueError
         If `g` is no gradient for `x`; the message names the place, from `where()`.
     """
-    dtype = getattr(g, "dtype", None)
-    is_other = dtype is not None and dtype != getattr(x, "dtype", dtype)
-    if is_other and isinstance(leaf.state, MixedPrecisionState):
+    if _differ(g, x) and isinstance(leaf.state, MixedPrecisionState):
         master = as_seen(leaf.state.master)
         if library_of(master) is library_of(x) and master.shape == x.shape:
             return checked_gradient(g, master, where)
     return checked_gradient(g, x, where)
+
+
+def _differ(g: Any, x: Any) -> bool:
+    """Tell whether both have a dtype and not the same; those of two libraries go by their names."""
+    given, wanted = getattr(g, "dtype", None), getattr(x, "dtype", None)
+    if given is None or wanted is None or given is wanted:
+        return False
+    return dtype_name(given) != dtype_name(wanted)
 
 
 def holds_nonfinite(
