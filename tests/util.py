@@ -36,7 +36,7 @@ from optimisers._arrays.dtypes import is_narrow
 from optimisers._arrays.library import isnumeric
 from optimisers._engine import advance as engine
 from optimisers._trees.walks import fmap, walk
-from optimisers.rules import _base, _numbers
+from optimisers.rules import _base, _fields, _numbers
 
 Tree = Any
 Array = Any
@@ -67,9 +67,27 @@ def example(cls: Any, **fields: Any) -> Any:
     for name, parameter in inspect.signature(cls).parameters.items():
         if parameter.kind is parameter.VAR_POSITIONAL:
             args += REQUIRED[name]
-        elif parameter.default in (parameter.empty, None):
+        elif parameter.default is parameter.empty or name in REQUIRED:
             fields = {name: REQUIRED[name], **fields}
     return cls(*args, **fields)
+
+
+def without_decay(rule: Any) -> Any:
+    """Return a rule like this one, but for what draws a parameter to zero by itself."""
+    fields = dict(rule.fields())
+    switched = {"lambda_": 0.0, "constrained": False}
+    return rule.adjust(**{name: off for name, off in switched.items() if name in fields})
+
+
+def decomposes(rule: Any) -> bool:
+    """Tell whether a rule decomposes matrices; the last places are then those of one LAPACK."""
+    return type(rule).__module__ == "optimisers.rules.preconditioners"
+
+
+def may_be_none(cls: Any, field: str) -> bool:
+    """Tell whether a field of numbers of this class may be None."""
+    limits = _fields._limits(cls).get(field)
+    return limits is not None and limits.may_be_none
 
 
 def moved(value: Any) -> Any:

@@ -106,7 +106,7 @@ def table_of_rules() -> str:
     text = ""
     for elementwise, heading in (
         (True, "Elementwise rules"),
-        (False, "Rules of rules and of norms"),
+        (False, "Rules of rules, of norms and of matrices"),
     ):
         text += f"{heading}\n{'-' * len(heading)}\n\n"
         text += ".. list-table::\n   :header-rows: 1\n   :widths: auto\n\n"

@@ -47,6 +47,9 @@ class Jax(Library):
 
     # --- new arrays --------------------------------------------------------------------------
 
+    def constant(self, x: Array) -> Array:
+        return jax.lax.stop_gradient(x)
+
     def count_like(self, x: Array) -> Array:
         return self.namespace(x).zeros((), int)
 

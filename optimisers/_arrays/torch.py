@@ -162,6 +162,12 @@ class Torch(DeviceLibrary):
     def fresh(self, x: Tensor) -> Tensor:
         return like(x, x.detach().clone())
 
+    def copied(self, x: Tensor) -> Tensor:
+        return x.clone()
+
+    def constant(self, x: Tensor) -> Tensor:
+        return x.detach()
+
     def count_like(self, x: Tensor) -> Tensor:
         # On the host, wherever new tensors would go by default.
         return torch.asarray(0, dtype=torch.int64, device="cpu")

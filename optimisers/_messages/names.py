@@ -55,10 +55,23 @@ NAMES = """\
 | `OAdam` | – | `optimistic_adam` | – | `OAdam` |
 | `AdaBelief` | – | `adabelief`, `scale_by_belief` | – | `AdaBelief` |
 | `Lion` | – | `lion`, `scale_by_lion` | `Lion` | `Lion` |
+| `SignDescent` | – | `sign_sgd`, `scale_by_sign` | – | – |
+| `Signum` | – | `signum` | – | – |
+| `NAdamW` | – | `nadamw` | – | – |
+| `AdEMAMix` | – | `ademamix` | – | – |
+| `Adan` | – | `adan` | – | – |
+| `ADOPT` | – | `adopt` | – | – |
+| `Yogi` | – | `yogi`, `scale_by_yogi` | – | – |
+| `Muon` | `Muon` | `muon` | `Muon` | – |
+| `Scion` | – | – | – | – |
+| `SOAP` | – | – | – | – |
+| `Shampoo` | `DistributedShampoo` | – | – | – |
 | `AdaGrad` | `Adagrad` | `adagrad`, `scale_by_rss` | `Adagrad` | `AdaGrad` |
 | `AdaDelta` | `Adadelta` | `adadelta` | `Adadelta` | `AdaDelta` |
 | `WeightDecay` ahead of a rule | `SGD(weight_decay=)` | `add_decayed_weights` | `regularizers.L2` | `WeightDecay` |
 | `SignDecay` ahead of a rule | – | – | `regularizers.L1` | `SignDecay` |
+| `ZeroNaN` ahead of a rule | – | `zero_nans` | – | – |
+| `Grokfast` ahead of a rule | – | – | – | – |
 | `ClipGrad` ahead of a rule | `clip_grad_value_` | `clip`, `clip_by_value` | `SGD(clipvalue=)` | `ClipGrad` |
 | `ClipNorm` ahead of a rule | – | `clip_by_block_rms` | `SGD(clipnorm=)` | `ClipNorm` |
 | `ClipNorm` over the flat vector of `destructure` | `clip_grad_norm_`, `clip_grad_norm` | `clip_by_global_norm` | `SGD(global_clipnorm=)`, `ClipGlobalNorm` | – |
@@ -78,6 +91,10 @@ FIELDS = """\
 | `rho` of `AdaDelta` | – | `rho` | `rho` | `rho` | `ρ`, `alpha`, `gamma`, `decay`, `decay_rate` |
 | `epsilon` | – | `eps` | `eps` | – | `ϵ`, `ε` |
 | `lambda_` | `lambda_` of `AdamW`, or of `WeightDecay` ahead of the rule in an `OptimiserChain` | `weight_decay` | `weight_decay` | `weight_decay` | `λ`, `lambda`, `wd`, `l2` |
+| `epsilon_hat` of `Adam`, `AdamW` | – | – | – | – | `epsilon_hat` |
+| `epsilon_inside` of `RMSProp` | – | – | `eps_in_sqrt` | – | – |
+| `initial` of `RMSProp` | – | – | `initial_scale` | – | – |
+| `initial` of `AdaGrad` | – | `initial_accumulator_value` | `initial_accumulator_value` | `initial_accumulator_value` | – |
 | `centred` of `RMSProp` | – | `centered` | `centered` | `centered` | – |
 | `ell` of `Rprop`, the pair of both factors | – | `etas` | `eta_minus`, `eta_plus` | – | `ℓ` |
 | `gamma` of `Rprop`, the smallest and the largest step | – | `step_sizes` | `min_step_size`, `max_step_size` | – | `Γ` |
@@ -89,7 +106,7 @@ FIELDS = """\
 | write the rule `Nesterov` | – | `nesterov` | `nesterov` | `nesterov` | `nesterovs_momentum` |
 | write the rule `AMSGrad` | – | `amsgrad` | – | `amsgrad` | – |
 | give gradients with the other sign | – | `maximize` | – | – | – |
-| there is none here | – | `dampening`, `momentum_decay` | `eps_root` | `initial_accumulator_value` | – |
+| there is none here | – | `dampening`, `momentum_decay` | `eps_root` | – | – |
 | call `adjust_(state, eta)` between steps, or take a scheduler of PyTorch | – | `lr_decay` | – | – | `power_t`, `schedule` |
 | call `freeze_` on a part of the state, or `setup` for each part | – | – | `mask` | – | – |
 | put `MixedPrecision` around the rule | – | – | `mu_dtype`, `accumulator_dtype` | `loss_scale_factor` | – |

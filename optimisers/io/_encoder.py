@@ -22,6 +22,7 @@ from .._trees.parameters import owners
 from .._trees.paths import KeyPath
 from .._trees.walks import fold
 from ..rules._base import Rule
+from ..rules._fields import unsaid
 from . import _safetensors as form
 from ._json import shortened
 from ._safetensors import Tensor
@@ -297,9 +298,11 @@ class Encoder:
                     f"cannot save {place}: its attribute {key!r:.60} takes the place of "
                     f"something that the class {type(rule).__name__} has; declare it as a field"
                 )
+        hidden = unsaid(rule)
         fields = {
             key: self._value(f"{place}.{key}", f"{name}.{key}", value, depth)
             for key, value in attributes(rule).items()
+            if key not in hidden
         }
         self.rules.append({"rule": class_name(type(rule)), "fields": fields})
         return self._number("rule", rule, len(self.rules) - 1)

@@ -72,9 +72,11 @@ def rule_class(name: str) -> Any:
 
 def made_rule(cls: Any, name: str, fields: dict[str, Any]) -> Rule:
     """Return a rule with these fields; its limits hold as if it were written by hand."""
-    names = {field.name for field in dataclasses.fields(cls)} if _is_data(cls) else set()
+    known = dataclasses.fields(cls) if _is_data(cls) else ()
+    names = {field.name for field in known}
+    said = {field.name for field in known if "unsaid" not in field.metadata}
     is_ours = ":" not in name
-    if names - fields.keys() or (is_ours and fields.keys() - names):
+    if said - fields.keys() or (is_ours and fields.keys() - names):
         raise FileFormatError(
             f"the rule {name} has the fields {listed(sorted(names))}; in the file it has "
             f"{listed(sorted(fields))}. It was saved by another version of it"

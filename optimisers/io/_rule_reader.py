@@ -19,6 +19,9 @@ from ._tables import Said, children_of, keys_of, pairs_of
 
 _SMALL = ("array", "value")
 
+MOST_DIMENSIONS = 9
+"""States of arrays with fewer dimensions are those that a file may have."""
+
 
 class RuleReader:
     """Makes the rules of a file, and says which states are theirs."""
@@ -28,7 +31,7 @@ class RuleReader:
         self._arrays = arrays
         self._classes: dict[str, Any] = {}
         self._made: dict[int, Rule] = {}
-        self._examples: dict[int, Any] = {}
+        self._examples: dict[tuple[int, int], Any] = {}
         self._flat: dict[int, tuple[Rule, Said, int]] = {}
         self._fitting: set[tuple[int, int]] = set()
 
@@ -90,12 +93,21 @@ class RuleReader:
         rule = self.rule(k)
         if self._contents.is_open[k]:
             return rule, (), -1
-        self._examples[k] = rule.init(np.zeros(()))
-        return rule, *(_head_of_flat(self._examples[k]) or ((), -1))
+        example = self._example(k, 0)
+        return rule, *(_head_of_flat(example) or ((), -1))
+
+    def _example(self, k: int, dimensions: int) -> Any:
+        """Return what a rule keeps of an array of so many dimensions."""
+        if (k, dimensions) not in self._examples:
+            self._examples[k, dimensions] = self._made[k].init(np.zeros((1,) * dimensions))
+        return self._examples[k, dimensions]
 
     def _check_state(self, k: int, state: int) -> None:
         """Refuse a node that is no state of a rule of the library, with a look at all its parts."""
-        if not self._contents.is_open[k] and not self._is_state(self._examples[k], state):
+        if self._contents.is_open[k]:
+            return
+        # Rules of matrices keep another state of arrays with fewer than two dimensions.
+        if not any(self._is_state(self._example(k, d), state) for d in range(MOST_DIMENSIONS)):
             damaged(f"it has a state that is none of {self._made[k]!r:.80}")
 
     def _is_state(self, example: Any, k: Any) -> bool:

@@ -10,12 +10,15 @@ from .._messages.calls import no_name
 from .descent import *
 from .scaled import *
 from .adam import *
+from .momenta import *
 from .signs import *
 from .ahead import *
 from .chain import *
 from .norms import *
 from .accumulate import *
 from .precision import *
+from .matrices import *
+from .preconditioners import *
 
 if not TYPE_CHECKING:  # type checkers know what there is
 

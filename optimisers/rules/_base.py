@@ -36,7 +36,7 @@ from .._arrays.traced import (
 from .._messages.calls import refuse, takes
 from .._messages.text import short
 from ..words import is_complex
-from ._fields import _checked, _limits
+from ._fields import _checked, _limits, unsaid
 from ._numbers import (
     as_count,
     as_like,
@@ -147,6 +147,9 @@ class Rule(ABC):
     """Fields of numbers on whose values the code of the rule depends, so that JAX compiles anew for
     others; these need to be named here, other numbers may be traced."""
 
+    real_only: ClassVar[bool] = False
+    """Whether the formula means nothing for complex numbers."""
+
     _widens: ClassVar[bool] = True
     """Whether it is handed float32 numbers in place of narrower ones: see `moved`."""
 
@@ -184,6 +187,14 @@ class Rule(ABC):
         for field, limits in _limits(type(self)).items():
             checked = _checked(f"{self._shown_as}: {field}", limits, getattr(self, field))
             object.__setattr__(self, field, checked)
+
+    def __repr__(self) -> str:
+        if not dataclasses.is_dataclass(self):
+            return super().__repr__()
+        hidden = unsaid(self)
+        names = [f.name for f in dataclasses.fields(self) if f.name not in hidden]
+        shown = [f"{name}={getattr(self, name)!r}" for name in names]
+        return f"{self._shown_as}({', '.join(shown)})"
 
     def init(self, x: Any) -> Any:
         """Return the state this rule keeps for the parameter `x`; anything, by default ``()``."""
@@ -383,9 +394,6 @@ class ElementwiseRule(Rule):
     """
 
     slots: ClassVar[tuple[str, ...]] = ()
-    real_only: ClassVar[bool] = False
-    """Whether the formula means nothing for complex numbers."""
-
     _leads: ClassVar[bool] = False
     """Whether users put it ahead of many rules, so that each of the library's is also compiled in
     one loop with it; it keeps no slots. tools/emit_steps.py reads this where the class has a line

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import typing
@@ -30,6 +31,7 @@ class Limits(NamedTuple):
 
     each: list[Limit]
     together: list[Limit]
+    may_be_none: bool = False
 
 
 Finite = Annotated[float, Limit("finite", math.isfinite)]
@@ -42,6 +44,8 @@ Upper = Annotated[float, Limit("at least 0", lambda v: v >= 0)]
 Decay = Annotated[float, Limit("in [0, 1)", lambda v: 0 <= v < 1)]
 
 Decays = tuple[Decay, Decay]
+
+ThreeDecays = tuple[Decay, Decay, Decay]
 
 Shrink = Annotated[float, Limit("in (0, 1)", lambda v: 0 < v < 1)]
 
@@ -57,6 +61,23 @@ Order = Annotated[float, Limit("a number, inf or -inf", lambda v: not math.isnan
 Count = Annotated[int, Limit("a whole number, at least 1", lambda v: v >= 1 and v.is_integer())]
 
 
+Axis = Annotated[int, Limit("a whole number", lambda v: v.is_integer())]
+
+UNSAID = {"unsaid": True}
+"""Metadata of a field of which neither a rule's text nor a file speaks where it is not set."""
+
+
+def unsaid(rule: Any) -> set[str]:
+    """Return the names of the fields of a rule of which nobody speaks."""
+    if not dataclasses.is_dataclass(rule):
+        return set()
+    return {
+        f.name
+        for f in dataclasses.fields(rule)
+        if "unsaid" in f.metadata and getattr(rule, f.name, f.default) == f.default
+    }
+
+
 @functools.cache
 def _limits(cls: type) -> dict[str, Limits]:
     """Return for each field of `cls` its limits: one, or one for each entry of a tuple."""
@@ -66,6 +87,9 @@ def _limits(cls: type) -> dict[str, Limits]:
         return {}
     found: dict[str, Limits] = {}
     for name, hint in hints.items():
+        may_be_none = type(None) in typing.get_args(hint)
+        if may_be_none:  # `X | None`
+            hint = next(part for part in typing.get_args(hint) if part is not type(None))
         together = _limits_on(hint)
         bare = hint.__origin__ if together else hint
         if typing.get_origin(bare) is tuple:
@@ -73,7 +97,7 @@ def _limits(cls: type) -> dict[str, Limits]:
         else:
             each, together = together, []
         if each:
-            found[name] = Limits(each, together)
+            found[name] = Limits(each, together, may_be_none)
     return found
 
 
@@ -115,7 +139,9 @@ def _checked_number(where: str, limit: Limit, value: Any) -> Any:
 
 def _checked(where: str, limits: Limits, value: Any) -> Any:
     """Return a field's number, or its tuple of them, as Python numbers."""
-    each, together = limits
+    each, together, may_be_none = limits
+    if value is None and may_be_none:
+        return None
     if len(each) == 1:
         return _checked_number(where, each[0], value)
     if not isinstance(value, tuple | list) or len(value) != len(each):

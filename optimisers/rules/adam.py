@@ -1,25 +1,18 @@
-"""Adam and its relatives: means of the gradient, divided by its size."""
+"""Adam, and rules that differ from it in how they measure the size of gradients."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from .._arrays.traced import inverse_root, root
-from ..words import (
-    abs2,
-    absolute,
-    ema_weight,
-    maximum,
-    sqrt,
-    where,
-)
+from ..words import abs2, absolute, clip, ema_weight, maximum, sign, sqrt, where
 from ._base import Array, Arrays, ElementwiseRule, Numbers, Stepped
-from ._fields import Decays, Finite, NonNegative
+from ._fields import UNSAID, Decays, Finite, NonNegative
 from ._numbers import ema_scale
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Adam(ElementwiseRule):
     """Steps along a mean of the gradient, scaled by its root mean square.
 
@@ -37,10 +30,14 @@ class Adam(ElementwiseRule):
         Decay rates ``b1`` and ``b2`` of the averages of g and ``|g|²``, in [0, 1).
     epsilon : float
         Added to what divides, in units of g.
+    epsilon_hat : bool
+        Whether epsilon is added before the bias is corrected, the second form in the paper: the
+        step is ``eta sqrt(1 - b2^t) / (1 - b1^t) m / (sqrt(v) + epsilon)``.
 
     Notes
     -----
-    Keeps ``m``, ``v`` and the count ``t``. Same numbers as `torch.optim.Adam` and `optax.adam`.
+    Keeps ``m``, ``v`` and the count ``t``. Same numbers as `torch.optim.Adam` and `optax.adam`;
+    with `epsilon_hat` as scikit-learn, Keras, TensorFlow, PennyLane and `torch.optim.SparseAdam`.
     ``OptimiserChain(WeightDecay(l), Adam())`` is torch's ``Adam(weight_decay=l)``.
 
     References
@@ -60,13 +57,17 @@ class Adam(ElementwiseRule):
     eta: NonNegative = 0.001
     beta: Decays = (0.9, 0.999)
     epsilon: NonNegative = 1e-8
+    epsilon_hat: bool = field(default=False, repr=False, metadata=UNSAID)
 
     slots = ("m", "v")
 
     def coefs(self, t: Any) -> Numbers:
         b1, b2 = self.beta
         rate, scale = self.eta / ema_weight(b1, t), ema_scale(b2, t)
-        return b1, 1 - b1, b2, 1 - b2, rate, scale, self.epsilon
+        epsilon = self.epsilon
+        if self.epsilon_hat is not False:  # True, or traced
+            epsilon = epsilon * where(self.epsilon_hat, scale, 1.0)
+        return b1, 1 - b1, b2, 1 - b2, rate, scale, epsilon
 
     @staticmethod
     def step(x: Array, dx: Array, state: Arrays, coefs: Numbers) -> Stepped:
@@ -77,7 +78,7 @@ class Adam(ElementwiseRule):
         return rate * m / (scale * sqrt(v) + epsilon), (m, v)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class AdamW(ElementwiseRule):
     """Adam with weight decay that does not pass through its averages.
 
@@ -98,6 +99,8 @@ class AdamW(ElementwiseRule):
         Added to what divides, in units of g.
     couple : bool
         Whether a change of eta changes the decay with it.
+    epsilon_hat : bool
+        Whether epsilon is added before the bias is corrected, as in `Adam`.
 
     Notes
     -----
@@ -123,6 +126,7 @@ class AdamW(ElementwiseRule):
     lambda_: Finite = 0.0
     epsilon: NonNegative = 1e-8
     couple: bool = True
+    epsilon_hat: bool = field(default=False, repr=False, metadata=UNSAID)
 
     slots = ("m", "v")
 
@@ -130,7 +134,10 @@ class AdamW(ElementwiseRule):
         b1, b2 = self.beta
         rate, scale = self.eta / ema_weight(b1, t), ema_scale(b2, t)
         decay = where(self.couple, self.eta * self.lambda_, self.lambda_)
-        return b1, 1 - b1, b2, 1 - b2, rate, scale, self.epsilon, decay
+        epsilon = self.epsilon
+        if self.epsilon_hat is not False:  # True, or traced
+            epsilon = epsilon * where(self.epsilon_hat, scale, 1.0)
+        return b1, 1 - b1, b2, 1 - b2, rate, scale, epsilon, decay
 
     @staticmethod
     def step(x: Array, dx: Array, state: Arrays, coefs: Numbers) -> Stepped:
@@ -267,126 +274,6 @@ class AdaMax(ElementwiseRule):
 
 
 @dataclass(frozen=True)
-class NAdam(ElementwiseRule):
-    """Adam with Nesterov's momentum.
-
-    ::
-
-        m  = b1 m + (1 - b1) g
-        v  = b2 v + (1 - b2) |g|²
-        dx = eta (b1 m / (1 - b1^(t+1)) + (1 - b1) g / (1 - b1^t))
-             / (sqrt(b2 v / (1 - b2^t)) + epsilon)
-
-    Parameters
-    ----------
-    eta : float
-        Learning rate, in units of x: about the length of a step.
-    beta : tuple of two floats
-        Decay rates ``b1`` and ``b2`` of the averages of g and ``|g|²``, in [0, 1).
-    epsilon : float
-        Added to what divides, in units of g.
-
-    Notes
-    -----
-    Keeps ``m``, ``v`` and the count ``t``. Same formula as Optimisers.jl; the numbers differ from
-    `torch.optim.NAdam`, which lets b1 grow with t, and from `optax.nadam`, which has no b2 under
-    the root.
-
-    References
-    ----------
-    T. Dozat: Incorporating Nesterov Momentum into Adam. ICLR 2016, workshop track
-
-    Examples
-    --------
-    >>> import numpy as np, optimisers
-    >>> x, g = np.array([1.0, 2.0]), np.array([3.0, -4.0])
-    >>> rule = optimisers.NAdam(eta=0.1)
-    >>> state, dx = rule.apply(rule.init(x), x, g)
-    >>> dx
-    array([ 0.14744216, -0.14744216])
-    """
-
-    eta: NonNegative = 0.001
-    beta: Decays = (0.9, 0.999)
-    epsilon: NonNegative = 1e-8
-
-    slots = ("m", "v")
-
-    def coefs(self, t: Any) -> Numbers:
-        b1, b2 = self.beta
-        rate_m = self.eta * b1 / ema_weight(b1, t + 1)
-        rate_g = self.eta * (1 - b1) / ema_weight(b1, t)
-        scale = root(b2 / ema_weight(b2, t))
-        return b1, 1 - b1, b2, 1 - b2, rate_m, rate_g, scale, self.epsilon
-
-    @staticmethod
-    def step(x: Array, dx: Array, state: Arrays, coefs: Numbers) -> Stepped:
-        m, v = state
-        b1, rest1, b2, rest2, rate_m, rate_g, scale, epsilon = coefs
-        m = b1 * m + rest1 * dx
-        v = b2 * v + rest2 * abs2(dx)
-        return (rate_m * m + rate_g * dx) / (scale * sqrt(v) + epsilon), (m, v)
-
-
-@dataclass(frozen=True)
-class OAdam(ElementwiseRule):
-    """Optimistic Adam, for games such as adversarial training.
-
-    ::
-
-        term' = Adam's dx
-        dx    = 2 term' - term        with the old term
-
-    Parameters
-    ----------
-    eta : float
-        Learning rate, in units of x: about the length of a step.
-    beta : tuple of two floats
-        Decay rates ``b1`` and ``b2`` of the averages of g and ``|g|²``, in [0, 1).
-    epsilon : float
-        Added to what divides, in units of g.
-
-    Notes
-    -----
-    Keeps ``m``, ``v``, ``term`` and the count ``t``. Same formula as Optimisers.jl.
-
-    References
-    ----------
-    C. Daskalakis, A. Ilyas, V. Syrgkanis, H. Zeng: Training GANs with Optimism, 2017,
-    arXiv:1711.00141
-
-    Examples
-    --------
-    >>> import numpy as np, optimisers
-    >>> x, g = np.array([1.0, 2.0]), np.array([3.0, -4.0])
-    >>> rule = optimisers.OAdam(eta=0.1)
-    >>> state, dx = rule.apply(rule.init(x), x, g)
-    >>> dx
-    array([ 0.2, -0.2])
-    """
-
-    eta: NonNegative = 0.001
-    beta: Decays = (0.5, 0.9)
-    epsilon: NonNegative = 1e-8
-
-    slots = ("m", "v", "term")
-
-    def coefs(self, t: Any) -> Numbers:
-        b1, b2 = self.beta
-        rate, scale = self.eta / ema_weight(b1, t), ema_scale(b2, t)
-        return b1, 1 - b1, b2, 1 - b2, rate, scale, self.epsilon, 2.0
-
-    @staticmethod
-    def step(x: Array, dx: Array, state: Arrays, coefs: Numbers) -> Stepped:
-        m, v, term = state
-        b1, rest1, b2, rest2, rate, scale, epsilon, two = coefs
-        m = b1 * m + rest1 * dx
-        v = b2 * v + rest2 * abs2(dx)
-        new = rate * m / (scale * sqrt(v) + epsilon)
-        return two * new - term, (m, v, new)
-
-
-@dataclass(frozen=True)
 class AMSGrad(ElementwiseRule):
     """Adam with a scale that never falls.
 
@@ -506,3 +393,152 @@ class AdaBelief(ElementwiseRule):
         m = b1 * m + rest1 * dx
         s = b2 * s + rest2 * abs2(dx - m) + epsilon
         return rate * m / (scale * sqrt(s) + epsilon), (m, s)
+
+
+@dataclass(frozen=True)
+class Yogi(ElementwiseRule):
+    """Adam whose mean of squares changes by the size of the gradient, and not of what it lacks.
+
+    ::
+
+        m  = b1 m + (1 - b1) g
+        v  = v - (1 - b2) sign(v - |g|²) |g|²
+        dx = eta (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + epsilon)
+
+    So a gradient that becomes small lets ``v`` fall slowly, where Adam forgets it.
+
+    Parameters
+    ----------
+    eta : float
+        Learning rate, in units of x.
+    beta : tuple of two floats
+        Decay rate ``b1`` of the mean of g; ``1 - b2`` is the share of ``|g|²`` by which v changes.
+    epsilon : float
+        Added to what divides, in units of g.
+    initial : float
+        Where ``m`` and ``v`` start. It cannot be adjusted later.
+
+    Notes
+    -----
+    Keeps ``m``, ``v`` and the count ``t``. Same numbers as `optax.yogi`. TensorFlow Addons starts
+    ``m`` at 0. Where all gradients are zero the parameter still moves a little, since ``m`` does
+    not start there.
+
+    References
+    ----------
+    M. Zaheer et al.: Adaptive Methods for Nonconvex Optimization. NeurIPS 2018
+
+    Examples
+    --------
+    >>> import numpy as np, optimisers
+    >>> x, g = np.array([1.0, 2.0]), np.array([3.0, -4.0])
+    >>> rule = optimisers.Yogi(eta=0.1)
+    >>> state, dx = rule.apply(rule.init(x), x, g)
+    >>> dx
+    array([ 0.09996143, -0.09997166])
+    """
+
+    eta: NonNegative = 0.01
+    beta: Decays = (0.9, 0.999)
+    epsilon: NonNegative = 1e-3
+    initial: NonNegative = 1e-6
+
+    slots = ("m", "v")
+    fixed = ("initial",)
+
+    def start(self) -> Numbers:
+        return self.initial, self.initial
+
+    def coefs(self, t: Any) -> Numbers:
+        b1, b2 = self.beta
+        rate, scale = self.eta / ema_weight(b1, t), ema_scale(b2, t)
+        return b1, 1 - b1, 1 - b2, rate, scale, self.epsilon
+
+    @staticmethod
+    def step(x: Array, dx: Array, state: Arrays, coefs: Numbers) -> Stepped:
+        m, v = state
+        b1, rest1, rest2, rate, scale, epsilon = coefs
+        m = b1 * m + rest1 * dx
+        square = abs2(dx)
+        v = v - rest2 * sign(v - square) * square
+        return rate * m / (scale * sqrt(v) + epsilon), (m, v)
+
+
+@dataclass(frozen=True)
+class ADOPT(ElementwiseRule):
+    """Adam that divides each gradient by the mean of squares before it, then takes the mean.
+
+    ::
+
+        u  = clip(g / max(sqrt(v), epsilon), -(t-1)^clip, (t-1)^clip)      with the old v
+        m  = b1 m + (1 - b1) u
+        v  = b2 v + (1 - b2) |g|²
+        dx = eta m
+
+    The first gradient makes no step: it becomes ``v = |g|²``. So it converges for any b2.
+
+    Parameters
+    ----------
+    eta : float
+        Learning rate, in units of x: about the length of a step.
+    beta : tuple of two floats
+        Decay rates ``b1`` and ``b2`` of the averages of u and ``|g|²``, in [0, 1).
+    epsilon : float
+        The least that divides, in units of g.
+    clip : float, optional
+        The power of ``t - 1`` that bounds u; None for no bound. With one, parameters are real.
+
+    Notes
+    -----
+    Keeps ``m``, ``v`` and the count ``t``. Same numbers as `optax.contrib.adopt`.
+
+    References
+    ----------
+    S. Taniguchi et al.: ADOPT: Modified Adam Can Converge with Any β2 with the Optimal Rate, 2024,
+    arXiv:2411.02853
+
+    Examples
+    --------
+    >>> import numpy as np, optimisers
+    >>> x, g = np.array([1.0, 2.0]), np.array([3.0, -4.0])
+    >>> rule = optimisers.ADOPT(eta=0.1)
+    >>> state, dx = rule.apply(rule.init(x), x, g)
+    >>> dx
+    array([0., 0.])
+    >>> state, dx = rule.apply(state, x, g)
+    >>> dx
+    array([ 0.01, -0.01])
+    """
+
+    eta: NonNegative = 0.001
+    beta: Decays = (0.9, 0.9999)
+    epsilon: NonNegative = 1e-6
+    clip: NonNegative | None = 0.25
+
+    slots = ("m", "v")
+    fixed = ("clip",)
+
+    @property
+    def real_only(self) -> bool:  # type: ignore[override]
+        """Whether parameters are real: numbers are compared with a bound."""
+        return self.clip is not None
+
+    def coefs(self, t: Any) -> Numbers:
+        b1, b2 = self.beta
+        is_first = t <= 1
+        limit = -1.0 if self.clip is None else where(is_first, 1, t - 1) ** self.clip
+        return (
+            *(where(is_first, 1.0, b1), where(is_first, 0.0, 1 - b1)),
+            *(where(is_first, 0.0, b2), where(is_first, 1.0, 1 - b2)),
+            *(self.eta, self.epsilon, where(is_first, 0.0, limit), 0.0),
+        )
+
+    @staticmethod
+    def step(x: Array, dx: Array, state: Arrays, coefs: Numbers) -> Stepped:
+        m, v = state
+        b1, rest1, b2, rest2, eta, epsilon, limit, zero = coefs
+        u = dx / maximum(sqrt(v), epsilon)
+        u = where(limit >= zero, clip(u, -limit, limit), u)
+        m = b1 * m + rest1 * u
+        v = b2 * v + rest2 * abs2(dx)
+        return eta * m, (m, v)

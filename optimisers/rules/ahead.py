@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-from ..words import (
-    clip,
-    sign,
-)
+from ..words import absolute, clip, sign, where, zeros_like
 from ._base import Array, Arrays, ElementwiseRule, Numbers, Stepped
-from ._fields import Finite, Upper
+from ._fields import Decay, Finite, NonNegative, Upper
 
 
 @dataclass(frozen=True)
@@ -140,3 +138,84 @@ class ClipGrad(ElementwiseRule):
     def step(x: Array, dx: Array, state: Arrays, coefs: Numbers) -> Stepped:
         low, high = coefs
         return clip(dx, low, high), ()
+
+
+@dataclass(frozen=True)
+class ZeroNaN(ElementwiseRule):
+    """The gradient with zeros where it is NaN: put it ahead of another rule.
+
+    ::
+
+        dx = 0 where g is NaN, else g
+
+    Notes
+    -----
+    Keeps nothing. Same numbers as `optax.zero_nans`, which counts them beside. Infinity passes.
+
+    Examples
+    --------
+    >>> import numpy as np, optimisers
+    >>> rule = optimisers.ZeroNaN()
+    >>> rule.apply((), np.zeros(3), np.array([0.5, np.nan, -np.inf]))
+    ((), array([ 0.5,  0. , -inf]))
+    """
+
+    def coefs(self) -> Numbers:
+        return (0.0,)
+
+    @staticmethod
+    def step(x: Array, dx: Array, state: Arrays, coefs: Numbers) -> Stepped:
+        (zero,) = coefs
+        return where(absolute(dx) >= zero, dx, zeros_like(dx)), ()
+
+
+@dataclass(frozen=True)
+class Grokfast(ElementwiseRule):
+    """The gradient and a multiple of its slow mean: put it ahead of another rule.
+
+    ::
+
+        e  = alpha e + (1 - alpha) g, and g at first
+        dx = g + lambda_ e
+
+    Parameters
+    ----------
+    alpha : float
+        Decay rate of the mean, in [0, 1).
+    lambda_ : float
+        Weight of the mean.
+
+    Notes
+    -----
+    Keeps ``e`` and the count ``t``. Same numbers as the authors' ``gradfilter_ema``.
+
+    References
+    ----------
+    J. Lee et al.: Grokfast: Accelerated Grokking by Amplifying Slow Gradients, 2024,
+    arXiv:2405.20233
+
+    Examples
+    --------
+    >>> import numpy as np, optimisers
+    >>> x, g = np.array([1.0, 2.0]), np.array([3.0, -4.0])
+    >>> rule = optimisers.Grokfast()
+    >>> state, dx = rule.apply(rule.init(x), x, g)
+    >>> dx
+    array([  9., -12.])
+    """
+
+    alpha: Decay = 0.98
+    lambda_: NonNegative = 2.0
+
+    slots = ("e",)
+
+    def coefs(self, t: Any) -> Numbers:
+        alpha = where(t > 1, self.alpha, 0.0)
+        return alpha, 1 - alpha, self.lambda_
+
+    @staticmethod
+    def step(x: Array, dx: Array, state: Arrays, coefs: Numbers) -> Stepped:
+        (e,) = state
+        alpha, rest, lambda_ = coefs
+        e = alpha * e + rest * dx
+        return dx + lambda_ * e, (e,)

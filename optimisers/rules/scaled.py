@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from ..words import (
-    abs2,
-    sqrt,
-)
+from ..words import abs2, absolute, sqrt, where
 from ._base import Array, Arrays, ElementwiseRule, Numbers, Stepped
-from ._fields import Decay, NonNegative
+from ._fields import UNSAID, Decay, NonNegative
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class RMSProp(ElementwiseRule):
     """Steps scaled by a running root mean square of the gradient, or by its standard deviation.
 
@@ -39,15 +36,23 @@ class RMSProp(ElementwiseRule):
         Added to what divides, in units of g.
     centred : bool
         Whether to subtract the mean; it cannot be adjusted later. `centered` is accepted too.
+    initial : float
+        Where ``q`` starts, in units of g²; it cannot be adjusted later.
+    epsilon_inside : bool
+        Whether epsilon, then in units of g², is added under the root:
+        ``dx = eta g / sqrt(q + epsilon)``.
 
     Notes
     -----
     Keeps ``q``, the mean of ``|g|²``; if centred, ``l``, the mean of g, and as ``q`` the variance
     around it. Same numbers as `torch.optim.RMSprop`, and `optax.rmsprop` with
-    ``eps_in_sqrt=False``. Centred, these keep the mean of ``|g|²`` too and subtract ``|l|²`` from
-    it at each step: the same number, but for rounding, which there leaves no digit of a variance
-    that is small beside ``|l|²``, or makes it negative and the step NaN. To go on from a state of
-    theirs, subtract once: ``q = square_avg - abs(grad_avg)**2``.
+    ``eps_in_sqrt=False``; with `epsilon_inside` as optax unless told otherwise, TensorFlow and
+    PennyLane; with ``initial=1.0`` as ``autograd.misc.optimizers.rmsprop``.
+
+    Centred, PyTorch and optax keep the mean of ``|g|²`` too and subtract ``|l|²`` from it at each
+    step: the same number, but for rounding, which there leaves no digit of a variance that is small
+    beside ``|l|²``, or makes it negative and the step NaN. To go on from a state of theirs,
+    subtract once: ``q = square_avg - abs(grad_avg)**2``.
 
     References
     ----------
@@ -68,9 +73,11 @@ class RMSProp(ElementwiseRule):
     rho: Decay = 0.9
     epsilon: NonNegative = 1e-8
     centred: bool = False
+    initial: NonNegative = field(default=0.0, repr=False, metadata=UNSAID)
+    epsilon_inside: bool = field(default=False, repr=False, metadata=UNSAID)
 
     slots: ClassVar[tuple[str, ...]] = ("q",)
-    fixed = ("centred",)
+    fixed = ("centred", "initial")
 
     def __new__(cls, *args: Any, **kwargs: Any) -> RMSProp:
         centred = any([*args[3:4], kwargs.get("centred"), kwargs.get("centered")])
@@ -83,25 +90,41 @@ class RMSProp(ElementwiseRule):
         rho: float = 0.9,
         epsilon: float = 1e-8,
         centred: bool = False,
+        initial: float = 0.0,
+        epsilon_inside: bool = False,
         *,
         centered: bool = False,
     ) -> None:
-        values = {"eta": eta, "rho": rho, "epsilon": epsilon, "centred": centred or centered}
+        values = {
+            "eta": eta,
+            "rho": rho,
+            "epsilon": epsilon,
+            "centred": centred or centered,
+            "initial": initial,
+            "epsilon_inside": epsilon_inside,
+        }
         for name, value in values.items():
             object.__setattr__(self, name, value)
         self.__post_init__()
 
     __new__.__signature__ = inspect.signature(__init__)  # type: ignore[attr-defined]
 
+    def start(self) -> tuple[float, ...]:
+        return (self.initial,)
+
     def coefs(self) -> Numbers:
-        return self.rho, 1 - self.rho, self.eta, self.epsilon
+        if self.epsilon_inside is False:  # at each step, and not traced
+            return self.rho, 1 - self.rho, self.eta, 0.0, self.epsilon
+        inside = where(self.epsilon_inside, self.epsilon, 0.0)
+        outside = where(self.epsilon_inside, 0.0, self.epsilon)
+        return self.rho, 1 - self.rho, self.eta, inside, outside
 
     @staticmethod
     def step(x: Array, dx: Array, state: Arrays, coefs: Numbers) -> Stepped:
         (q,) = state
-        rho, rest, eta, epsilon = coefs
+        rho, rest, eta, inside, outside = coefs
         q = rho * q + rest * abs2(dx)
-        return eta * dx / (sqrt(q) + epsilon), (q,)
+        return eta * dx / (sqrt(q + inside) + outside), (q,)
 
 
 class _CentredRMSProp(RMSProp):
@@ -110,8 +133,8 @@ class _CentredRMSProp(RMSProp):
     slots = ("q", "l")
     _shown_as = "RMSProp"
 
-    def __repr__(self) -> str:
-        return super().__repr__().removeprefix("_Centred")
+    def start(self) -> tuple[float, ...]:
+        return self.initial, 0.0
 
     def coefs(self) -> Numbers:
         return *super().coefs(), self.rho * (1 - self.rho)
@@ -119,14 +142,14 @@ class _CentredRMSProp(RMSProp):
     @staticmethod
     def step(x: Array, dx: Array, state: Arrays, coefs: Numbers) -> Stepped:
         q, l = state  # noqa: E741 (the name in the formula)
-        rho, rest, eta, epsilon, share = coefs
+        rho, rest, eta, inside, outside, share = coefs
         apart = dx - l
         q = rho * q + share * abs2(apart)
         l = l + rest * apart  # noqa: E741
-        return eta * dx / (sqrt(q) + epsilon), (q, l)
+        return eta * dx / (sqrt(q + inside) + outside), (q, l)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class AdaGrad(ElementwiseRule):
     """Steps scaled by the root of all squared gradients so far.
 
@@ -140,12 +163,16 @@ class AdaGrad(ElementwiseRule):
     eta : float
         Learning rate, in units of x.
     epsilon : float
-        Where ``acc`` starts, and added to what divides.
+        Added to what divides, in units of g.
+    initial : float, optional
+        Where ``acc`` starts, in units of g²; by default at epsilon. It cannot be adjusted later.
 
     Notes
     -----
     Keeps ``acc``. Same numbers as `torch.optim.Adagrad` with ``eps`` and
-    ``initial_accumulator_value`` both epsilon.
+    ``initial_accumulator_value`` both epsilon; with ``initial=0.0`` as PyTorch has them unless
+    told otherwise, and scikit-learn. An element whose gradient was always zero does not move, also
+    where epsilon is 0.
 
     References
     ----------
@@ -164,21 +191,24 @@ class AdaGrad(ElementwiseRule):
 
     eta: NonNegative = 0.1
     epsilon: NonNegative = 1e-8
+    initial: NonNegative | None = field(default=None, repr=False, metadata=UNSAID)
 
     slots = ("acc",)
+    fixed = ("initial",)
 
     def start(self) -> Numbers:
-        return (self.epsilon,)
+        return (self.epsilon if self.initial is None else self.initial,)
 
     def coefs(self) -> Numbers:
-        return self.eta, self.epsilon
+        return self.eta, self.epsilon, 0.0, 1.0
 
     @staticmethod
     def step(x: Array, dx: Array, state: Arrays, coefs: Numbers) -> Stepped:
         (acc,) = state
-        eta, epsilon = coefs
+        eta, epsilon, zero, one = coefs
         acc = acc + abs2(dx)
-        return eta * dx / (sqrt(acc) + epsilon), (acc,)
+        size = sqrt(acc) + epsilon
+        return eta * dx / where(absolute(size) > zero, size, one), (acc,)
 
 
 @dataclass(frozen=True)

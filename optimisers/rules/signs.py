@@ -1,4 +1,4 @@
-"""Steps that go by the sign of a gradient: Rprop, Lion."""
+"""Steps that go by the sign of a gradient, or of a mean of it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,100 @@ from ..words import (
     where,
 )
 from ._base import Array, Arrays, ElementwiseRule, Numbers, Stepped
-from ._fields import Decays, Grow, NonNegative, Range, Shrink
+from ._fields import Decay, Decays, Grow, NonNegative, Range, Shrink
+
+
+@dataclass(frozen=True)
+class SignDescent(ElementwiseRule):
+    """Steps of one length, along the sign of the gradient.
+
+    ::
+
+        dx = eta sign(g)
+
+    Parameters
+    ----------
+    eta : float
+        Learning rate, in units of x: the length of each element's step.
+
+    Notes
+    -----
+    Keeps nothing. Same numbers as `optax.sign_sgd`. The sign of a complex number is ``g/|g|``.
+
+    References
+    ----------
+    J. Bernstein et al.: signSGD: Compressed Optimisation for Non-Convex Problems, 2018,
+    arXiv:1802.04434
+
+    Examples
+    --------
+    >>> import numpy as np, optimisers
+    >>> rule = optimisers.SignDescent(eta=0.1)
+    >>> rule.apply((), np.zeros(3), np.array([3.0, 0.0, -4.0]))
+    ((), array([ 0.1,  0. , -0.1]))
+    """
+
+    eta: NonNegative = 0.001
+
+    def coefs(self) -> Numbers:
+        return (self.eta,)
+
+    @staticmethod
+    def step(x: Array, dx: Array, state: Arrays, coefs: Numbers) -> Stepped:
+        (eta,) = coefs
+        return eta * sign(dx), ()
+
+
+@dataclass(frozen=True)
+class Signum(ElementwiseRule):
+    """Steps of one length, along the sign of a mean of the gradient.
+
+    ::
+
+        m  = rho m + (1 - rho) g
+        dx = eta sign(m)
+
+    Parameters
+    ----------
+    eta : float
+        Learning rate, in units of x: the length of each element's step.
+    rho : float
+        Decay rate of the mean, in [0, 1).
+
+    Notes
+    -----
+    Keeps ``m``. Same numbers as `optax.signum`, whose ``beta`` is rho here. The sign of a complex
+    number is ``m/|m|``.
+
+    References
+    ----------
+    J. Bernstein et al.: signSGD: Compressed Optimisation for Non-Convex Problems, 2018,
+    arXiv:1802.04434
+
+    Examples
+    --------
+    >>> import numpy as np, optimisers
+    >>> x, g = np.array([1.0, 2.0]), np.array([3.0, -4.0])
+    >>> rule = optimisers.Signum(eta=0.1)
+    >>> state, dx = rule.apply(rule.init(x), x, g)
+    >>> dx
+    array([ 0.1, -0.1])
+    """
+
+    eta: NonNegative = 0.001
+    rho: Decay = 0.9
+
+    slots = ("m",)
+
+    def coefs(self) -> Numbers:
+        return self.rho, 1 - self.rho, self.eta
+
+    @staticmethod
+    def step(x: Array, dx: Array, state: Arrays, coefs: Numbers) -> Stepped:
+        (m,) = state
+        rho, rest, eta = coefs
+        m = rho * m + rest * dx
+        return eta * sign(m), (m,)
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,19 @@ import math
 
 import numpy as np
 import pytest
-from util import BOTH, PUBLIC, assert_same_bits, example, name_of, normal, parametrize
+from util import (
+    BOTH,
+    PUBLIC,
+    assert_same_bits,
+    example,
+    normal,
+    parametrize,
+    without_decay,
+)
 
 from optimisers import (
     AccumGrad,
     Adam,
-    AdamW,
     ClipGrad,
     ClipNorm,
     Descent,
@@ -209,9 +216,7 @@ def test_a_square_beyond_float16_stops_nothing(rule, call):
 @dtypes
 @parametrize("rule", RULES)
 def test_a_gradient_of_zero_moves_nothing(rule, dtype, call):
-    if isinstance(rule, (WeightDecay, AdamW)) or "Decay" in name_of(rule):
-        rule = AdamW(lambda_=0.0)
-    _, x = run(rule, np.ones(2, dtype), [np.zeros(2, dtype)] * 3, call)
+    _, x = run(without_decay(rule), np.ones(2, dtype), [np.zeros(2, dtype)] * 3, call)
     assert x.astype(float).tolist() == [1, 1]
 
 
@@ -330,8 +335,9 @@ def test_tied_gradients_are_summed_in_float32():
 def test_jax(rule, name):
     jax = pytest.importorskip("jax")
     dtype = jax.numpy.dtype(name)
-    x = normal(8, np.float32, 1).clip(-4, 4).astype(dtype)
-    gradients = [normal(8, np.float32, k).clip(-4, 4).astype(dtype) for k in range(2, 6)]
+    shape = 2, 2, 2  # along no axis of which a product of slices is singular
+    x = normal(shape, np.float32, 1).clip(-4, 4).astype(dtype)
+    gradients = [normal(shape, np.float32, k).clip(-4, 4).astype(dtype) for k in range(2, 6)]
     expected, right = run(rule, x, gradients)
     arrays = jax.numpy.asarray(x), [*map(jax.numpy.asarray, gradients)]
     for call in update, jax.jit(update):

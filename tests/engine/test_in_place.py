@@ -101,6 +101,8 @@ def test_a_state_of_views_moves_what_it_views(rule, dtype):
     for where in WINDOWS.values():
         x = normal((5, 4), dtype, 1)
         leaf = setup(rule, x)
+        if any(a.ndim and a.shape != x.shape for _, a in arrays_in(leaf.state)):
+            pytest.skip("the rule keeps arrays of other shapes")
         alone, outside = x[where].copy(), np.ones(x.shape, bool)
         outside[where] = False
         before = x.copy()

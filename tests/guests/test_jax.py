@@ -21,7 +21,7 @@ from jax_models import (
     train_step,
     tree_map,
 )
-from util import BOTH, PUBLIC, assert_near, assert_same_bits, example, normal
+from util import BOTH, PUBLIC, assert_near, assert_same_bits, decomposes, example, normal
 
 from optimisers import (
     Adam,
@@ -59,11 +59,14 @@ def states_of(state):
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_every_rule_has_the_numbers_of_numpy(dtype, compiled):
-    """Step by step from the same state, to the last places of the largest numbers."""
+    """Step by step from the same state, to the last places of the largest numbers.
+
+    Eigenvectors lose more of them, as `test_preconditioners` has it.
+    """
     rules = {  # a master copy in float32 has last places of its own
         name: rule
         for name, rule in NAMED.items()
-        if dtype is np.float32 or not isinstance(rule, MixedPrecision)
+        if (dtype is np.float32 or not isinstance(rule, MixedPrecision)) and not decomposes(rule)
     }
     xs = {name: normal(40, dtype) for name in rules}
     state = {name: setup(rule, xs[name]) for name, rule in rules.items()}

@@ -48,7 +48,7 @@ WAYS = {
 @pytest.mark.parametrize("way", WAYS)
 def test_it_is_the_float_that_it_was(way):
     state = WAYS[way](setup(Adam(0.001, (0.9, 0.999)), jnp.ones(2)))
-    assert [*flat([v for _, v in state.rule.fields()])] == [0.001, 0.9, 0.999, 1e-8]
+    assert [*flat([v for _, v in state.rule.fields()])] == [0.001, 0.9, 0.999, 1e-8, False]
     for value in state.rule.eta, *state.rule.beta, state.rule.epsilon:
         assert type(value) is float
 

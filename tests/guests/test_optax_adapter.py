@@ -12,7 +12,7 @@ jax = pytest.importorskip("jax")
 optax = pytest.importorskip("optax")
 
 from jax import numpy as jnp  # noqa: E402
-from util import PUBLIC, name_of, parametrize, variants  # noqa: E402
+from util import PUBLIC, decomposes, name_of, parametrize, variants  # noqa: E402
 
 import optimisers as opt  # noqa: E402
 from optimisers.optax import RuleState, from_optax, to_optax  # noqa: E402
@@ -93,6 +93,8 @@ def assert_close(got: Tree, expected: Tree, rtol: float = 1e-12, atol: float = 1
 def test_a_rule_in_optax_goes_where_it_goes_here(rule: Any, jit: bool) -> None:
     grads = gradients(5)
     loose = {"rtol": 1e-6, "atol": 1e-7} if isinstance(rule, opt.MixedPrecision) else {}
+    if decomposes(rule):  # optax rounds the parameter otherwise, and eigenvectors magnify that
+        loose = {"rtol": 1e-9, "atol": 1e-11}
     assert_close(
         by_optax(to_optax(rule), model(), grads, jit), by_us(rule, model(), grads), **loose
     )

@@ -21,6 +21,7 @@ from optimisers import (
 )
 from optimisers._arrays import torch as _torch
 from optimisers._engine import cpu
+from optimisers.rules._program import program_of
 
 torch: Any = pytest.importorskip("torch")
 
@@ -75,7 +76,10 @@ def test_every_rule_gives_the_numbers_of_numpy(rule, call):
         state, model, used = backends(call, state, model, {"w": g})
         expected, plain, wanted = backends(call, expected, plain, {"w": to_numpy(g)})
         assert used == wanted
-        np.testing.assert_array_equal(to_numpy(model["w"]), plain["w"])
+        if program_of(rule) is None:  # each library sums and decomposes in an order of its own
+            np.testing.assert_allclose(to_numpy(model["w"]), plain["w"], rtol=1e-9)
+        else:
+            np.testing.assert_array_equal(to_numpy(model["w"]), plain["w"])
 
 
 @parametrize("rule", [*map(example, PUBLIC), *EXACT_CHAINS])

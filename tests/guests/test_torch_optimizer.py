@@ -444,7 +444,7 @@ def parameter() -> Any:
         (
             lambda: Optimizer([{"params": [parameter()], "weight_decay": 0.1}], Adam()),
             TypeError,
-            "'weight_decay'.*there are beta, epsilon, lr.*lambda_ of AdamW",
+            "'weight_decay'.*there are beta, epsilon, epsilon_hat, lr.*lambda_ of AdamW",
         ),
         (
             lambda: Optimizer([{"params": [parameter()], "betas": (0.1, 0.1)}], Adam()),

@@ -9,6 +9,7 @@ from util import PUBLIC, example
 from optimisers import (
     AccumGrad,
     Adam,
+    Adan,
     Descent,
     Lion,
     MixedPrecision,
@@ -61,6 +62,14 @@ def test_a_state_hangs_in_no_graph(dtype):
         copy.deepcopy(state)
         for leaf in state.values():
             assert not leaf.state.master.requires_grad
+
+
+def test_a_slot_that_is_the_gradient_itself_hangs_on_it():
+    x, g = torch.ones(2), torch.full((2,), 3.0, requires_grad=True)
+    state, _ = Adan().apply(Adan().init(x), x, g)
+    assert state.gold is not g
+    state.gold.sum().backward()
+    assert g.grad.tolist() == [1, 1]
 
 
 def test_counts_may_be_plain_numbers():

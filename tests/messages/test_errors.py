@@ -9,21 +9,23 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from util import PUBLIC, example, parametrize, snapshot
+from util import PUBLIC, example, may_be_none, parametrize, snapshot
 
 from optimisers import (
+    ADOPT,
+    SOAP,
     AccumGrad,
     Adam,
     ClipGrad,
     ClipNorm,
     Descent,
-    ElementwiseRule,
     Leaf,
     MixedPrecision,
     Momentum,
     OptimiserChain,
     Rprop,
     Rule,
+    Shampoo,
     functor,
     setup,
     update,
@@ -313,11 +315,11 @@ def test_setup_wants_a_rule_first():
             setup(wrong, {"w": np.ones(2)})
 
 
-REAL_ONLY = [c for c in PUBLIC if issubclass(c, ElementwiseRule) and c.real_only]
+REAL_ONLY = [c for c in PUBLIC if c.real_only]
 
 
 def test_which_rules_compare_numbers():
-    assert set(REAL_ONLY) == {ClipGrad, Rprop}
+    assert set(REAL_ONLY) == {ADOPT, ClipGrad, Rprop, Shampoo, SOAP}
 
 
 @parametrize("cls", REAL_ONLY)
@@ -394,7 +396,8 @@ def numbers_of(rule):
 @parametrize("cls", PUBLIC)
 def test_numbers_are_checked_at_construction(cls):
     for name, fields in numbers_of(example(cls)):
-        for wrong in (np.nan, "0.1", None, 1j, np.ones(2), [0.1]):
+        none = () if may_be_none(cls, name) else (None,)
+        for wrong in (np.nan, "0.1", *none, 1j, np.ones(2), [0.1]):
             with pytest.raises((TypeError, ValueError)) as caught:
                 example(cls, **fields(wrong))
             message = str(caught.value)
@@ -424,6 +427,8 @@ def test_limits_are_named(cls):
     for name, fields in numbers_of(example(cls)):
         if name in LIMITS:
             wrong, text = LIMITS[name]
+            if (cls, name) == (Shampoo, "beta[1]"):  # where 1 is a sum
+                text = "[0, 1]"
             with pytest.raises(ValueError, match=rf"{re.escape(text)}; got {wrong}") as caught:
                 example(cls, **fields(wrong))
             assert f"{cls.__name__}: {name}" in str(caught.value)

@@ -48,9 +48,11 @@ def nesterov(h, t, x, g, s):
 
 
 def rmsprop(h, t, x, g, s):
-    s.moment = h.rho * s.get("moment") + (1 - h.rho) * abs2(g)
+    s.moment = h.rho * s.get("moment", h.initial) + (1 - h.rho) * abs2(g)
     s.l = h.rho * s.get("l") + (1 - h.rho) * g
     s.q = s.moment - abs2(s.l) if h.centred else s.moment
+    if h.epsilon_inside:
+        return h.eta * g / sqrt(s.q + h.epsilon)
     return h.eta * g / (sqrt(s.q) + h.epsilon)
 
 
@@ -73,11 +75,15 @@ def averages(h, g, s):
 
 def adam(h, t, x, g, s):
     b1, b2 = averages(h, g, s)
+    if getattr(h, "epsilon_hat", False):
+        return h.eta * sqrt(1 - b2**t) / (1 - b1**t) * s.m / (sqrt(s.v) + h.epsilon)
     return h.eta * (s.m / (1 - b1**t)) / (sqrt(s.v / (1 - b2**t)) + h.epsilon)
 
 
 def adamw(h, t, x, g, s):
-    rate_1 = SimpleNamespace(eta=1, beta=h.beta, epsilon=h.epsilon)
+    rate_1 = SimpleNamespace(
+        eta=1, beta=h.beta, epsilon=h.epsilon, epsilon_hat=getattr(h, "epsilon_hat", False)
+    )
     d = adam(rate_1, t, x, g, s)
     return h.eta * (d + h.lambda_ * x) if h.couple else h.eta * d + h.lambda_ * x
 
@@ -127,7 +133,7 @@ def adabelief(h, t, x, g, s):
 
 
 def adagrad(h, t, x, g, s):
-    s.acc = s.get("acc", h.epsilon) + abs2(g)
+    s.acc = s.get("acc", h.epsilon if h.initial is None else h.initial) + abs2(g)
     return h.eta * g / (sqrt(s.acc) + h.epsilon)
 
 
@@ -143,6 +149,84 @@ def lion(h, t, x, g, s):
     m = s.get("m")
     s.m = b2 * m + (1 - b2) * g
     return h.eta * sign(b1 * m + (1 - b1) * g)
+
+
+def sign_descent(h, t, x, g, s):
+    return h.eta * sign(g)
+
+
+def signum(h, t, x, g, s):
+    s.m = h.rho * s.get("m") + (1 - h.rho) * g
+    return h.eta * sign(s.m)
+
+
+def yogi(h, t, x, g, s):
+    b1, b2 = h.beta
+    s.m = b1 * s.get("m", h.initial) + (1 - b1) * g
+    v = s.get("v", h.initial)
+    s.v = v - (1 - b2) * sign(v - abs2(g)) * abs2(g)
+    return h.eta * (s.m / (1 - b1**t)) / (sqrt(s.v / (1 - b2**t)) + h.epsilon)
+
+
+def adopt(h, t, x, g, s):
+    b1, b2 = h.beta
+    if t == 1:
+        s.m, s.v = zero, abs2(g)
+        return zero
+    u = g / max(sqrt(s.v), h.epsilon)
+    if h.clip is not None:
+        bound = mp.mpf(t - 1) ** h.clip
+        u = min(max(u, -bound), bound)
+    s.m = b1 * s.m + (1 - b1) * u
+    s.v = b2 * s.v + (1 - b2) * abs2(g)
+    return h.eta * s.m
+
+
+def nadamw(h, t, x, g, s):
+    b1, b2 = averages(h, g, s)
+    ahead = b1 * s.m / (1 - b1 ** (t + 1)) + (1 - b1) * g / (1 - b1**t)
+    return h.eta * (ahead / (sqrt(s.v / (1 - b2**t)) + h.epsilon) + h.lambda_ * x)
+
+
+def ademamix(h, t, x, g, s):
+    b1, b2, b3 = h.beta
+    alpha = h.alpha
+    if h.warmup is not None and t < h.warmup:
+        done = t / h.warmup
+        alpha = done * alpha
+
+        def forgotten(b):
+            return mp.log(mp.mpf("0.5")) / mp.log(b + mp.mpf(1e-8)) - 1
+
+        b3 = mp.mpf("0.5") ** (1 / (1 + (1 - done) * forgotten(b1) + done * forgotten(b3)))
+    s.m = b1 * s.get("m") + (1 - b1) * g
+    s.l = b3 * s.get("l") + (1 - b3) * g
+    s.v = b2 * s.get("v") + (1 - b2) * abs2(g)
+    u = (s.m / (1 - b1**t) + alpha * s.l) / (sqrt(s.v / (1 - b2**t)) + h.epsilon)
+    return h.eta * (u + h.lambda_ * x)
+
+
+def adan(h, t, x, g, s):
+    b1, b2, b3 = h.beta
+    d = g - s.gold if t > 1 else zero
+    s.gold = g
+    s.m = b1 * s.get("m") + (1 - b1) * g
+    s.v = b2 * s.get("v") + (1 - b2) * d
+    s.n = b3 * s.get("n") + (1 - b3) * abs2(g + b2 * d)
+    top = s.m / (1 - b1**t) + b2 * s.v / (1 - b2**t)
+    u = top / (sqrt(s.n / (1 - b3**t)) + h.epsilon)
+    if h.proximal:
+        return x - (x - h.eta * u) / (1 + h.eta * h.lambda_)
+    return h.eta * (u + h.lambda_ * x)
+
+
+def zero_nan(h, t, x, g, s):
+    return zero if mp.isnan(g) else g
+
+
+def grokfast(h, t, x, g, s):
+    s.e = g if t == 1 else h.alpha * s.e + (1 - h.alpha) * g
+    return g + h.lambda_ * s.e
 
 
 def weight_decay(h, t, x, g, s):
@@ -174,6 +258,15 @@ FORMULAS = {
     "AdaGrad": adagrad,
     "AdaDelta": adadelta,
     "Lion": lion,
+    "SignDescent": sign_descent,
+    "Signum": signum,
+    "Yogi": yogi,
+    "ADOPT": adopt,
+    "NAdamW": nadamw,
+    "AdEMAMix": ademamix,
+    "Adan": adan,
+    "ZeroNaN": zero_nan,
+    "Grokfast": grokfast,
     "WeightDecay": weight_decay,
     "SignDecay": sign_decay,
     "ClipGrad": clip_grad,
@@ -193,7 +286,7 @@ def exact(value: Any) -> Any:
         return tuple(map(exact, value))
     if isinstance(value, complex):
         return mp.mpc(value.real, value.imag)
-    return value if isinstance(value, bool) else mp.mpf(value)
+    return value if value is None or isinstance(value, bool) else mp.mpf(value)
 
 
 def trajectory(

@@ -9,24 +9,30 @@ import pytest
 from util import name_of, step, variants
 
 from optimisers import (
+    ADOPT,
     AccumGrad,
     AdaBelief,
     AdaDelta,
     AdaGrad,
     Adam,
     AdamW,
+    AdEMAMix,
     ClipGrad,
     ClipNorm,
     Descent,
     ElementwiseRule,
     Lion,
     Momentum,
+    NAdamW,
     Nesterov,
     OptimiserChain,
     RAdam,
     RMSProp,
     Rprop,
+    SignDescent,
+    Signum,
     WeightDecay,
+    Yogi,
     setup,
     update_,
 )
@@ -87,6 +93,12 @@ RULES = [rule for cls in ELEMENTWISE for rule in variants(cls)] + [
     RAdam(0.01, beta=(0.8, 0.5)),  # r stays below 4
     RAdam(0.01, beta=(0.8, 0.7)),
     ClipGrad(0.5),
+    Adam(0.01, epsilon=0.1, epsilon_hat=True),
+    AdaGrad(0.3, initial=0.0),
+    RMSProp(0.3, 0.8, 1e-3, initial=1.0, epsilon_inside=True),
+    RMSProp(0.3, 0.8, 1e-3, centred=True, initial=0.5, epsilon_inside=True),
+    ADOPT(0.3, clip=None),
+    AdEMAMix(0.01, warmup=5),
 ]
 
 
@@ -137,8 +149,10 @@ def test_path_with_50_digits(rule, dtype):
     reach = np.maximum.accumulate(np.abs(np.vstack([x, path])))[1:]
     for backend in ["kernels", "arrays"] if dtype == "float64" else ["arrays"]:
         off = np.abs(walked(rule, x, gs, backend) - path) / reach
-        assert np.max(off) < 3e-15, (backend, float(np.max(off)))
-    assert np.all(path[0] != x)
+        room = 1e-14 if getattr(rule, "warmup", None) else 3e-15  # digits lost in 1 - b3
+        assert np.max(off) < room, (backend, float(np.max(off)))
+    moves = (path[0] != x) | (path[1] != path[0])  # the first gradient may set a scale alone
+    assert np.all(moves)
 
 
 @CASES
@@ -148,6 +162,9 @@ def test_each_step_with_50_digits(rule, dtype):
     for g, expected in zip(gs, steps, strict=True):
         state, dx = rule.apply(state, x, g)
         x = x - dx
+        if not np.any(expected):
+            assert not np.any(dx)
+            continue
         off = np.max(np.abs(dx - expected)) / np.max(np.abs(expected))
         assert off < room, (float(off), room)
     for name in rule.slots:
@@ -224,6 +241,7 @@ TORCH = [
         AdaGrad(0.3, 1e-8),
         lambda torch, p: torch.optim.Adagrad(p, lr=0.3, eps=1e-8, initial_accumulator_value=1e-8),
     ),
+    (AdaGrad(0.3, 1e-8, initial=0.0), lambda torch, p: torch.optim.Adagrad(p, lr=0.3, eps=1e-8)),
     (AdaDelta(0.8, 1e-3), lambda torch, p: torch.optim.Adadelta(p, lr=1, rho=0.8, eps=1e-3)),
     (Adam(), lambda torch, p: torch.optim.Adam(p)),
     (Adam(0.3, b, 1e-3), lambda torch, p: torch.optim.Adam(p, lr=0.3, betas=b, eps=1e-3)),
@@ -314,6 +332,18 @@ OPTAX = [
     (Adam(0.3, b, 1e-3), lambda optax: optax.adam(0.3, *b, eps=1e-3)),
     (AdamW(0.3, b, 0.2, 1e-3), lambda optax: optax.adamw(0.3, *b, eps=1e-3, weight_decay=0.2)),
     (AdaBelief(0.3), lambda optax: optax.adabelief(0.3)),
+    (RMSProp(0.3, 0.8, 1e-3, epsilon_inside=True), lambda optax: optax.rmsprop(0.3, 0.8, 1e-3)),
+    (
+        RMSProp(0.3, 0.8, 1e-3, initial=1.0, epsilon_inside=True),
+        lambda optax: optax.rmsprop(0.3, 0.8, 1e-3, initial_scale=1.0),
+    ),
+    (SignDescent(0.3), lambda optax: optax.sign_sgd(0.3)),
+    (Signum(0.3, 0.8), lambda optax: optax.signum(0.3, 0.8)),
+    (Yogi(0.3), lambda optax: optax.yogi(0.3)),
+    (ADOPT(0.3), lambda optax: optax.contrib.adopt(0.3)),
+    (ADOPT(0.3, clip=None), lambda optax: optax.contrib.adopt(0.3, use_clipping=False)),
+    (NAdamW(0.3, b, 0.2), lambda optax: optax.nadamw(0.3, *b, weight_decay=0.2)),
+    (AdEMAMix(0.3), lambda optax: optax.contrib.ademamix(0.3, alpha=5.0)),
     (Lion(0.3, (0.8, 0.97)), lambda optax: optax.lion(0.3, *b, weight_decay=0)),
     (
         OptimiserChain(Lion(0.3, (0.8, 0.97)), WeightDecay(0.3 * 0.2)),

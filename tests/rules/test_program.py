@@ -88,7 +88,7 @@ def part(state, at):
     return functools.reduce(lambda state, k: state[k], at, state)
 
 
-@parametrize("rule", RULES)
+@parametrize("rule", [rule for rule in RULES if program_of(rule) is not None])
 def test_a_stage_finds_its_state_at_its_place(rule):
     state = rule.init(np.ones(3, np.float32))
     for stage in program_of(rule):

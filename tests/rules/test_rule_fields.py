@@ -11,7 +11,7 @@ import re
 import numpy as np
 import pytest
 from public_rules import LIMITED, OUTSIDE, PUBLIC_RULES, built
-from util import PUBLIC, example, parametrize, variants
+from util import PUBLIC, example, may_be_none, parametrize, variants
 
 from optimisers import (
     AccumGrad,
@@ -35,6 +35,8 @@ INSIDE = {
     "finite and at least 0": [0, 0.0, 5e-324, 1e300],
     "at least 0": [0, 0.0, 5e-324, 1e300, math.inf],
     "in [0, 1)": [0, 0.0, 1 - 2**-53],
+    "in [0, 1]": [0, 0.0, 1, 1.0],
+    "a whole number": [0, -1, 3],
     "in (0, 1)": [5e-324, 1 - 2**-53],
     "finite and above 1": [1 + 2**-52, 2, 1e300],
     "a number, inf or -inf": [math.inf, -math.inf, 0, -2.5],
@@ -51,6 +53,8 @@ def test_every_number_has_a_limit():
         and not isinstance(getattr(example(cls), f.name), bool)
         and cls is not OptimiserChain
     }
+    fields = {(cls, f.name) for cls in PUBLIC for f in dataclasses.fields(cls)}
+    numbers |= {(cls, field) for cls, field in fields if may_be_none(cls, field)}
     assert {(cls, field) for cls, field, _, _ in LIMITED} == numbers
 
 
@@ -76,6 +80,9 @@ def test_values_outside_the_limits(cls, field, i, text):
 @pytest.mark.parametrize("value", ["0.1", None, 1j, [0.1], np.ones(1), b"1"], ids=repr)
 def test_values_that_are_no_numbers(cls, field, i, text, value):
     place = field if i is None else f"{field}[{i}]"
+    if value is None and may_be_none(cls, field):
+        assert getattr(built(cls, field, i, None)[0], field) is None
+        return
     with pytest.raises(TypeError) as caught:
         built(cls, field, i, value)
     message = f"{cls.__name__}: {place} must be a real number, {text}; got {short(value)}"

@@ -150,7 +150,7 @@ def test_an_unknown_field_lists_those_there_are(call):
         "a": setup(OptimiserChain(WeightDecay(), Adam()), np.ones(2)),
         "b": setup(Momentum(), np.ones(2)),
     }
-    with pytest.raises(TypeError, match=r"'learning_rate'.*beta, epsilon, eta, lambda_, rho"):
+    with pytest.raises(TypeError, match=r"'learning_rate'.*beta, .*epsilon_hat, eta, lambda_, rho"):
         call(state, learning_rate=0.1)
     with pytest.raises(TypeError, match="'lr', 'decay'"):
         call(state, 0.5, lr=0.1, decay=1)

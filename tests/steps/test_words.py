@@ -29,6 +29,7 @@ from optimisers import (
     OptimiserChain,
     RMSProp,
     Rprop,
+    ZeroNaN,
     setup,
     update_,
     words,
@@ -365,4 +366,5 @@ def test_nan_and_infinity_reach_the_parameter(dtype):
         g = np.array([1, math.nan, -1, math.nan], dtype)
         _, new, used = step(update_, setup(example(cls), x), x, g)
         assert set(used.values()) == {"kernels"}
-        assert np.isnan(new).tolist() == [False, True, False, True], cls
+        through = cls is not ZeroNaN  # whose formula says so
+        assert np.isnan(new).tolist() == [False, through, False, through], cls
