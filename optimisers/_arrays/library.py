@@ -17,7 +17,7 @@ import functools
 import importlib
 import math
 import operator
-import pkgutil
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -525,8 +525,7 @@ def _found(cls: type) -> Library | None:
 @functools.cache
 def _names() -> list[str]:
     """Return the names of the files of this folder, each perhaps that of a library."""
-    path = importlib.import_module(__package__).__path__
-    return [found.name for found in pkgutil.iter_modules(path)]
+    return sorted({name.partition(".")[0] for name in os.listdir(os.path.dirname(__file__))})
 
 
 _ANY = Library()

@@ -161,25 +161,32 @@ cdef class Batch:
         return 0
 
     cdef Plan plan(self, rule, lower):
-        """Return the plan of a rule, or None; often that of the last batch.
+        """Return the plan of a rule, or None; those of the rules met last are kept.
 
         A rule without a plan is not kept: it may hold what JAX traces, which must not outlive the
         trace.
         """
         cdef Plan plan
+        cdef int k = 0
         cdef PyObject *last_rule
         cdef PyObject *last_plan
-        if self.work.rule == <PyObject*> rule:
-            plan = <Plan> <object> self.work.plan
-            plan.forget()
+        while k < PLANS and self.work.rules[k] != <PyObject*> rule:
+            k += 1
+        if k < PLANS:
+            plan = <Plan> <object> self.work.plans[k]
+            if plan.batch != self.work.batch:
+                plan.forget()
+                plan.batch = self.work.batch
             return plan
         plan = lower(rule)
         self.asked = self.work.held.length
         if plan is not None:
-            last_rule, last_plan = self.work.rule, self.work.plan
+            k, plan.batch = self.work.next_plan, self.work.batch
+            self.work.next_plan = (k + 1) % PLANS
+            last_rule, last_plan = self.work.rules[k], self.work.plans[k]
             Py_INCREF(rule)
             Py_INCREF(plan)
-            self.work.rule, self.work.plan = <PyObject*> rule, <PyObject*> plan
+            self.work.rules[k], self.work.plans[k] = <PyObject*> rule, <PyObject*> plan
             Py_XDECREF(last_rule)
             Py_XDECREF(last_plan)
         return plan

@@ -44,6 +44,7 @@ cdef class Plan:
     cdef Vector tasks
     cdef Vector places          # indices into a state, one path after the other
     cdef int master             # the NumPy type of a master copy; -1 if there is none
+    cdef int64_t batch          # the number of the last batch that took leaves by it
 
     def __cinit__(self, rule, find=None):
         self.rule, self.find = rule, find

@@ -87,6 +87,9 @@ cdef struct Vector:         # of any of the above
     Py_ssize_t length
     Py_ssize_t room
 
+cdef enum:
+    PLANS = 8
+
 cdef struct Work:           # the memory of a batch, lent from one to the next
     Vector segments
     Vector stages
@@ -98,8 +101,10 @@ cdef struct Work:           # the memory of a batch, lent from one to the next
     Vector scratch          # blocks for each thread: see Batch.lend_scratch
     Vector held             # what is owned as long as its memory is in use: see held.pxi
     bint borrows            # whether something held has its memory from something else
-    PyObject* rule          # the last rule met and its plan: the next batch often has the same
-    PyObject* plan
+    PyObject* rules[PLANS]  # the last rules met ...
+    PyObject* plans[PLANS]  # ... and their plans: the next leaf or batch often has one of them
+    int next_plan           # which of them makes room for another
+    int64_t batch           # the number of the batch, among those that this memory was lent to
 
 cdef enum:
     VECTORS = 9
@@ -114,6 +119,7 @@ cdef Work* borrow() except NULL:
         work = <Work*> calloc(1, sizeof(Work))
         if work is NULL:
             raise MemoryError
+    work.batch += 1
     return work
 
 
@@ -129,8 +135,9 @@ cdef void give_back(Work* work) noexcept:
         vectors = <Vector*> work
         for k in range(VECTORS):
             free(vectors[k].data)
-        Py_XDECREF(work.rule)
-        Py_XDECREF(work.plan)
+        for k in range(PLANS):
+            Py_XDECREF(work.rules[k])
+            Py_XDECREF(work.plans[k])
         free(work)
 
 

@@ -441,6 +441,42 @@ def test_rules_by_turns():
 
 
 @dataclass(frozen=True)
+class Programmed(CountingAdam):
+    """A rule that counts how often its program is asked for."""
+
+    programs: ClassVar[list[float]] = []
+
+    def program(self):
+        self.programs.append(self.eta)
+        return super().program()
+
+
+@BOTH
+def test_rules_by_turns_are_made_ready_once_each(call):
+    Programmed.programs.clear()
+    rules = [Programmed(eta=0.1), Programmed(eta=0.2), Programmed(eta=0.3)]
+    models = [{k: normal(4, seed=k) for k in range(6)} for _ in range(2)]
+    states = [{k: setup(rules[k % 3], x) for k, x in model.items()} for model in models]
+    Programmed.calls.clear()
+    for t in range(1, 4):
+        for k in range(2):
+            states[k], models[k] = call(states[k], models[k], models[k])
+            assert Programmed.calls == [t] * 3, "each rule once a step, for both of its leaves"
+            Programmed.calls.clear()
+    assert sorted(Programmed.programs) == [0.1, 0.2, 0.3]
+
+
+def test_more_rules_than_are_kept():
+    rules = [Adam(0.01 * k) for k in range(1, 20)]
+    model = {k: normal(4, seed=k) for k in range(2 * len(rules))}
+    state = {k: setup(rules[k % len(rules)], x) for k, x in model.items()}
+    for _ in range(3):
+        expected = {k: update(state[k], x, x)[1] for k, x in model.items()}
+        state, model = update(state, model, model)
+        assert_same_bits(model, expected)
+
+
+@dataclass(frozen=True)
 class Loud(Adam):
     """A rule whose coefficients cannot be had."""
 
