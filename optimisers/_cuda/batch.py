@@ -327,14 +327,11 @@ class CudaBatch(Rows):
         for k in ks:
             leaf, x = leaves[k], xs[k]
             job: Job | None = leaf.job
-            if job is not None:
-                if job.lib.loses_memory:
-                    update.refuse_given_back(k)
-                if repeats and job.try_repeat(leaf, x, gs[k]):
-                    job.place = k
-                    self._add(job, job.kind.program, x)
-                    continue
-            if not self._take(k):
+            if job is not None and repeats and job.try_repeat(leaf, x, gs[k]):
+                job.place = k
+                self._add(job, job.kind.program, x)
+            elif not self._take(k):
+                leaf.job = None  # the array may have left the device: then kernels of the host ask
                 rest.append(k)
         return rest
 

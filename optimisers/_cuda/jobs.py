@@ -234,7 +234,8 @@ class Job:
     def try_repeat(self, leaf: Any, x: Array, g: Array) -> bool:
         """Make this the job of one more step; tell whether it is: the same rule, the same memory.
 
-        The gradient may have come to lie elsewhere.
+        The gradient may have come to lie elsewhere. Where an array has lost its memory, it is not:
+        its address is another one then.
         """
         memory, lib = self.memory, self.lib
         if memory is None or leaf.rule is not memory.rule or leaf.state is not memory.state:
@@ -246,7 +247,12 @@ class Job:
                 return False
             if lib.layout(g) != memory.layout_of_g:
                 return False
-            if (at := lib.address(g)) != self.words[texts.GRAD]:
+            at = lib.address(g)
+            # Of what was given back the check of gradients tells the path.
+            is_other = at != self.words[texts.GRAD] or memory.g() is not g
+            if is_other and lib.loses_memory and lib.has_lost(g):
+                return False
+            if at != self.words[texts.GRAD]:
                 self.lay_out(at, self.words[texts.PARAMETER : texts.SLOTS])
             memory.g = ref(g)
         self.numbers, self.counts = (), []

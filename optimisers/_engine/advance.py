@@ -144,14 +144,19 @@ def advance(
     return *_made(update, batches, skipped, beside), skipped
 
 
-def _gathered(update: Update, begun: Any) -> list[Batch]:
+def _gathered(update: Update, begun: tuple[Any, list[int]] | None) -> list[Batch]:
     """Return batches that take all that is to be updated."""
-    kernels = KernelBatch(update, begun)
-    rest = kernels.gather(range(len(update.leaves)))
-    # One that has taken nothing is asked no more: on a device the calls are what a step costs.
-    batches: list[Batch] = [kernels] if kernels.indices() else []
+    leaves = update.leaves
+    batches: list[Batch] = []
+    if begun is not None and not begun[0].places() and _have_jobs(leaves, begun[1]):
+        rest = begun[1]  # as in each step of a model on a device but the first
+    else:
+        kernels = KernelBatch(update, begun)
+        rest = kernels.gather(range(len(leaves)))
+        # A batch without leaves is left out: on a device the calls are what a step costs.
+        batches = [kernels] if kernels.indices() else []
     for k in rest:
-        if update.leaves[k].job is None and devices.library(update.xs[k]) is None:
+        if leaves[k].job is None and devices.library(update.xs[k]) is None:
             continue
         batches.append(cuda().CudaBatch(update, blank))
         rest = batches[-1].gather(rest)
@@ -160,6 +165,11 @@ def _gathered(update: Update, begun: Any) -> list[Batch]:
         batches.append(ArrayBatch(update))
         batches[-1].gather(rest)
     return batches
+
+
+def _have_jobs(leaves: Sequence[Any], ks: Sequence[int]) -> bool:
+    """Tell whether each of these leaves has the job of its last step on a device."""
+    return None not in [leaves[k].job for k in ks]
 
 
 def _made(

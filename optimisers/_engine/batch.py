@@ -48,7 +48,7 @@ class Update:
         """
         if k not in self._gradients:
             x, path = self.xs[k], self.path(k)
-            self.refuse_given_back(k)
+            library_for(x).refuse_lost(x, self.leaves[k].state, path)
             if not isnumeric(x):
                 from .._messages.mixups import for_model
 
@@ -57,11 +57,6 @@ class Update:
             refuse_masked_parameter(x, path)
             self._gradients[k] = checked(self.gs[k], self.leaves[k], x, path)
         return self._gradients[k]
-
-    def refuse_given_back(self, k: int) -> None:
-        """Raise if the parameter is a tensor without memory, or its state has one."""
-        x = self.xs[k]
-        library_for(x).refuse_lost(x, self.leaves[k].state, self.path(k))
 
     def is_bad(self, k: int, gradients: Sequence[list[Any]]) -> bool:
         """Tell whether one of the gradients at an index holds infinity or NaN."""

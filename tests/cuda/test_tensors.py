@@ -23,6 +23,7 @@ from optimisers import (  # noqa: E402
     ClipNorm,
     Descent,
     MixedPrecision,
+    Momentum,
     OptimiserChain,
     setup,
     update_,
@@ -98,6 +99,39 @@ def test_a_parameter_that_got_other_memory_is_found_there() -> None:
     for value in (2.0, 3.0):  # as after zero_grad: another tensor each time
         update_(state, x, torch.full((5,), value))
     assert torch.equal(x.detach(), torch.full((5,), 4.0))
+
+
+@BOTH
+@parametrize("steps", [0, 1, 3])
+@parametrize("which", ["parameter", "gradient", "a new gradient", "state"])
+@parametrize("left", [0, 8])
+def test_memory_that_was_given_back_is_refused_at_each_step(
+    call: Any, which: str, left: int, steps: int
+) -> None:
+    x, g, other = torch.ones(50), torch.full((50,), 0.5), torch.full((50,), 0.25)
+    state = setup(Momentum(1.0, 0.5), {"w": x})
+    for _ in range(steps):
+        update_(state, {"w": x}, {"w": g})
+    slot = state["w"].state.v
+    gone = {"parameter": x, "gradient": g, "a new gradient": other, "state": slot}[which]
+    gone.untyped_storage().resize_(left)
+    given = other if which == "a new gradient" else g
+    refused = rf"{which.split()[-1]} at \['w'\]: .*storage was given back"
+    with pytest.raises(ValueError, match=refused):
+        call(state, {"w": x}, {"w": given})
+
+
+def test_a_parameter_that_leaves_the_device_is_updated_where_it_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    x = torch.zeros(5)
+    state = setup(Descent(1.0), {"w": x})
+    used = [step(update_, state, {"w": x}, {"w": torch.ones(5)})[2] for _ in range(2)]
+    monkeypatch.undo()
+    used += [step(update_, state, {"w": x}, {"w": torch.ones(5)})[2] for _ in range(2)]
+    assert used[:2] == [{"['w']": "cuda"}] * 2
+    assert used[3] == {"['w']": "kernels"}
+    assert torch.equal(x, torch.full((5,), -4.0))
 
 
 @BOTH
