@@ -27,7 +27,7 @@ from ._arrays.library import isnumeric as isnumeric
 from ._arrays.library import maywrite as maywrite
 from ._engine.cpu import get_num_threads as get_num_threads
 from ._engine.cpu import set_num_threads as set_num_threads
-from ._flat import destructure as destructure
+from ._flat.restructure import destructure as destructure
 from ._fork import compiling as _compiling
 from ._info import show_versions as show_versions
 from ._leaf import Leaf as Leaf

@@ -1,13 +1,13 @@
 """Array libraries: a class for each, whose methods are all that depends on whose array it is.
 
-`library_of(x)` gives the object that answers for an array. The base class, `Library`, answers by
-the array's namespace of the Python array API standard, and takes the arrays of any library that
-has one. A library that needs something else has a file in this folder, of the name by which it is
-imported, which ends with ``LIBRARY = ...``. The file is imported once an array is met and that
-library is loaded, never before: no array library but NumPy is imported here.
+`library_of(x)` gives the object that answers for an array. This file has more than 600 lines, since
+the base class, `Library`, lists every question that a library may be asked, with its answer by the
+array's namespace of the Python array API standard; it takes the arrays of any library that has one.
+A library that needs another answer has a file in this folder, of the name by which it is imported,
+which ends with ``LIBRARY = ...``. The file is imported once an array is met and that library is
+loaded, never before: no array library but NumPy is imported here.
 
-To say more of another library, add its file. Nothing else changes. This file is longer than others
-since the base class lists everything that a library may be asked.
+To add a library, add its file. Nothing else changes.
 """
 
 from __future__ import annotations

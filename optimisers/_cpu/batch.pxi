@@ -1,4 +1,5 @@
-# One file of more than 600 lines, since a cdef class cannot be divided among files.
+# One file of more than 600 lines, since it is one class: a cdef class has one body, and its methods
+# share the memory of the batch. They come in three parts: gathering, keeping apart, running.
 
 cimport cython
 cimport numpy as cnp

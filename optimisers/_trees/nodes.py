@@ -1,5 +1,6 @@
 """Nodes: what a class is, how to take its objects apart, and how to put them together again.
 
+This file has more than 600 lines, since each way to be a node is said here, and nowhere else.
 A *node* has children, each under a key; everything else is a *leaf*. What a class is, is decided
 by the first of these that knows it:
 

@@ -17,15 +17,16 @@ ASKING = {"is_tensor", "is_jax", "is_numba", "is_mapped", "is_tracer", "is_numpy
 
 ROWS = "rows of arrays that are all NumPy's are compared, or joined, in C"
 SAVED = "most arrays of a file are NumPy's, and a large model has 10,000"
+FITS = "a parameter or gradient that fits as it is needs no check"
 COUNT = "a count on the host, which a kernel reads and writes by its address"
 REASONS = {
     "_cuda/batch.py: type(count) is np.ndarray": [COUNT],
     "_cuda/jobs.py: type(new) is np.ndarray": [COUNT],
     "_cuda/jobs.py: type(old) is np.ndarray": [COUNT],
-    "_flat.py: {*map(type, pieces)} <= {np.ndarray}": [ROWS],
-    "_flat.py: {*map(type, xs)} == {np.ndarray}": [ROWS],
-    "_flat.py: type(g) is np.ndarray": ["a gradient that fits as it is needs no check"],
-    "_flat.py: type(x) is np.ndarray": ["a parameter that fits as it is needs no check"],
+    "_flat/restructure.py: {*map(type, pieces)} <= {np.ndarray}": [ROWS],
+    "_flat/restructure.py: {*map(type, xs)} == {np.ndarray}": [ROWS],
+    "_flat/restructure.py: type(g) is np.ndarray": [FITS],
+    "_flat/restructure.py: type(x) is np.ndarray": [FITS],
     "io/_encoder.py: type(x) is np.ndarray": [SAVED] * 3,
     "io/_encoder.py: type(x) is not np.ndarray": [SAVED],
     "io/_pairs.py: type(x) is np.ndarray": [SAVED],

@@ -164,14 +164,6 @@ def test_the_next_minor_version_of_the_compiler_for_gpus_is_allowed() -> None:
         assert int(limit) >= int(least) + 2, f"{need} has no room for the next minor version"
 
 
-LONG = {
-    "optimisers/_arrays/library.py": "the verbs of array libraries, a docstring each",
-    "optimisers/_flat.py": "the two classes of the flat vector, with long docstrings",
-    "optimisers/_trees/nodes.py": "each way to be a node, and how a class is registered",
-}
-"""Files of the package that are too long and do not say why at their head; remove, never add."""
-
-
 def lengths(folder: str, *suffixes: str) -> dict[str, int]:
     """Return the number of lines of each file of a folder that git knows, or may know."""
     paths = [p for p in (ROOT / folder).rglob("*") if p.suffix in suffixes]
@@ -198,4 +190,4 @@ def test_files_of_the_package_are_short_or_say_at_their_head_why_not() -> None:
         for path in long
         if "more than 600 lines" not in (ROOT / path).read_text(encoding="utf-8")[:400]
     }
-    assert unsaid == LONG.keys(), "too long without a reason, or no longer too long"
+    assert unsaid == set(), "too long without a reason"

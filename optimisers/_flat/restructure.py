@@ -1,30 +1,20 @@
-"""The flat vector: all parameters of a model in one array, and the way back.
+"""`destructure`, and the way between a model and its flat vector, in both directions.
 
-`destructure` looks at a model once and compiles what `re` needs to rebuild it:
-
-a) a *table* with an entry for each parameter, then for each other view of one, then for what is
-   kept and for the nodes, each after its children. To rebuild is to fill in the parameters, to
-   make the nodes in order, and to return the last entry;
-b) consecutive parameters of one shape are a *run*: one slice, cut into its rows by NumPy in C;
-c) a *template* with a `_Slot` at each place of a parameter, and an *outline*: the model with
-   blanks, which have shape and dtype but no memory, in place of its arrays. With these two any
-   other model or gradient is walked (see `_trees.lockstep`). The arrays of the model itself are not
-   kept alive.
+`destructure` looks at a model once and makes a `Table`, from which ``re(v)`` rebuilds the model,
+and a *template*, a tree with a `Slot` at each place of a parameter. By the template, and by the
+model with blanks in place of its arrays, any other model or gradient is walked (see
+`_trees.lockstep`).
 """
 
 from __future__ import annotations
 
 import functools
-import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
-from operator import itemgetter
-from types import SimpleNamespace
-from typing import Any, Generic, NamedTuple, TypeVar, overload
+from typing import Any, Generic, TypeVar, overload
 
 import numpy as np
 
-from ._arrays.dtypes import (
+from .._arrays.dtypes import (
     dtype_name,
     is_complex_dtype,
     is_narrow_dtype,
@@ -33,31 +23,28 @@ from ._arrays.dtypes import (
     numpy_dtype,
     promoted,
 )
-from ._arrays.layout import View
-from ._arrays.library import (
-    is_array,
+from .._arrays.library import (
     is_foreign,
     is_immutable,
     isnumeric,
     library_for,
     maywrite,
     of_class,
-    plain,
     refuse_masked,
     refuse_masked_parameter,
 )
-from ._arrays.sharing import carry, spans_meet, view_of
-from ._engine.arrays import at_once, fresh, writing
-from ._engine.gradients import checked_gradient
-from ._engine.tied import sum_of_two
-from ._messages.text import short
-from ._trees.lockstep import gather, place
-from ._trees.lockstep import places as walk_places
-from ._trees.nodes import mirror, rebuild, register_leaf, trainable_keys
-from ._trees.parameters import owners, parameters
-from ._trees.paths import KeyPath
-from ._trees.untrained import refuse_no_tree, tell
-from ._trees.walks import fold, walk
+from .._arrays.sharing import spans_meet, view_of
+from .._engine.arrays import at_once, fresh, writing
+from .._messages.text import short
+from .._trees.lockstep import gather, place
+from .._trees.lockstep import places as walk_places
+from .._trees.nodes import mirror, trainable_keys
+from .._trees.parameters import owners, parameters
+from .._trees.paths import KeyPath
+from .._trees.untrained import refuse_no_tree, tell
+from .._trees.walks import fold, walk
+from .table import Blank, Like, Parameter, Run, Slot, Table, blank_of, runs_of
+from .vectors import check_out, gradient_dtype, gradient_for, is_c_contiguous, may_overlap, summed
 
 Array = Any
 Tree = Any
@@ -123,106 +110,6 @@ def destructure(model: Model) -> tuple[Any, Restructure[Model]]:
     return re.flatten(model), re
 
 
-class _Parameter(NamedTuple):
-    """A stretch of the vector."""
-
-    start: int
-    stop: int
-    shape: tuple[int, ...]
-    dtype: Any
-    """That of its library, in native byte order."""
-    is_complex: bool
-    is_summed: bool
-    """Whether one gradient object at several places is one gradient, summed already."""
-
-
-class _Run(NamedTuple):
-    """Consecutive parameters of one shape, or one parameter alone."""
-
-    stretch: slice
-    shape: tuple[int, ...] | None
-    """What to make of the stretch, if not a vector."""
-    several: bool
-    """Whether its rows are the parameters, rather than itself."""
-
-
-class _Node(NamedTuple):
-    """How to rebuild a node."""
-
-    entry: int
-    """Where it goes in the table."""
-    keys: tuple[Any, ...] | None
-    """Those of a plain dictionary, which is made by these alone."""
-    make: Callable[[Any], Any]
-    get: Callable[[list[Any]], Any]
-    """How to get its children from the table."""
-
-
-@register_leaf
-class _Slot:
-    """The mark of a place in the template: which parameter is there, and through which view."""
-
-    frozen = False
-
-    def __init__(
-        self, k: int, x: Array, source: View | None = None, view: View | None = None
-    ) -> None:
-        self.k = k
-        self.like = None if plain(x) is x or isinstance(x, np.memmap) else _Like.of(x)
-        self.source = source
-        self.view = view
-
-    def seen(self, values: Array) -> Array:
-        """Return the values of the parameter as this place shows them."""
-        if self.source is None or self.view is None:
-            return values
-        return carry(values, self.source, self.view)
-
-    def unseen(self, values: Array) -> Array:
-        """Return what this place shows as the parameter has it."""
-        if self.source is None or self.view is None:
-            return values
-        return carry(values, self.view, self.source)
-
-
-class _Blank(np.ndarray):
-    """Stands for an array that is not there: its shape, its dtype, one element of memory."""
-
-    def __reduce__(self) -> Any:
-        return _blank, (self.shape, self.dtype)
-
-    def __deepcopy__(self, memo: Any) -> _Blank:
-        return self
-
-
-def _blank(shape: tuple[int, ...], dtype: Any) -> _Blank:
-    blank = _Blank(shape, dtype, np.zeros((), dtype), strides=(0,) * len(shape))
-    blank.flags.writeable = False
-    return blank
-
-
-class _Like:
-    """An array of a subclass of NumPy's, without its memory: its class and what it carries."""
-
-    def __init__(self, blank: np.ndarray) -> None:
-        self.blank = blank
-
-    @classmethod
-    def of(cls, x: np.ndarray) -> _Like:
-        return cls(of_class(x, _blank(x.shape, x.dtype)))
-
-    def __reduce__(self) -> Any:
-        carried = getattr(self.blank, "__dict__", {})
-        return _like, (type(self.blank), self.blank.shape, self.blank.dtype, carried)
-
-
-def _like(cls: type, shape: tuple[int, ...], dtype: Any, carried: dict[str, Any]) -> _Like:
-    blank: Any = np.ndarray.view(_blank(shape, dtype), cls)
-    if carried:
-        vars(blank).update(carried)
-    return _Like(blank)
-
-
 class Restructure(Generic[Model]):
     """The way between a model and its flat vector; made by `destructure`, and called `re` there.
 
@@ -268,22 +155,21 @@ class Restructure(Generic[Model]):
     3
     """
 
-    _parameters: list[_Parameter]
-    _slots: list[_Slot]
+    _parameters: list[Parameter]
+    _slots: list[Slot]
     """A slot for each entry of the table that shows a parameter, its own place first."""
     _libraries: frozenset[str]
     """Those that the parameters belong to."""
-    _likes: list[tuple[int, _Like]]
+    _likes: list[tuple[int, Like]]
     """The entries of the table that are of a subclass of NumPy's arrays, and what they are like."""
-    _table: list[Any]
-    _nodes: list[_Node]
+    _table: Table
     _template: Tree
-    _outline: Any
+    """The model with slots in place of its parameters."""
     _dtype: Any
     _size: int
     _own_dtype: Any
     """The one dtype that all parameters have, else None."""
-    _runs: list[_Run]
+    _runs: list[Run]
     _in_turn: bool
     """Whether each parameter has one place, and the places come in the order of the vector."""
 
@@ -298,19 +184,19 @@ class Restructure(Generic[Model]):
         for j, k in enumerate(owner):
             groups.setdefault(k, []).append(j)
         re._parameters, re._slots = [], []
-        slot_of: dict[int, _Slot] = {}
+        slot_of: dict[int, Slot] = {}
         # One array may be several parameters (see `_trees.parameters`), and may be made anew each
         # time its place is visited; then the path tells.
-        slot_at: dict[KeyPath, _Slot] = {}
-        others: list[_Slot] = []
+        slot_at: dict[KeyPath, Slot] = {}
+        others: list[Slot] = []
         stop = 0
         for k, group in enumerate(groups.values()):
             xs = [places[j][1] for j in group]
-            x = next(filter(_is_c_contiguous, xs), xs[0])
+            x = next(filter(is_c_contiguous, xs), xs[0])
             start, stop = stop, stop + math.prod(x.shape)
             dtype = native(x.dtype)
             re._parameters.append(
-                _Parameter(
+                Parameter(
                     start,
                     stop,
                     tuple(x.shape),
@@ -319,11 +205,11 @@ class Restructure(Generic[Model]):
                     library_for(x).sums_ties,
                 )
             )
-            shown = {id(x): _Slot(k, x)}
+            shown = {id(x): Slot(k, x)}
             re._slots.append(shown[id(x)])
             for other in xs:
                 if id(other) not in shown:
-                    others.append(_Slot(k, other, view_of(x), view_of(other)))
+                    others.append(Slot(k, other, view_of(x), view_of(other)))
                     shown[id(other)] = others[-1]
             slot_at.update((places[j][0], shown[id(places[j][1])]) for j in group)
             if not is_immutable(x):
@@ -335,15 +221,17 @@ class Restructure(Generic[Model]):
         re._dtype = promoted([p.dtype for p in re._parameters])
         dtypes = {p.dtype for p in re._parameters}
         re._own_dtype = dtypes.pop() if len(dtypes) == 1 else None
-        re._runs = _runs(re._parameters)
+        re._runs = runs_of(re._parameters)
 
-        def slot(path: KeyPath, x: Any) -> _Slot | None:
+        def slot(path: KeyPath, x: Any) -> Slot | None:
             if not isnumeric(x):
                 return None
             found = slot_of.get(id(x))
             return slot_at.get(path) if found is None else found
 
-        re._compile(model, slot)
+        dtypes_of_gradients = [gradient_dtype(p.dtype, re._dtype) for p in re._parameters]
+        blanks = list(map(blank_of, (p.shape for p in re._parameters), dtypes_of_gradients))
+        re._table = Table(model, slot, re._slots, [s.seen(blanks[s.k]) for s in re._slots])
         re._template = fold(
             model,
             lambda path, x: slot(path, x) or (),
@@ -351,44 +239,9 @@ class Restructure(Generic[Model]):
             keys=trainable_keys,
             skipped=lambda child: (),
         )
-        turns = [slot.k for _, slot in walk(re._template) if isinstance(slot, _Slot)]
+        turns = [slot.k for _, slot in walk(re._template) if isinstance(slot, Slot)]
         re._in_turn = turns == [*range(len(re._parameters))]
         return re
-
-    def _compile(self, model: Model, slot: Callable[[KeyPath, Any], _Slot | None]) -> None:
-        blank_dtypes = [_gradient_dtype(p.dtype, self._dtype) for p in self._parameters]
-        blanks = [_blank(p.shape, d) for p, d in zip(self._parameters, blank_dtypes, strict=True)]
-        outline: list[Any] = [s.seen(blanks[s.k]) for s in self._slots]
-        at = {id(s): i for i, s in enumerate(self._slots)}
-        self._table = [None] * len(outline)
-        self._nodes = []
-
-        def leaf(path: KeyPath, x: Any) -> int | _Kept:
-            found = slot(path, x)
-            return _Kept(x) if found is None else at[id(found)]
-
-        def node(path: KeyPath, x: Any, results: list[int | _Kept]) -> int | _Kept:
-            if all(isinstance(result, _Kept) for result in results):
-                return _Kept(x)
-            where = [enter(r.x, r.x) if isinstance(r, _Kept) else r for r in results]
-            get = _getter(where)
-            bare = rebuild(x, get(outline))
-            entry = enter(None, bare)
-            self._nodes.append(
-                _Node(entry, tuple(bare) if type(bare) is dict else None, _maker(bare), get)
-            )
-            return entry
-
-        def enter(kept: Any, bare: Any) -> int:
-            self._table.append(kept)
-            outline.append(bare)
-            return len(outline) - 1
-
-        root = fold(model, leaf, node)
-        if isinstance(root, _Kept):
-            root = enter(root.x, root.x)
-        self._root = root
-        self._outline = outline[root]
 
     # --- from the vector to the model ---
 
@@ -404,20 +257,15 @@ class Restructure(Generic[Model]):
         if x:
             model: Any = self(v, copy=copy)
             return model(*x)
-        table = self._table.copy()
+        entries = self._table.entries.copy()
         count = len(self._parameters)
-        table[:count] = values = self._split(self._checked(v), copy)
+        entries[:count] = values = self._split(self._checked(v), copy)
         if len(self._slots) > count:
             for i, slot in enumerate(self._slots[count:], count):
-                table[i] = slot.seen(values[slot.k])
+                entries[i] = slot.seen(values[slot.k])
         for i, like in self._likes:
-            table[i] = of_class(like.blank, table[i])
-        for entry, keys, make, get in self._nodes:
-            if keys is None:
-                table[entry] = make(get(table))
-            else:
-                table[entry] = dict(zip(keys, get(table), strict=False))
-        return table[self._root]
+            entries[i] = of_class(like.blank, entries[i])
+        return self._table.rebuilt(entries)
 
     def _checked(self, v: Any) -> Array:
         """Return `v` as an array, of the right length."""
@@ -537,7 +385,7 @@ class Restructure(Generic[Model]):
         >>> re.flatten_gradient({"encoder": np.array([[1, 2]]), "decoder": np.array([[10], [20]])})
         array([11., 22., 0., 0.])
         """
-        slots, blanks, gs = gather(_Slot, self._template, self._outline, grad)
+        slots, blanks, gs = gather(Slot, self._template, self._table.outline, grad)
         if self._are_plain(gs):
             return self._joined(gs, out)
         pieces: list[Any] = [None] * len(self._parameters)
@@ -546,12 +394,12 @@ class Restructure(Generic[Model]):
             if i in counted:
                 continue
             if not (type(g) is np.ndarray and g.dtype == blank.dtype and g.shape == blank.shape):
-                where = functools.partial(place, _Slot, self._template, self._outline, i)
-                g = _gradient(g, blank, where, traced=out is None)
+                where = functools.partial(place, Slot, self._template, self._table.outline, i)
+                g = gradient_for(g, blank, where, traced=out is None)
                 if g is None:
                     continue
             g = slot.unseen(g)
-            pieces[slot.k] = g if pieces[slot.k] is None else _sum(pieces[slot.k], g)
+            pieces[slot.k] = g if pieces[slot.k] is None else summed(pieces[slot.k], g)
         return self._joined(pieces, out, self._dtype_of_step(pieces))
 
     def _dtype_of_step(self, pieces: list[Any]) -> Any:
@@ -562,7 +410,7 @@ class Restructure(Generic[Model]):
         are_own = all(piece is None or dtype_name(piece.dtype) == own for piece in pieces)
         return self._dtype if are_own else np.dtype(np.float32)
 
-    def _counted(self, slots: list[_Slot], gs: list[Any]) -> set[int]:
+    def _counted(self, slots: list[Slot], gs: list[Any]) -> set[int]:
         """Return the places whose gradient is counted already.
 
         PyTorch has summed what it hands over as the one gradient of one tensor.
@@ -590,9 +438,9 @@ class Restructure(Generic[Model]):
             and [x.shape for x in xs] == [p.shape for p in self._parameters]
         )
 
-    def _places(self, model: Tree) -> tuple[list[_Slot], list[Array]]:
+    def _places(self, model: Tree) -> tuple[list[Slot], list[Array]]:
         """Return the slots beside what `model` has there, checked."""
-        slots, xs, _ = gather(_Slot, self._template, model, None, _MISFIT)
+        slots, xs, _ = gather(Slot, self._template, model, None, _MISFIT)
         if self._are_plain(xs):
             return slots, xs
         fault: type[Exception]
@@ -601,7 +449,7 @@ class Restructure(Generic[Model]):
             shape = p.shape if slot.view is None else slot.view.shape
             if type(x) is np.ndarray and x.shape == shape and x.dtype == p.dtype:
                 continue
-            refuse_masked_parameter(x, functools.partial(place, _Slot, self._template, model, i))
+            refuse_masked_parameter(x, functools.partial(place, Slot, self._template, model, i))
             if not isnumeric(x):
                 fault, got = TypeError, short(x)
             elif tuple(x.shape) != shape:
@@ -612,7 +460,7 @@ class Restructure(Generic[Model]):
                 fault, got = ValueError, "a tensor whose storage was given back"
             else:
                 continue
-            where = place(_Slot, self._template, model, i)
+            where = place(Slot, self._template, model, i)
             wanted = f"expected an array of shape {shape} and dtype {p.dtype}"
             raise fault(f"at {where}: {wanted}, got {got}")
         return slots, xs
@@ -623,7 +471,7 @@ class Restructure(Generic[Model]):
         A new one has the dtype given, or else that of the flat model.
         """
         if out is not None:
-            _check_out(out, self._size, self._dtype, self._libraries)
+            check_out(out, self._size, self._dtype, self._libraries)
         if is_foreign(out):
             at_once([writing(out, self._concatenated(pieces, out, out.dtype))])
             return out
@@ -649,7 +497,7 @@ class Restructure(Generic[Model]):
         if not parts:
             return out
         memory = target = np.asarray(out)
-        if not fresh and _may_overlap(parts, memory):
+        if not fresh and may_overlap(parts, memory):
             target = np.empty_like(memory)
         with np.errstate(all="ignore"):
             np.concatenate(parts, axis=None, out=target, casting="unsafe")
@@ -693,7 +541,7 @@ class Restructure(Generic[Model]):
         for i, (_, x) in enumerate(places):
             if not maywrite(x):
                 raise ValueError(
-                    f"the array at {place(_Slot, self._template, model, i)} cannot be written in "
+                    f"the array at {place(Slot, self._template, model, i)} cannot be written in "
                     f"place (read-only, immutable or broadcast); re(v) makes a new model"
                 )
         self._refuse_other_ties(model, places)
@@ -708,17 +556,17 @@ class Restructure(Generic[Model]):
                 ]
             )
 
-    def _refuse_other_ties(self, model: Tree, places: list[tuple[_Slot, Array]]) -> None:
+    def _refuse_other_ties(self, model: Tree, places: list[tuple[Slot, Array]]) -> None:
         """Raise if different parameters are one in `model`: they could not all be written."""
         try:
             owner = owners([(KeyPath(), x) for _, x in places])
         except ValueError:
-            paths = (path for path, _ in walk_places(_Slot, self._template, model))
+            paths = (path for path, _ in walk_places(Slot, self._template, model))
             owners([(path, x) for path, (_, x) in zip(paths, places, strict=True)])
             raise
         for i, j in enumerate(owner):
             if places[i][0].k != places[j][0].k:
-                one, other = (place(_Slot, self._template, model, k) for k in (j, i))
+                one, other = (place(Slot, self._template, model, k) for k in (j, i))
                 raise ValueError(
                     f"{one} and {other} are one parameter in this model, and were two in the one "
                     "that was destructured; copy one of them"
@@ -729,115 +577,10 @@ class Restructure(Generic[Model]):
         return self._size
 
     def __repr__(self) -> str:
-        n, name = len(self._parameters), type(self._outline).__name__
-        name = "array" if name == "_Blank" else name
+        n, name = len(self._parameters), type(self._table.outline).__name__
+        name = "array" if name == Blank.__name__ else name
         dtype = getattr(self._dtype, "name", self._dtype)
         return (
             f"Restructure({name}, {self._size} number{'s' * (self._size != 1)} "
             f"in {n} array{'s' * (n != 1)}, {dtype})"
         )
-
-
-class _Kept(NamedTuple):
-    """What holds no parameter, so that the model that is rebuilt shares it."""
-
-    x: Any
-
-
-# --- making the nodes --------------------------------------------------------------------------
-
-
-def _maker(bare: Any) -> Callable[[Any], Any]:
-    """Return how to make a node like `bare` from its children; something that can be pickled."""
-    cls = type(bare)
-    if cls is list or cls is tuple:
-        return cls
-    if cls is SimpleNamespace:
-        return functools.partial(_make_namespace, tuple(vars(bare)))
-    return functools.partial(rebuild, bare)
-
-
-def _make_namespace(keys: tuple[str, ...], values: Iterable[Any]) -> SimpleNamespace:
-    return SimpleNamespace(**dict(zip(keys, values, strict=True)))
-
-
-def _getter(where: list[int]) -> Callable[[list[Any]], Any]:
-    """Return how to get these entries of the table, as a sequence."""
-    if where == list(range(where[0], where[0] + len(where))):
-        return itemgetter(slice(where[0], where[0] + len(where)))
-    return itemgetter(*where)
-
-
-def _runs(found: Sequence[_Parameter]) -> list[_Run]:
-    runs: list[_Run] = []
-    for shape, same in itertools.groupby(found, key=lambda p: p.shape):
-        run = list(same)
-        if len(run) > 1 and shape:  # rows of a vector would be scalars, not 0-d arrays
-            runs.append(_Run(slice(run[0].start, run[-1].stop), (len(run), *shape), True))
-        else:
-            reshape = None if len(shape) == 1 else shape
-            runs.extend(_Run(slice(p.start, p.stop), reshape, False) for p in run)
-    return runs
-
-
-# --- arrays and dtypes -------------------------------------------------------------------------
-
-
-def _is_c_contiguous(x: Array) -> bool:
-    return library_for(x).is_c_contiguous(x)
-
-
-def _gradient_dtype(dtype: Any, flat: Any) -> np.dtype:
-    """Return the dtype in which gradients for a parameter go into the vector."""
-    wanted = numpy_dtype(flat)
-    if is_complex_dtype(wanted) and not is_complex_dtype(dtype):
-        return np.zeros((), wanted).real.dtype
-    return wanted
-
-
-def _may_overlap(parts: list[np.ndarray], out: np.ndarray) -> bool:
-    """Tell whether one of the arrays may share memory with `out`."""
-    if out.flags.owndata:  # then only views can, and itself
-        parts = [part for part in parts if part.base is not None or part is out]
-    return any(np.may_share_memory(part, out) for part in parts)
-
-
-def _gradient(g: Any, blank: np.ndarray, where: Callable[[], str], traced: bool) -> Any:
-    """Return a gradient, checked; where `traced`, one of another library stays there."""
-    if not (traced and is_foreign(g)):
-        return checked_gradient(g, blank, where)
-    if library_for(g).has_lost(g):
-        raise ValueError(
-            f"gradient at {where()}: expected a tensor with memory, its was given back"
-        )
-    if tuple(g.shape) != blank.shape or (
-        is_complex_dtype(g.dtype) and not is_complex_dtype(blank.dtype)
-    ):
-        raise (ValueError if tuple(g.shape) != blank.shape else TypeError)(
-            f"gradient at {where()}: expected an array of shape {blank.shape} and dtype "
-            f"{blank.dtype}, got shape {tuple(g.shape)} and dtype {g.dtype}"
-        )
-    return g
-
-
-def _sum(a: Array, b: Array) -> Array:
-    with np.errstate(all="ignore"):
-        return sum_of_two(a, b)
-
-
-def _check_out(out: Any, size: int, dtype: Any, libraries: frozenset[str]) -> None:
-    """Raise if `out` cannot take the vector of a model that holds arrays of these libraries."""
-    wanted = f"out: expected a writable vector of length {size} and dtype {dtype}"
-    refuse_masked(out, lambda: "out", "give a plain array")
-    known = {"numpy", *libraries}
-    if not is_array(out) or library_for(out).key not in known or is_immutable(out):
-        raise TypeError(
-            f"{wanted}, of {' or '.join(sorted(known))}, got "
-            f"{type(out).__name__}; leave it out, and a new vector is returned"
-        )
-    if tuple(out.shape) != (size,):
-        raise ValueError(f"{wanted}, got shape {tuple(out.shape)}")
-    if not isnumeric(out) or (is_complex_dtype(dtype) and not is_complex_dtype(out.dtype)):
-        raise TypeError(f"{wanted}, got dtype {out.dtype}")
-    if not maywrite(out):
-        raise ValueError(f"{wanted}, got one that is read-only or broadcast")
