@@ -1,8 +1,8 @@
-"""The engine for arrays on CUDA devices: batches of leaves.
+"""The batch of leaves that lie on CUDA devices.
 
-The shape is that of `_kernels`: `Rows` take leaves, settle that nothing is written which is
-read elsewhere, measure norms, and say which calls make the update. Leaves of one `Kind` go into
-one launch. Where the rows of a launch are those of the last step, nothing is checked or sent anew.
+`Rows` take leaves, see to it that nothing is written which is read elsewhere, measure norms, and
+return the calls that make the update. Leaves of one `LaunchKey` go into one launch. Where the rows
+of a launch are those of the last step, nothing is checked or sent anew.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from .._messages.text import short
 from ..rules.accumulate import _Hold
 from . import launch as _launch
 from . import texts
-from .jobs import Job, Kind, Plan, plan_of
-from .texts import Program
+from .jobs import Job, LaunchKey, Plan, plan_of
+from .texts import KernelSpec
 
 if TYPE_CHECKING:
     from .._engine.batch import Batch, Call, Update
@@ -38,7 +38,7 @@ REALS = ("float32", "float64")
 FLOATS = (*REALS, "float16", "bfloat16")
 """The dtypes that kernels read, and round to."""
 MOST_IDLE = 4
-"""How many launches of a kind are kept: models that are updated by turns find each its own."""
+"""How many launches are kept for a key, so that models which are updated by turns keep theirs."""
 
 
 # --- all leaves ------------------------------------------------------------------------------
@@ -55,7 +55,7 @@ class _Group:
 
 
 class Rows:
-    """Leaves to be updated together: those of one `Kind` are rows of the table of one launch.
+    """Leaves to be updated together: those of one `LaunchKey` are rows of the table of one launch.
 
     Parameters
     ----------
@@ -65,35 +65,35 @@ class Rows:
     """
 
     failed = -1
-    """The place where `measure` raised."""
+    """The index at which `measure` raised; -1 if it did not."""
 
     def __init__(self, blank: Callable[[Any], Any] | None) -> None:
         self.blank = blank
         self.new_x: dict[int, Array] = {}
         self.new_state: dict[int, Any] = {}
-        """What is not written in place, by place."""
+        """States that are not written in place, by index, as `new_x` has the parameters."""
         self.last_rule: Any = None
         self.last_plan: Plan | None = None
         self.jobs: list[Job] = []
-        self.groups: dict[Kind, _Group] = {}
+        self.groups: dict[LaunchKey, _Group] = {}
         self.kept: list[Any] = []
-        """What must live until the launches are enqueued."""
+        """Arrays that must live until the launches are enqueued."""
         self.lasting: list[tuple[Job, Any, Array, Array]] = []
         """Jobs that their leaves are to keep, with those, parameters and gradients."""
         self.streams: dict[tuple[str, int], int] = {}
         self.on = _call_on if _launch.devices() > 1 else _call
 
     def plan(self, rule: Any) -> Plan | None:
-        """Return the plan of a rule; leaves one after the other often have the same."""
+        """Return the plan of a rule; consecutive leaves often have the same."""
         if rule is not self.last_rule:
             self.last_rule, self.last_plan = rule, plan_of(rule)
         return self.last_plan
 
     def indices(self) -> list[int]:
-        """Return the places taken."""
-        return [job.place for job in self.jobs]
+        """Return the indices taken."""
+        return [job.index for job in self.jobs]
 
-    def take(self, place: int, leaf: Any, x: Array, g: Array, where: Callable[[], str]) -> bool:
+    def take(self, k: int, leaf: Any, x: Array, g: Array, where: Callable[[], str]) -> bool:
         """Take one leaf if the kernels can; tell whether.
 
         Raises
@@ -110,7 +110,7 @@ class Rows:
             return False
         made = state if self.blank is None else self.blank(state)
         given, narrow = x, None
-        if devices.axes(lib, x) is None:  # with gaps: a copy without takes its place
+        if devices.axes(lib, x) is None:  # it has gaps: a copy without gaps takes its place
             x = lib.copy(x)
         old = new = x
         if plan.is_mixed:
@@ -127,7 +127,7 @@ class Rows:
                 "'optimisers[cuda13]'` brings it for drivers of CUDA 13, 'optimisers[cuda12]' for "
                 "those of CUDA 12"
             )
-        job = Job(lib, place, old, real)
+        job = Job(lib, k, old, real)
         if not job.stack(plan, state, made):
             return False
         given_g, g = g, devices.laid_out(lib, g, x)
@@ -138,34 +138,34 @@ class Rows:
             if self.blank is None and maywrite(given):
                 job.back = given, target
             elif job.moves:
-                self.new_x[place] = target
+                self.new_x[k] = target
         if not plan.is_mixed:
             new = target
         if self.blank is not None:
-            self.new_state[place] = made
+            self.new_state[k] = made
             if plan.is_mixed and not job.moves:
                 job.carried.append((state[:1], made[:1]))
         job.g = g
         job.lay_out(of_g.address(g), (job.address(old), job.address(new), job.address(target)))
         self.kept += x, g, target, state, made
-        self._add(job, Program(tuple(job.stages), real, grad, narrow, job.moves), x)
+        self._add(job, KernelSpec(tuple(job.kernel_steps), real, grad, narrow, job.moves), x)
         if self.blank is None and given is x and given_g is g and of_g is lib and job.repeats:
             self.lasting.append((job, leaf, x, g))
         return True
 
-    def _add(self, job: Job, program: Program, x: Array) -> None:
+    def _add(self, job: Job, spec: KernelSpec, x: Array) -> None:
         stream = self._stream(job.lib, x, job.device)
-        kind: Kind | None = getattr(job, "kind", None)
-        if kind is None or kind.stream != stream:
-            kind = job.kind = Kind.of(program, job.device, stream)
-        group = self.groups.get(kind)
+        key: LaunchKey | None = getattr(job, "key", None)
+        if key is None or key.stream != stream:
+            key = job.key = LaunchKey.of(spec, job.device, stream)
+        group = self.groups.get(key)
         if group is None:
-            group = self.groups[kind] = _Group()
+            group = self.groups[key] = _Group()
         group.jobs.append(job)
         self.jobs.append(job)
 
     def _stream(self, lib: Library, x: Array, device: int) -> int:
-        if lib.name == "Numba":  # whose arrays have each its own
+        if lib.name == "Numba":  # each of its arrays has a stream
             return lib.stream(x)
         key = lib.name, device
         if key not in self.streams:
@@ -175,15 +175,15 @@ class Rows:
     # --- before anything is written ----------------------------------------------------------
 
     def settle(self, before: Sequence[Batch] = ()) -> tuple[int, int] | None:
-        """Compile and send what the run needs, and see that nothing is written that is read.
+        """Compile kernels, send tables, and see to it that nothing is written which is read.
 
         Gradients that lie in memory which the run writes are copied. Where two leaves would write
-        the same memory, their places are returned, else None.
+        the same memory, their indices are returned, else None.
         """
         check = None
         is_checked = True
-        for kind, group in self.groups.items():
-            self._lend(kind, group)
+        for key, group in self.groups.items():
+            self._lend(key, group)
             is_checked &= group.is_known and group.launch.check is (check or group.launch.check)
             check = group.launch.check
         if not is_checked:
@@ -192,17 +192,17 @@ class Rows:
             check = object()
             for group in self.groups.values():
                 group.launch.check = check
-        for kind, group in self.groups.items():
+        for key, group in self.groups.items():
             numbers = [job.numbers for job in group.jobs]
             if group.is_known:
-                self.on(kind.device, group.launch.renumber, numbers)
+                self.on(key.device, group.launch.renumber, numbers)
             else:
-                self.on(kind.device, self._prepare, kind, group, numbers)
+                self.on(key.device, self._prepare, key, group, numbers)
         return None
 
-    def _lend(self, kind: Kind, group: _Group) -> None:
-        """Give a group a launch that no batch uses: the one that had its rows, or most of them."""
-        tokens, idle = [job.token for job in group.jobs], kind.idle
+    def _lend(self, key: LaunchKey, group: _Group) -> None:
+        """Give a group an idle launch: the one that had its rows, else one with the same first."""
+        tokens, idle = [job.token for job in group.jobs], key.idle
         for k, launch in enumerate(idle):
             if launch.tokens == tokens and launch.grid is _launch.grid:
                 group.launch, group.is_known = idle.pop(k), True
@@ -212,20 +212,20 @@ class Rows:
         if near or len(idle) == MOST_IDLE:
             group.launch = idle.pop(near[0] if near else 0)
         else:
-            group.launch = _launch.Launch(kind.program, _launch.stream_of(kind.stream, kind.device))
+            group.launch = _launch.Launch(key.spec, _launch.stream_of(key.stream, key.device))
         group.launch.tokens = tokens
 
     def _clash(self) -> tuple[int, int] | None:
-        """Return two places that would write the same memory; part gradients from what is."""
+        """Return two indices that would write the same memory; copy gradients that lie in it."""
         spans = sorted(
-            (*span, job.place) for job in self.jobs if job.length for span in self._written(job)
+            (*span, job.index) for job in self.jobs if job.length for span in self._written(job)
         )
         for before, after in itertools.pairwise(spans):
             if after[0] < before[1]:
                 return before[2], after[2]
         starts, ends = [span[0] for span in spans], [span[1] for span in spans]
         for job in self.jobs:
-            size = job.length * itemsize(job.kind.program.grad)
+            size = job.length * itemsize(job.key.spec.grad)
             low = job.words[texts.GRAD]
             at = bisect.bisect_right(ends, low)
             if job.length and at < len(spans) and starts[at] < low + size:
@@ -233,16 +233,16 @@ class Rows:
         return None
 
     def _written(self, job: Job) -> list[tuple[int, int]]:
-        """Return the memory that was there before and is written, as spans of addresses."""
+        """Return the given memory that is written, as spans of addresses."""
         if self.blank is not None:
             return []
-        program, words = job.kind.program, job.words
-        real = job.length * itemsize(program.real)
+        spec, words = job.key.spec, job.words
+        real = job.length * itemsize(spec.real)
         spans = [(at, at + real) for at in job.addresses[1::2]]
         if job.moves:
             spans.append((words[texts.OUT], words[texts.OUT] + real))
-        if job.moves and program.narrow:
-            size = job.length * itemsize(program.narrow)
+        if job.moves and spec.narrow:
+            size = job.length * itemsize(spec.narrow)
             spans.append((words[texts.ROUNDED], words[texts.ROUNDED] + size))
         counts = (count.ctypes.data for count, _ in job.counts if type(count) is np.ndarray)
         return [*spans, *((at, at + 8) for at in counts)]
@@ -255,11 +255,11 @@ class Rows:
         job.lay_out(lib.address(copy), job.words[texts.PARAMETER : texts.SLOTS])
         self.lasting = [entry for entry in self.lasting if entry[0] is not job]
 
-    def _prepare(self, kind: Kind, group: _Group, numbers: list[tuple[float, ...]]) -> None:
+    def _prepare(self, key: LaunchKey, group: _Group, numbers: list[tuple[float, ...]]) -> None:
         launch, jobs = group.launch, group.jobs
         rows = [word for job in jobs for word in job.words]
         firsts = launch.lay_out([job.length for job in jobs])
-        rows[texts.FIRST_BLOCK :: texts.width(kind.program)] = firsts
+        rows[texts.FIRST_BLOCK :: texts.width(key.spec)] = firsts
         limits = [float(rule.omega) for job in jobs for rule in job.norms]
         launch.prepare(rows, numbers, limits)
 
@@ -269,22 +269,22 @@ class Rows:
         Raises
         ------
         FloatingPointError
-            If one is; `failed` is the place.
+            If such a norm is not finite; `failed` is the index.
         """
         strict = []
-        for kind, group in self.groups.items():
-            if kind.has_norms:
-                self.on(kind.device, _make, group.launch.measures())
+        for key, group in self.groups.items():
+            if key.has_norms:
+                self.on(key.device, _make, group.launch.measures())
                 if any(rule.throw for job in group.jobs for rule in job.norms):
-                    strict.append((kind, group))
+                    strict.append((key, group))
         if not strict:
             return
         found: list[tuple[Job, list[float]]] = []
-        for kind, group in strict:
-            norms = iter(self.on(kind.device, group.launch.norms))
+        for key, group in strict:
+            norms = iter(self.on(key.device, group.launch.norms))
             found += [(job, [next(norms) for _ in job.norms]) for job in group.jobs]
-        for job, norms_of_job in sorted(found, key=lambda pair: pair[0].place):
-            self.failed = job.place
+        for job, norms_of_job in sorted(found, key=lambda pair: pair[0].index):
+            self.failed = job.index
             for rule, norm in zip(job.norms, norms_of_job, strict=True):
                 rule.factor(norm)
         self.failed = -1
@@ -294,10 +294,10 @@ class Rows:
     def calls(self) -> list[Call]:
         """Return the calls that enqueue the update of every leaf and count it."""
         calls: list[Call] = []
-        for kind, group in self.groups.items():
+        for key, group in self.groups.items():
             for call in group.launch.run():
-                calls.append(call if self.on is _call else (_call_on, kind.device, *call))
-            calls.append((kind.idle.append, group.launch))
+                calls.append(call if self.on is _call else (_call_on, key.device, *call))
+            calls.append((key.idle.append, group.launch))
         for job in self.jobs:
             if job.back is not None and job.moves:
                 calls.append((job.lib.assign, *job.back))
@@ -310,9 +310,10 @@ class Rows:
 
 
 class CudaBatch(Rows):
-    """Leaves that the CUDA kernels update: a batch, as `_engine.batch` has it, and its protocol.
+    """Leaves that the CUDA kernels update, with the protocol of `_engine.batch`.
 
-    It is its rows, since each call in between is a part of what a step on a device costs.
+    It inherits from its rows instead of holding them, since each call in between is a part of what
+    a step on a device costs.
     """
 
     name = "cuda"
@@ -328,15 +329,15 @@ class CudaBatch(Rows):
             leaf, x = leaves[k], xs[k]
             job: Job | None = leaf.job
             if job is not None and repeats and job.try_repeat(leaf, x, gs[k]):
-                job.place = k
-                self._add(job, job.kind.program, x)
+                job.index = k
+                self._add(job, job.key.spec, x)
             elif not self._take(k):
-                leaf.job = None  # the array may have left the device: then kernels of the host ask
+                leaf.job = None  # it may have left the device: the CPU kernels take it next time
                 rest.append(k)
         return rest
 
     def _take(self, k: int) -> bool:
-        """Take one leaf if it is on a device; tell whether this is its end."""
+        """Take a leaf on a device, or find it without a gradient; tell whether one was so."""
         update, leaf, x = self.update, self.update.leaves[k], self.update.xs[k]
         if devices.library(x) is None:
             return False
@@ -377,7 +378,7 @@ class CudaBatch(Rows):
         return self.new_x, self.new_state
 
     def unrecorded(self) -> list[Any]:
-        return [self.update.xs[job.place] for job in self.jobs if job.lib.by_views]
+        return [self.update.xs[job.index] for job in self.jobs if job.lib.by_views]
 
 
 def summed(a: Array, b: Array) -> Array:
@@ -395,7 +396,7 @@ def summed(a: Array, b: Array) -> Array:
 
 
 def _carry_over(old: Any, new: Any) -> None:
-    """Copy a state that this step leaves alone."""
+    """Copy a state that this step does not change."""
     for a, b in zip(parts_of_state(old, tuple), parts_of_state(new, (tuple,)), strict=True):
         if a is b:
             continue
@@ -417,11 +418,11 @@ def _make(calls: Iterable[Call]) -> None:
 
 
 def _call_on(device: int, function: Callable[..., Any], *args: Any) -> Any:
-    """Make a call while a device is the current one of Numba."""
+    """Make a call while `device` is the current device of Numba."""
     with _launch.device(device):
         return function(*args)
 
 
 def _call(device: int, function: Callable[..., Any], *args: Any) -> Any:
-    """Make a call; there is but one device."""
+    """Make a call, where there is one device only."""
     return function(*args)

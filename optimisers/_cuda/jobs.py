@@ -1,10 +1,10 @@
 """Programs and leaves made ready for the CUDA kernels.
 
-A `Plan` is a rule's program made ready, a `Job` is one leaf on which its stages are stacked: its
-steps, its row, its counts. A leaf keeps its job: as long as rule and arrays stay the same, the next
-step needs no more than new numbers.
+A `Plan` is a rule's program made ready. A `Job` is a leaf on which its stages are stacked, with its
+steps, its row and its counts. A leaf keeps its job: as long as rule and arrays stay the same, the
+next step needs new numbers only.
 
-Counts of steps lie on the host. So no step has to ask the device for one.
+Counts of steps lie on the host, so that no step waits for the device.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from ..rules._program import (
     program_of,
 )
 from . import texts
-from .texts import Program, Stage
+from .texts import KernelSpec, KernelStep
 
 Array = Any
 
@@ -41,7 +41,7 @@ Array = Any
 
 
 class ReadyStep:
-    """An elementwise step, with the numbers that it took last."""
+    """An elementwise step, with the numbers of the last count for which they were computed."""
 
     def __init__(self, rule: Any) -> None:
         cls = type(rule)
@@ -53,7 +53,7 @@ class ReadyStep:
             check_language(rule)
 
     def numbers_at(self, t: int) -> tuple[float, ...]:
-        """Return the numbers of a step; the same object for the same count, one after another."""
+        """Return the numbers of a step; one object while the count stays the same."""
         if t != self.known_t:
             self.numbers, self.known_t = numbers(self.rule, t), t
         return self.numbers
@@ -62,7 +62,7 @@ class ReadyStep:
 class Plan:
     """A program made ready: each stage with its steps.
 
-    These are one for a step, `add` and `release` for a `Hold`, and none for others.
+    A `Step` has one, a `Hold` has two (`add` and `release`), other stages have none.
     """
 
     def __init__(self, program: rules.Program) -> None:
@@ -87,33 +87,33 @@ def plan_of(rule: Any) -> Plan | None:
 # --- one leaf --------------------------------------------------------------------------------
 
 
-class Kind:
-    """What leaves have in common that go into one launch."""
+class LaunchKey:
+    """The steps, dtypes, device and stream that leaves share which go into one launch."""
 
-    def __init__(self, program: Program, device: int, stream: int) -> None:
-        self.program, self.device, self.stream = program, device, stream
-        self.has_norms = bool(program.barriers)
+    def __init__(self, spec: KernelSpec, device: int, stream: int) -> None:
+        self.spec, self.device, self.stream = spec, device, stream
+        self.has_norms = bool(spec.barriers)
         self.idle: list[Any] = []
         """Launches that no batch uses."""
 
     @staticmethod
     @functools.lru_cache(maxsize=4096)
-    def of(program: Program, device: int, stream: int) -> Kind:
-        """Return the one kind of these."""
-        return Kind(program, device, stream)
+    def of(spec: KernelSpec, device: int, stream: int) -> LaunchKey:
+        """Return the one key with these."""
+        return LaunchKey(spec, device, stream)
 
 
 class Job:
     """One leaf that is being updated; `x` is its parameter or the master copy of it."""
 
-    def __init__(self, lib: Library, place: int, x: Array, real: str) -> None:
-        self.lib, self.place, self.x, self.real = lib, place, x, real
+    def __init__(self, lib: Library, index: int, x: Array, real: str) -> None:
+        self.lib, self.index, self.x, self.real = lib, index, x, real
         self.device, self.layout = lib.device(x), lib.layout(x)
         self.length = devices.size(x)
-        self.stages: list[Stage] = []
+        self.kernel_steps: list[KernelStep] = []
         self.moves = True
         self.repeats = True
-        """Whether the next step is the same, but for counts."""
+        """Whether the next step differs from this one in counts and numbers only."""
         self.steps: list[tuple[ReadyStep, Any]] = []
         """The elementwise steps, each with its count."""
         self.numbers: tuple[float, ...] = ()
@@ -121,24 +121,24 @@ class Job:
         self.norms: list[Any] = []
         self.slots: list[Array] = []
         self.addresses: list[int] = []
-        """Those of the slots, where each is read and written."""
+        """Two for each slot: where it is read, and where it is written."""
         self.alignment = 0
-        """All addresses but that of the gradient, joined by or."""
+        """The bitwise or of all addresses but that of the gradient."""
         self.words: list[int] = []
         """The row."""
         self.token = object()
-        """Stands for the row, and is another one when that is."""
+        """Stands for the row; a changed row has another token."""
         self.carried: list[tuple[Any, Any]] = []
         self.back: tuple[Array, Array] | None = None
-        """A parameter with gaps between its elements, and the array that it is written from."""
+        """A parameter with gaps between its elements, and the array from which it is written."""
         self.g: Array = None
-        self.kind: Kind
+        self.key: LaunchKey
         self.memory: _Memory | None = None
 
     # --- its stages --------------------------------------------------------------------------
 
     def stack(self, plan: Plan, old_state: Any, new_state: Any) -> bool:
-        """Add stages that read one state and write the other; tell whether they can."""
+        """Add the steps of a plan, from one state to the other; tell whether the states fit."""
         measure: Measure | None = None
         for stage, steps in plan.stages:
             old, new = _part(old_state, stage.at), _part(new_state, stage.at)
@@ -167,9 +167,9 @@ class Job:
         return measure is None
 
     def _add_step(self, step: ReadyStep, measure: Measure | None, old: Any, new: Any) -> bool:
-        """Add a step; tell whether it can be."""
+        """Add a step; tell whether the states fit it."""
         if measure is not None:
-            self.stages.append(Stage(step.step, step.slots, 1, float(measure.rule.p)))
+            self.kernel_steps.append(KernelStep(step.step, step.slots, 1, float(measure.rule.p)))
             self.norms.append(measure.rule)
             return not (step.slots or step.counts)
         count, t = None, 0
@@ -181,7 +181,7 @@ class Job:
             self.counts.append((count, t))
         self.steps.append((step, count))
         self.numbers += tuple(map(float, step.numbers_at(t)))  # an error here gets its path
-        self.stages.append(Stage(step.step, step.slots, len(step.numbers)))
+        self.kernel_steps.append(KernelStep(step.step, step.slots, len(step.numbers)))
         return all(self.add_slot(old[j], new[j]) for j in range(step.slots))
 
     def _hold(self, hold: Hold, add: ReadyStep, release: ReadyStep, old: Any, new: Any) -> bool:
@@ -197,7 +197,7 @@ class Job:
         return self._add_step(release if self.moves else add, None, old, new)
 
     def address(self, a: Array) -> int:
-        """Return where an array lies, and note it for the alignment."""
+        """Return the address of an array, and note it for the alignment."""
         found = self.lib.address(a)
         self.alignment |= found
         return found
@@ -214,11 +214,11 @@ class Job:
         return True
 
     def _is_alike(self, a: Array) -> bool:
-        """Tell whether strides alone are different, and only where an axis has one element."""
+        """Tell whether an array differs from `x` in strides alone, and these along axes of one."""
         return self.lib.dtype(a) == self.real and devices.lies_like(self.lib, a, self.x)
 
     def lay_out(self, g_address: int, heads: Sequence[int]) -> None:
-        """Write the row; `heads` are the addresses of what is read, written and rounded to."""
+        """Write the row; `heads` are the addresses at which it is read, written and rounded."""
         is_aligned = (self.alignment | g_address) % 16 == 0
         self.words = [self.length, 0, int(is_aligned), g_address, *heads, *self.addresses]
         self.token = object()
@@ -226,7 +226,7 @@ class Job:
     # --- from one step to the next -----------------------------------------------------------
 
     def remember(self, leaf: Any, x: Array, g: Array) -> None:
-        """Get ready to be kept by the leaf: hold no array but those of its state."""
+        """Prepare for the leaf to keep this job: hold no array but those of its state."""
         lib = self.lib
         self.memory = _Memory(leaf.rule, leaf.state, ref(x), ref(g), lib.layout(x), lib.layout(g))
         self.x = self.g = None
@@ -234,7 +234,7 @@ class Job:
     def try_repeat(self, leaf: Any, x: Array, g: Array) -> bool:
         """Make this the job of one more step; tell whether it is: the same rule, the same memory.
 
-        The gradient may have come to lie elsewhere. Where an array has lost its memory, it is not:
+        The gradient may lie elsewhere. A job is not repeated where an array has lost its memory:
         its address is another one then.
         """
         memory, lib = self.memory, self.lib
@@ -248,7 +248,7 @@ class Job:
             if lib.layout(g) != memory.layout_of_g:
                 return False
             at = lib.address(g)
-            # Of what was given back the check of gradients tells the path.
+            # The long way refuses a gradient whose memory was given back, with its path.
             is_other = at != self.words[texts.GRAD] or memory.g() is not g
             if is_other and lib.loses_memory and lib.has_lost(g):
                 return False
@@ -264,9 +264,9 @@ class Job:
         return True
 
     def _is_still_there(self, memory: _Memory, x: Array) -> bool:
-        """Tell whether arrays that can get other memory have not."""
+        """Tell whether arrays that can be given other memory have kept theirs."""
         lib, words = self.lib, self.words
-        old = memory.state[0] if self.kind.program.narrow else x
+        old = memory.state[0] if self.key.spec.narrow else x
         return (
             lib.layout(x) == memory.layout_of_x
             and lib.address(x) == words[texts.ROUNDED]
@@ -277,7 +277,7 @@ class Job:
 
 @dataclass(slots=True)
 class _Memory:
-    """What must be the same for a job to do again."""
+    """The rule, arrays and layouts that must be the same for a job to be repeated."""
 
     rule: Any
     state: Any
@@ -288,7 +288,7 @@ class _Memory:
 
 
 def _part(state: Any, at: rules.Place) -> Any:
-    """Return the part of a state at a place, or None if there is none."""
+    """Return the part of a state at the place of a stage, or None if there is none."""
     for k in at:
         if not isinstance(state, tuple) or not 0 <= k < len(state):
             return None
@@ -297,7 +297,7 @@ def _part(state: Any, at: rules.Place) -> Any:
 
 
 def read_count(old: Any, new: Any) -> int:
-    """Return the count in a 0-d array of the host; -1 if it is no such thing, or cannot go on."""
+    """Return the count in a 0-d array of the host; -1 if that is none, or is the largest."""
     if type(old) is np.ndarray:
         is_count = old.dtype == np.int64 and type(new) is np.ndarray and new.flags.writeable
     else:  # of PyTorch

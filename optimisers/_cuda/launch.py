@@ -1,10 +1,10 @@
-"""Kernels for CUDA devices: compiled by Numba, given their tables, launched.
+"""Kernels for CUDA devices: Numba compiles them, a `Launch` sends their tables and runs them.
 
-a) A `Kernel` is a text of `texts` compiled; which words, steps and sums its names stand for,
-   and of which types its arguments are, the functions ``..._kernel_parts`` say.
-b) A `Launch` has the tables of many arrays on the device, and sends them anew only when they have
+a) A `Kernel` is a compiled text of `texts`. The functions ``..._kernel_parts`` return its text, the
+   words, steps and sums that its names stand for, and the types of its arguments.
+b) A `Launch` has the tables of many arrays on the device. It sends a table again when that has
    changed, from pinned memory, so that nothing waits for the copy.
-c) Nothing here waits for the device but `Launch.norms`.
+c) `Launch.norms` alone waits for the device.
 """
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ import numpy as np
 from .. import _fork
 from .._arrays import numba_private
 from .._steps.compiled import rebound
-from .texts import SUMS, Program, combine_text, measure_text, step_text, sums_of_norm, width
+from .texts import SUMS, KernelSpec, combine_text, measure_text, step_text, sums_of_norm, width
 from .words import LANES, is_simulated, memory_type, vocabulary
 
 # --- settings --------------------------------------------------------------------------------
 
 
 class Grid(NamedTuple):
-    """How the work is cut up."""
+    """How numbers are shared out among blocks and threads."""
 
     threads: int = 256
     """Threads of a block, a power of two."""
     stretch: int = 8192
-    """Numbers that a block takes, a multiple of the lanes of 128 bits."""
+    """Numbers that a block takes, a multiple of the numbers in 128 bits."""
 
 
 grid = Grid()
 
 
 def set_grid(threads: int, stretch: int) -> Grid:
-    """Set how the work is cut up, and return how it was; for tests and measurements."""
+    """Set the grid, and return the one before; for tests and measurements."""
     global grid
     if threads & (threads - 1) or not 1 <= threads <= 1024:
         raise ValueError(f"a block has a power of two of threads, at most 1024; got {threads}")
@@ -54,8 +54,8 @@ def set_grid(threads: int, stretch: int) -> Grid:
 class Kernel:
     """A compiled text.
 
-    Numba compiles and loads it, but is not asked to launch it: its way to the driver, made for
-    arguments of all kinds, takes longer than all else that a step does on the host.
+    Numba compiles and loads it. It is launched by CUDA's own package, since Numba's launch, made
+    for arguments of all types, takes longer than the rest of a step on the host.
     """
 
     def __init__(self, text: str, names: dict[str, Any], types: Sequence[str]) -> None:
@@ -72,9 +72,9 @@ class Kernel:
             (self.made,) = made.overloads.values()
 
     def call(self, blocks: int, stream: Stream, *args: Any) -> tuple[Any, ...]:
-        """Return the call that enqueues it, of a C function.
+        """Return the call of a C function that enqueues the kernel.
 
-        Arguments are addresses, other whole numbers, and floats of NumPy.
+        Its arguments are addresses, other whole numbers, and floats of NumPy.
         """
         if self.is_simulated:
             return self._simulate, blocks, *args
@@ -104,7 +104,7 @@ def _core() -> Any:
 
 
 def function_of(text: str, names: dict[str, Any]) -> Callable[..., None]:
-    """Return the function of which `text` is the definition."""
+    """Return the function that `text` defines."""
     given = {"__name__": __name__, **names}
     exec(compile(text, "<kernel>", "exec"), given)
     made: Callable[..., None] = given["kernel"]
@@ -123,25 +123,25 @@ def signature(types: Sequence[str]) -> Any:
     )
 
 
-def step_kernel_parts(program: Program, varied: bool) -> tuple[str, dict[str, Any], list[str]]:
-    """Return what `Kernel` takes for a program."""
-    types = ["*int64", "*int64", "int64", f"*{program.real}", *_number_types(program, varied)]
-    return step_text(program, varied), _names_of(program), types
+def step_kernel_parts(spec: KernelSpec, varied: bool) -> tuple[str, dict[str, Any], list[str]]:
+    """Return the arguments of `Kernel` for an update."""
+    types = ["*int64", "*int64", "int64", f"*{spec.real}", *_number_types(spec, varied)]
+    return step_text(spec, varied), _names_of(spec), types
 
 
 def measure_kernel_parts(
-    program: Program, varied: bool, barrier: int, p: float, kind: str
+    spec: KernelSpec, varied: bool, barrier: int, p: float, kind: str
 ) -> tuple[str, dict[str, Any], list[str]]:
-    """Return what `Kernel` takes to sum up what reaches a barrier."""
-    types = ["*int64", "*int64", "int64", f"*{program.real}", "*float64", "*float64"]
-    names = {**_names_of(program), **_sum_names(kind, p, _names_of(program))}
-    return measure_text(program, barrier, varied), names, types + _number_types(program, varied)
+    """Return the arguments of `Kernel` for the sums of the numbers that reach a barrier."""
+    types = ["*int64", "*int64", "int64", f"*{spec.real}", "*float64", "*float64"]
+    names = {**_names_of(spec), **_sum_names(kind, p, _names_of(spec))}
+    return measure_text(spec, barrier, varied), names, types + _number_types(spec, varied)
 
 
 def combine_kernel_parts(
     real: str, p: float, kind: str, is_last: bool
 ) -> tuple[str, dict[str, Any], list[str]]:
-    """Return what `Kernel` takes to join the sums of each row."""
+    """Return the arguments of `Kernel` for joining the sums of each row."""
     types = ["*int64", "int64", "int64", "*float64", "*float64", "*float64"]
     types += [f"*{real}", "*float64", "int64", "int64"]
     names = vocabulary(real, real, real)
@@ -149,21 +149,20 @@ def combine_kernel_parts(
     return combine_text(p, kind, is_last), {**names, **_sum_names(kind, p, names), **roots}, types
 
 
-def _number_types(program: Program, varied: bool) -> list[str]:
-    return [f"*{program.real}"] if varied else [program.real] * program.coefs
+def _number_types(spec: KernelSpec, varied: bool) -> list[str]:
+    return [f"*{spec.real}"] if varied else [spec.real] * spec.coefs
 
 
-def _names_of(program: Program) -> dict[str, Any]:
-    names = vocabulary(program.real, program.grad, program.narrow or program.real)
+def _names_of(spec: KernelSpec) -> dict[str, Any]:
+    names = vocabulary(spec.real, spec.grad, spec.narrow or spec.real)
     steps = {
-        f"step{k}": names["jit"](rebound(stage.step, names))
-        for k, stage in enumerate(program.stages)
+        f"step{k}": names["jit"](rebound(step.function, names)) for k, step in enumerate(spec.steps)
     }
     return {**names, **steps}
 
 
 def _sum_names(kind: str, p: float, names: dict[str, Any]) -> dict[str, Any]:
-    """Return what the texts of sums call `value`, `join`, `begin`, THREADS."""
+    """Return the meaning of `value`, `join`, `begin` and THREADS in the texts of sums."""
     how = SUMS[kind]
     given = {"__name__": __name__, **names, "order": np.float64(p)}
     exec(f"def value(v, unit): return {how.value}\ndef join(a, b): return {how.join}", given)
@@ -211,7 +210,7 @@ def device(number: int) -> Any:
 
 
 class Stream:
-    """A stream of a device, as Numba and as CUDA's own package know it."""
+    """A stream of a device, as an object of Numba and one of CUDA's own package."""
 
     def __init__(self, handle: int, device: int) -> None:
         from numba import cuda
@@ -234,7 +233,7 @@ def stream_of(handle: int, device: int) -> Stream:
 
 
 class _Staging:
-    """Pinned memory of the host, from which copies to the device need not be waited for."""
+    """Pinned memory of the host; nothing waits for copies from there to the device."""
 
     def __init__(self) -> None:
         self.pieces: list[tuple[np.ndarray, Any]] = []
@@ -251,7 +250,7 @@ class _Staging:
         done.record(stream.numba)
 
     def _free(self, size: int) -> tuple[np.ndarray, Any]:
-        """Return a piece from which no copy is under way, and the event that will say so again."""
+        """Return a piece from which no copy is under way, and the event to record after one."""
         from numba import cuda
 
         for piece, done in self.pieces:
@@ -271,7 +270,7 @@ class Table:
         self.memory: Any = None
 
     def hold(self, values: Sequence[Any], stream: Stream) -> None:
-        """See to it that the device has these values."""
+        """Send these values to the device, unless it has them."""
         if values != self.values:
             host = np.array(values, self.dtype)
             self.reserve(host.size)
@@ -279,7 +278,7 @@ class Table:
             self.values = values
 
     def reserve(self, size: int) -> None:
-        """See to it that there is memory for so many numbers."""
+        """Allocate memory for so many numbers, unless there is enough."""
         from numba import cuda
 
         if self.memory is None or self.memory.size < size:
@@ -288,7 +287,7 @@ class Table:
 
     @property
     def argument(self) -> Any:
-        """What a kernel is given for its pointer."""
+        """The argument by which a kernel finds the table."""
         if self.memory is None or is_simulated():
             return 0 if self.memory is None else self.memory
         return numba_private.address(self.memory)
@@ -298,24 +297,24 @@ class Table:
 
 
 class _Begun(NamedTuple):
-    """A call that is the same in each step, but for numbers at its end."""
+    """A call that is the same in each step, except for numbers at its end."""
 
     call: tuple[Any, ...]
     takes_numbers: bool
 
 
 class Launch:
-    """A program on many arrays of one device and stream; its tables serve from step to step."""
+    """A spec on many arrays of one device and stream; its tables serve from step to step."""
 
-    def __init__(self, program: Program, stream: Stream) -> None:
+    def __init__(self, spec: KernelSpec, stream: Stream) -> None:
         staging = _Staging()
-        self.program, self.stream = program, stream
-        self.width, self.number = width(program), np.dtype(program.real)
+        self.spec, self.stream = spec, stream
+        self.width, self.number = width(spec), np.dtype(spec.real)
         self.rows = Table("int64", staging)
         self.blocks = Table("int64", staging)
-        self.numbers = Table(program.real, staging)
+        self.numbers = Table(spec.real, staging)
         self.limits = Table("float64", staging)
-        self.factors = Table(program.real, staging)
+        self.factors = Table(spec.real, staging)
         self.units, self.parts = Table("float64", staging), Table("float64", staging)
         self.found = Table("float64", staging)
         self.lengths: list[int] | None = None
@@ -328,16 +327,16 @@ class Launch:
         self.shared: tuple[Any, ...] = ()
         self.head: tuple[Any, ...] = ()
         self._kernels: list[tuple[Kernel, tuple[Any, ...]]] = []
-        """What an update launches, in turn, and what that was compiled for."""
+        """The kernels of an update in turn, each with the arguments of `compiled` for it."""
         self.measuring: list[_Begun] = []
-        """What enqueues the norms, and the factors that steps behind them take."""
+        """The calls that enqueue the norms, and the factors for the steps after them."""
         self.updating: list[_Begun] = []
-        """What enqueues the update; nothing if there are no numbers to update."""
+        """The calls that enqueue the update; none if there are no numbers to update."""
         self.is_begun = False
         self.tokens: list[object] = []
-        """What stands for the rows."""
+        """The tokens of its jobs, which stand for the rows."""
         self.check: object = None
-        """Stands for the launches beside which this one was found to write nothing that is read."""
+        """The mark of launches that were checked together and write nothing which another reads."""
 
     def lay_out(self, lengths: list[int]) -> list[int]:
         """Cut arrays of these lengths into stretches; return the first block of each."""
@@ -355,7 +354,7 @@ class Launch:
     def prepare(
         self, rows: list[int], numbers: list[tuple[float, ...]], limits: list[float]
     ) -> None:
-        """Compile what is missing and send what has changed; nothing that is visible is written.
+        """Compile missing kernels and send changed tables; write nothing that the caller sees.
 
         Parameters
         ----------
@@ -380,7 +379,7 @@ class Launch:
         self.renumber(numbers)
 
     def renumber(self, numbers: list[tuple[float, ...]]) -> None:
-        """Do what `prepare` does where nothing but numbers has changed."""
+        """Do the part of `prepare` that new numbers need, where nothing else has changed."""
         first = numbers[0]
         varied = len(numbers) > 1 and any(own is not first and own != first for own in numbers)
         if varied is not self.varied or not self._kernels:
@@ -397,20 +396,20 @@ class Launch:
             self._begin()
 
     def _keys(self) -> Iterator[tuple[Any, ...]]:
-        """Yield what `compiled` takes for each kernel that an update launches, in turn."""
-        program = self.program
-        for b, stage in enumerate(program.barriers):
-            p = cast(float, program.stages[stage].order)
-            kinds = sums_of_norm(p, program.real)
+        """Yield the arguments of `compiled` for each kernel of an update, in turn."""
+        spec = self.spec
+        for b, stage in enumerate(spec.barriers):
+            p = cast(float, spec.steps[stage].order)
+            kinds = sums_of_norm(p, spec.real)
             for kind in kinds:
-                yield measure_kernel_parts, program, self.varied, b, p, kind
-                yield combine_kernel_parts, program.real, p, kind, kind is kinds[-1]
-        yield step_kernel_parts, program, self.varied
+                yield measure_kernel_parts, spec, self.varied, b, p, kind
+                yield combine_kernel_parts, spec.real, p, kind, kind is kinds[-1]
+        yield step_kernel_parts, spec, self.varied
 
     def _begin(self) -> None:
-        """Make the calls that enqueue an update, but for the numbers that its steps share."""
+        """Make the calls that enqueue an update, without the numbers that its rows share."""
         self.measuring, self.updating = [], []
-        barrier, barriers = 0, len(self.program.barriers)
+        barrier, barriers = 0, len(self.spec.barriers)
         sums = self.units.argument, self.parts.argument
         for kernel, (parts, *key) in self._kernels:
             if parts is combine_kernel_parts:
@@ -431,11 +430,11 @@ class Launch:
         self.is_begun = True
 
     def measures(self) -> list[tuple[Any, ...]]:
-        """Return the calls that enqueue the norms, and the factors that steps behind them take."""
+        """Return the calls that enqueue the norms, and the factors for the steps after them."""
         return self._with_numbers(self.measuring)
 
     def run(self) -> list[tuple[Any, ...]]:
-        """Return the call that enqueues the update, if there is something to do."""
+        """Return the call that enqueues the update, if there are numbers to update."""
         return self._with_numbers(self.updating)
 
     def _with_numbers(self, begun: list[_Begun]) -> list[tuple[Any, ...]]:
@@ -444,7 +443,7 @@ class Launch:
 
     def norms(self) -> list[float]:
         """Wait for the norms, and return them row by row."""
-        host = np.empty(len(self.program.barriers) * len(self.firsts))
+        host = np.empty(len(self.spec.barriers) * len(self.firsts))
         numba_private.fetch(self.found.memory, host, self.stream.numba)
         if not is_simulated():
             self.stream.numba.synchronize()

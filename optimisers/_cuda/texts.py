@@ -1,16 +1,16 @@
-"""Programs for CUDA devices and the texts of their kernels.
+"""The texts of kernels for CUDA devices.
 
-a) A `Program` says what happens to each number of an array: the steps of a chain, one after the
-   other. `step_text` writes it as one kernel, in which the steps are the functions of the rules,
-   and all else has the names of `words`.
+a) A `KernelSpec` lists the steps that a kernel takes with each number of an array. `step_text`
+   writes them as one kernel, in which the steps are the functions of the rules, and all other names
+   are those of `words`.
 b) The arrays of a launch are *rows* of a table of whole numbers, most of them addresses. A second
    table says which stretch of which row each block of the grid takes, so that it matters little
    whether a million numbers are one array or a thousand.
 c) The numbers that steps need are arguments of the kernel if all rows share them, or else a table.
-d) A *barrier* (a norm) ends a launch: `measure_text` writes a kernel that evaluates the steps ahead
-   of it without storing anything and adds up, in double, what reaches it; `combine_text` one that
-   joins the sums of each row, in an order that its length alone decides, and leaves the factor for
-   the next launch. The host is not asked.
+d) A *barrier* (a norm) ends a launch. `measure_text` writes a kernel that evaluates the steps ahead
+   of the barrier without storing anything and adds up, in double, the numbers that reach it.
+   `combine_text` writes one that joins the sums of each row, in an order that its length alone
+   decides, and leaves the factor for the next launch. The host is not asked.
 """
 
 from __future__ import annotations
@@ -21,48 +21,49 @@ from typing import Any, NamedTuple
 
 from .words import LANES
 
-# --- programs --------------------------------------------------------------------------------
+# --- specs -----------------------------------------------------------------------------------
 
 
-class Stage(NamedTuple):
-    """One step of a program."""
+class KernelStep(NamedTuple):
+    """One step in a kernel."""
 
-    step: Any
-    """The function."""
+    function: Any
+    """That of the rule."""
     slots: int
+    """How many arrays it keeps."""
     coefs: int
     """How many numbers it takes."""
     order: float | None = None
-    """For a barrier the order of its norm, which leaves the one number that the step takes."""
+    """For a barrier, the order of the norm from which the step's one number is made."""
 
 
-class Program(NamedTuple):
-    """What happens to each number of an array."""
+class KernelSpec(NamedTuple):
+    """What a kernel is compiled for: its steps, and the dtypes that it reads and writes."""
 
-    stages: tuple[Stage, ...]
+    steps: tuple[KernelStep, ...]
     real: str
-    """The dtype that is computed in."""
+    """The dtype in which it computes."""
     grad: str
     """The dtype of the gradient."""
     narrow: str | None = None
-    """The dtype of the parameter, if what is computed with is a master copy of it."""
+    """The dtype of the parameter, if a master copy of it is updated."""
     moves: bool = True
-    """Whether there is a step to subtract; if not, slots alone are written."""
+    """Whether the parameter moves; if not, slots alone are written."""
 
     @property
     def slots(self) -> int:
         """How many arrays it keeps."""
-        return sum(stage.slots for stage in self.stages)
+        return sum(step.slots for step in self.steps)
 
     @property
     def coefs(self) -> int:
         """How many numbers it takes."""
-        return sum(stage.coefs for stage in self.stages if stage.order is None)
+        return sum(step.coefs for step in self.steps if step.order is None)
 
     @property
     def barriers(self) -> list[int]:
-        """Which of its stages are barriers."""
-        return [k for k, stage in enumerate(self.stages) if stage.order is not None]
+        """The positions of the steps that are barriers."""
+        return [k for k, step in enumerate(self.steps) if step.order is not None]
 
 
 # The head of a row; after it come the addresses of each slot, where it is read and written.
@@ -70,9 +71,9 @@ LENGTH, FIRST_BLOCK, ALIGNED, GRAD, PARAMETER, OUT, ROUNDED, SLOTS = range(8)
 WORDS_OF_SLOT = 2
 
 
-def width(program: Program) -> int:
+def width(spec: KernelSpec) -> int:
     """Return how many words a row has."""
-    return SLOTS + WORDS_OF_SLOT * program.slots
+    return SLOTS + WORDS_OF_SLOT * spec.slots
 
 
 # --- texts -----------------------------------------------------------------------------------
@@ -86,75 +87,73 @@ def _names(prefix: str, count: int) -> list[str]:
     return [f"{prefix}{k}" for k in range(count)]
 
 
-def _heading(name: str, program: Program, stages: int, varied: bool, extra: str) -> list[str]:
-    """Return the lines that find the stretch of a block and name what the stages need."""
-    used = program.stages[:stages]
+def _heading(name: str, spec: KernelSpec, steps: int, varied: bool, extra: str) -> list[str]:
+    """Return the lines that find the stretch of a block and name the values for the steps."""
+    used = spec.steps[:steps]
     numbers = _names("c", sum(s.coefs for s in used if s.order is None))
-    given = "numbers" if varied else ", ".join(_names("c", program.coefs))
+    given = "numbers" if varied else ", ".join(_names("c", spec.coefs))
     slots = range(sum(s.slots for s in used))
     lines = [
         f"def {name}(rows, blocks, stretch, factors, {extra}{given}):",
         "    block = cuda.blockIdx.x",
         "    tensor = blocks[2 * block]",
         "    start = blocks[2 * block + 1]",
-        f"    row = tensor * {width(program)}",
+        f"    row = tensor * {width(spec)}",
         f"    end = min(start + stretch, rows[row + {LENGTH}])",
         f"    g = grad_at(rows[row + {GRAD}])",
         f"    x = real_at(rows[row + {PARAMETER}])",
         *(f"    old{j} = real_at(rows[row + {SLOTS + WORDS_OF_SLOT * j}])" for j in slots),
     ]
-    barriers = program.barriers
+    barriers = spec.barriers
     lines += [
         f"    f{b} = factors[tensor * {len(barriers)} + {b}]"
-        for b, stage in enumerate(barriers)
-        if stage < stages
+        for b, step in enumerate(barriers)
+        if step < steps
     ]
     if varied:
-        lines += [
-            f"    {c} = numbers[tensor * {program.coefs} + {k}]" for k, c in enumerate(numbers)
-        ]
+        lines += [f"    {c} = numbers[tensor * {spec.coefs} + {k}]" for k, c in enumerate(numbers)]
     return lines
 
 
-def _chain(program: Program, stages: int, lane: int) -> list[str]:
-    """Return the lines that run the first stages on one number; it and the slots are named.
+def _chain(spec: KernelSpec, steps: int, lane: int) -> list[str]:
+    """Return the lines that run the first steps on one number, whose names end with the lane.
 
-    Then ``d`` is what is to be subtracted, and ``v0``, ``v1``, ... are the new slots.
+    Afterwards ``d`` is the step to be subtracted, and ``v0``, ``v1``, ... are the new slots.
     """
     lines = []
     slot = coef = barrier = 0
-    for k, stage in enumerate(program.stages[:stages]):
-        values = [f"v{j}_{lane}" for j in range(slot, slot + stage.slots)]
-        if stage.order is not None:
+    for k, step in enumerate(spec.steps[:steps]):
+        values = [f"v{j}_{lane}" for j in range(slot, slot + step.slots)]
+        if step.order is not None:
             numbers = [f"f{barrier}"]
             barrier += 1
         else:
-            numbers = [f"c{j}" for j in range(coef, coef + stage.coefs)]
-            coef += stage.coefs
+            numbers = [f"c{j}" for j in range(coef, coef + step.coefs)]
+            coef += step.coefs
         args = f"x_{lane}, d_{lane}, {_tuple_of(values)}, {_tuple_of(numbers)}"
         lines.append(f"d_{lane}, new = step{k}({args})")
         lines += [f"{value} = new[{j}]" for j, value in enumerate(values)]
-        slot += stage.slots
+        slot += step.slots
     return lines
 
 
-def step_text(program: Program, varied: bool) -> str:
-    """Return the text of the kernel that runs a program on many arrays.
+def step_text(spec: KernelSpec, varied: bool) -> str:
+    """Return the text of the kernel that updates many arrays.
 
     Parameters
     ----------
-    program : Program
-        The program.
+    spec : KernelSpec
+        Its steps and dtypes.
     varied : bool
         Whether each row has numbers of its own.
     """
-    lanes, slots = LANES[program.real], range(program.slots)
-    stages = len(program.stages)
-    lines = _heading("kernel", program, stages, varied, "")
+    lanes, slots = LANES[spec.real], range(spec.slots)
+    steps = len(spec.steps)
+    lines = _heading("kernel", spec, steps, varied, "")
     lines += [f"    new{j} = real_at(rows[row + {SLOTS + WORDS_OF_SLOT * j + 1}])" for j in slots]
-    if program.moves:
+    if spec.moves:
         lines.append(f"    out = real_at(rows[row + {OUT}])")
-    if program.moves and program.narrow:
+    if spec.moves and spec.narrow:
         lines.append(f"    rounded = narrow_at(rows[row + {ROUNDED}])")
 
     def body(count: int, load: Callable[[str, str], str], store: Callable[..., str]) -> list[str]:
@@ -163,13 +162,13 @@ def step_text(program: Program, varied: bool) -> str:
         inner = [load("x", "x"), load("d", "g"), *(load(f"v{j}", f"old{j}") for j in slots)]
         for lane in each:
             inner.append(f"d_{lane} = widen(d_{lane})")
-            inner += _chain(program, stages, lane)
-            if program.moves:
+            inner += _chain(spec, steps, lane)
+            if spec.moves:
                 inner.append(f"y_{lane} = x_{lane} - d_{lane}")
         inner += [store(f"new{j}", f"v{j}_{{}}") for j in slots]
-        if program.moves:
+        if spec.moves:
             inner.append(store("out", "y_{}"))
-        if program.moves and program.narrow:
+        if spec.moves and spec.narrow:
             inner.append(store("rounded", "round(y_{})"))
         return inner
 
@@ -205,12 +204,12 @@ def step_text(program: Program, varied: bool) -> str:
 
 
 class Sum(NamedTuple):
-    """How numbers are reduced to one, as text."""
+    """The text of a reduction of many numbers to one."""
 
     value: str
-    """The summand of a number of size ``v``; ``unit`` is the result of the sum before."""
+    """The summand for a magnitude ``v``; ``unit`` is the result of the sum before."""
     join: str = "a + b"
-    """How two sums, ``a`` and ``b``, are one."""
+    """The sum of two sums, ``a`` and ``b``."""
     begin: float = 0.0
     """The sum of nothing."""
 
@@ -226,7 +225,7 @@ SUMS = {
 
 
 def sums_of_norm(p: float, real: str) -> list[str]:
-    """Return which sums a norm needs, one after the other.
+    """Return the sums that a norm needs, one after the other.
 
     Squares of float32 numbers neither overflow nor vanish in double. For all other powers the
     numbers are first divided by the largest, or by the smallest if the order is negative.
@@ -253,20 +252,20 @@ _JOIN_THREADS = [
 ]
 
 
-def measure_text(program: Program, barrier: int, varied: bool) -> str:
-    """Return the text of a kernel that sums up, block by block, what reaches a barrier."""
-    stage = program.barriers[barrier]
-    slots = range(sum(s.slots for s in program.stages[:stage]))
+def measure_text(spec: KernelSpec, barrier: int, varied: bool) -> str:
+    """Return the text of a kernel that sums up, in each block, the numbers before a barrier."""
+    step = spec.barriers[barrier]
+    slots = range(sum(s.slots for s in spec.steps[:step]))
     inner = [
         "x_0 = x[i]",
         "d_0 = widen(g[i])",
         *(f"v{j}_0 = old{j}[i]" for j in slots),
-        *_chain(program, stage, 0),
+        *_chain(spec, step, 0),
         "a = join(a, value(wide_absolute(double(d_0)), unit))",
         "i += cuda.blockDim.x",
     ]
     lines = [
-        *_heading("kernel", program, stage, varied, "units, parts, "),
+        *_heading("kernel", spec, step, varied, "units, parts, "),
         "    unit = units[tensor]",
         "    a = begin",
         "    i = start + cuda.threadIdx.x",
@@ -312,7 +311,7 @@ def combine_text(p: float, kind: str, is_last: bool) -> str:
             "        unit = units[tensor]",
             "        norm = unit",
             "        if isfinite(unit) and unit > double(0):",
-            # by halves where the whole root alone would overflow
+            # The root is taken in two halves where the whole would overflow.
             *(
                 ["            norm = unit * power(total, root)"]
                 if abs(p) >= 1

@@ -1,11 +1,11 @@
 """The vocabulary of device code: numbers, words, memory; on a GPU and in Numba's simulator.
 
-`vocabulary` gives the names that the texts of `_cuda` mean something by. On hardware memory is a
-typed pointer made of an address, and one access moves 128 bits; both need intrinsics, which write
-LLVM's code. In the simulator an address is that of host memory, which NumPy shows, so that texts,
-tables and addresses are the same there.
+`vocabulary` returns the meaning of the names in the texts of kernels. On hardware, memory is a
+typed pointer made from an address, and one access moves 128 bits; both need intrinsics, which write
+LLVM code. In the simulator an address is one of host memory, shown by NumPy, so that texts, tables
+and addresses are the same there.
 
-Numba is imported when the first name is asked for.
+Numba is imported at the first call.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .._arrays.dtypes import numpy_dtype
 from .._steps.compiled import DEVICE_WORDS, scalar_words
 
 LANES = {"float32": 4, "float64": 2}
-"""How many numbers 128 bits hold."""
+"""How many numbers 128 bits hold, by dtype."""
 
 
 def is_simulated() -> bool:
@@ -37,7 +37,7 @@ def vocabulary(real: str, grad: str, narrow: str) -> dict[str, Any]:
     Parameters
     ----------
     real, grad, narrow : str
-        The dtypes in which is computed, of the gradient, and of what is rounded.
+        The dtypes of the computation, of the gradient, and of the rounded parameter.
     """
     made = _simulated if is_simulated() else _hardware
     return made(real, grad, narrow)
@@ -75,7 +75,7 @@ def _hardware(real: str, grad: str, narrow: str) -> dict[str, Any]:
 
 @functools.cache
 def memory_type(dtype: str) -> Any:
-    """Return Numba's type of what memory of this dtype holds; bfloat16 numbers are bits."""
+    """Return Numba's type of a number in memory of this dtype; one of bfloat16 is its bits."""
     from numba.cuda import types
 
     return types.uint16 if dtype == "bfloat16" else getattr(types, dtype)
@@ -112,7 +112,7 @@ def _vector_access(lanes: int) -> tuple[Any, Any]:
     def place(context: Any, builder: Any, of: Any, pointer: Any, at: Any) -> tuple[Any, Any, int]:
         vector = ir.VectorType(context.get_data_type(of.dtype), lanes)
         whole = builder.bitcast(pointer, vector.as_pointer())
-        # no access is wider than 128 bits, and the host has checked no more than that
+        # No access is wider than 128 bits, and the host has checked that alignment alone.
         align = min(lanes * of.dtype.bitwidth // 8, 16)
         return builder.gep(whole, [at]), vector, align
 
@@ -149,7 +149,7 @@ def _vector_access(lanes: int) -> tuple[Any, Any]:
 
 
 def _widener(number: type, grad: str) -> Callable[[Any], Any]:
-    """Return a word that makes a number of the gradient one that is computed with."""
+    """Return a word that converts a number of the gradient to the dtype of the computation."""
     if grad != "bfloat16":
 
         def widen(x: Any) -> Any:
@@ -165,7 +165,7 @@ def _widener(number: type, grad: str) -> Callable[[Any], Any]:
 
 
 def _rounder(narrow: str) -> Callable[[Any], Any]:
-    """Return a word that rounds a number to what the memory of a parameter holds."""
+    """Return a word that rounds a number to the dtype of a narrow parameter."""
     number = memory_type(narrow)
     if narrow != "bfloat16":
 
@@ -184,7 +184,7 @@ def _rounder(narrow: str) -> Callable[[Any], Any]:
 
 @functools.cache
 def _bfloat16_words() -> tuple[Any, Any]:
-    """Return intrinsics from the bits of a bfloat16 to a float32 and back, to nearest even."""
+    """Return intrinsics that convert bits of bfloat16 to float32, and back to nearest even."""
     from llvmlite import ir
     from numba.cuda import types
     from numba.cuda.extending import intrinsic
@@ -251,7 +251,7 @@ def _simulated(real: str, grad: str, narrow: str) -> dict[str, Any]:
 
 
 def _host_memory(dtype: str, address: int) -> np.ndarray | None:
-    """Return all memory from an address on as an array, which knows no end, as a pointer."""
+    """Return the memory from an address on as an array without an end, like a pointer."""
     if not address:
         return None
     number, room = numpy_dtype(dtype), 2**40

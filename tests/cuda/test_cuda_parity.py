@@ -270,7 +270,7 @@ def test_leaves_with_numbers_of_their_own_are_one_launch(monkeypatch: Any) -> No
     plain = _launch.Launch.run
 
     def run(launch: Any) -> Any:
-        launched.append(launch.program)
+        launched.append(launch.spec)
         return plain(launch)
 
     monkeypatch.setattr(_launch.Launch, "run", run)

@@ -29,7 +29,7 @@ from optimisers import (
     update_,
 )
 from optimisers._cuda import launch as _launch
-from optimisers._cuda.texts import Program, Stage
+from optimisers._cuda.texts import KernelSpec, KernelStep
 from optimisers.rules import _base
 
 pytestmark = [
@@ -231,8 +231,8 @@ def test_more_elements_than_32_bits_count() -> None:
 @parametrize("rule", [Adam(), Momentum()])
 def test_kernels_keep_nothing_in_local_memory(rule: Any) -> None:
     coefs = rule.coefs(1) if rule.counts else rule.coefs()
-    stage = Stage(type(rule).step, len(rule.slots), len(coefs))
-    program = Program((stage,), "float32", "float32")
+    stage = KernelStep(type(rule).step, len(rule.slots), len(coefs))
+    program = KernelSpec((stage,), "float32", "float32")
     kernel = _launch.compiled(_launch.step_kernel_parts, program, False)
     assert kernel.made.local_mem_per_thread == 0
     assert kernel.made.regs_per_thread <= 80

@@ -21,7 +21,7 @@ from util import ELEMENTWISE, example, parametrize  # noqa: E402
 
 from optimisers import rules  # noqa: E402
 from optimisers._cuda import launch as _launch  # noqa: E402
-from optimisers._cuda.texts import Program, Stage, sums_of_norm  # noqa: E402
+from optimisers._cuda.texts import KernelSpec, KernelStep, sums_of_norm  # noqa: E402
 from optimisers.rules.norms import _Scale  # noqa: E402
 
 if config.ENABLE_CUDASIM:
@@ -44,13 +44,13 @@ def _device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatcher, "get_current_device", lambda: there)
 
 
-def stage(rule: Any) -> Stage:
+def stage(rule: Any) -> KernelStep:
     coefs = rule.coefs(1) if rule.counts else rule.coefs()
-    return Stage(type(rule).step, len(rule.slots), len(coefs))
+    return KernelStep(type(rule).step, len(rule.slots), len(coefs))
 
 
-def barrier(p: float) -> Stage:
-    return Stage(_Scale.step, 0, 1, p)
+def barrier(p: float) -> KernelStep:
+    return KernelStep(_Scale.step, 0, 1, p)
 
 
 def ptx_of(parts: tuple[str, dict[str, Any], list[str]], cc: tuple[int, int]) -> str:
@@ -121,7 +121,7 @@ def check(name: str, parts: Any, real: str, wide: bool, most: int = MOST_REGISTE
 @pytest.mark.parametrize("real", REALS)
 @parametrize("rule", [example(cls) for cls in ELEMENTWISE])
 def test_every_rule(rule: Any, real: str) -> None:
-    parts = _launch.step_kernel_parts(Program((stage(rule),), real, real), False)
+    parts = _launch.step_kernel_parts(KernelSpec((stage(rule),), real, real), False)
     found = check(type(rule).__name__, parts, real, wide=False)
     lanes = {"float32": "v4.f32", "float64": "v2.f64"}[real]
     assert f"ld.global.{lanes}" in found
@@ -132,14 +132,14 @@ def test_every_rule(rule: Any, real: str) -> None:
 @pytest.mark.parametrize("varied", [False, True])
 def test_a_chain_of_three_is_one_kernel(real: str, varied: bool) -> None:
     chain = tuple(map(stage, (rules.ClipGrad(), rules.WeightDecay(), rules.Adam())))
-    parts = _launch.step_kernel_parts(Program(chain, real, real), varied)
+    parts = _launch.step_kernel_parts(KernelSpec(chain, real, real), varied)
     found = check(f"ClipGrad, WeightDecay, Adam{' (varied)' * varied}", parts, real, wide=False)
     assert any(op.startswith("sqrt.rn") for op in found)
 
 
 @pytest.mark.parametrize("narrow", ["float16", "bfloat16"])
 def test_masters_of_narrow_parameters(narrow: str) -> None:
-    program = Program((stage(rules.Adam()),), "float32", narrow, narrow)
+    program = KernelSpec((stage(rules.Adam()),), "float32", narrow, narrow)
     parts = _launch.step_kernel_parts(program, False)
     found = check(f"MixedPrecision(Adam) of {narrow}", parts, "float32", wide=False)
     assert {"ld.global.v4.u16", "st.global.v4.u16"} <= found
@@ -147,7 +147,7 @@ def test_masters_of_narrow_parameters(narrow: str) -> None:
 
 @pytest.mark.slow
 def test_a_gradient_of_another_dtype_is_read_as_it_is() -> None:
-    program = Program((stage(rules.Descent()),), "float32", "float64")
+    program = KernelSpec((stage(rules.Descent()),), "float32", "float64")
     found = check("Descent of float64", _launch.step_kernel_parts(program, False), "float32", True)
     assert {op for op in found if op.endswith("f64")} <= {
         "ld.global.f64",
@@ -160,7 +160,7 @@ def test_a_gradient_of_another_dtype_is_read_as_it_is() -> None:
 @pytest.mark.parametrize("real", REALS)
 @pytest.mark.parametrize("p", [2.0, 3.0, 0.5, 0.0, 1.0, np.inf, -np.inf, -2.0])
 def test_norms(p: float, real: str) -> None:
-    program = Program((stage(rules.Momentum()), barrier(p), stage(rules.Adam())), real, real)
+    program = KernelSpec((stage(rules.Momentum()), barrier(p), stage(rules.Adam())), real, real)
     kinds = sums_of_norm(p, real)
     for kind in kinds:
         measure = _launch.measure_kernel_parts(program, False, 0, p, kind)
@@ -173,7 +173,7 @@ def test_norms(p: float, real: str) -> None:
 
 @pytest.mark.slow
 def test_no_stage_is_stored_while_a_norm_is_measured() -> None:
-    program = Program((stage(rules.Adam()), barrier(2.0)), "float32", "float32")
+    program = KernelSpec((stage(rules.Adam()), barrier(2.0)), "float32", "float32")
     parts = _launch.measure_kernel_parts(program, False, 0, 2.0, "squares")
     stores = {op for op in opcodes(ptx_of(parts, (9, 0))) if op.startswith("st.global")}
     assert stores == {"st.global.f64"}  # the sum of a block
