@@ -33,6 +33,7 @@ from ._info import show_versions as show_versions
 from ._leaf import Leaf as Leaf
 from ._state import adjust as adjust
 from ._state import adjust_ as adjust_
+from ._state import evaluation as evaluation
 from ._state import freeze_ as freeze_
 from ._state import setup as setup
 from ._state import thaw_ as thaw_

@@ -1,4 +1,4 @@
-"""The state tree: set up, step, adjust, freeze.
+"""The state tree: set up, step, evaluate, adjust, freeze.
 
 A state tree has the shape of its model, with a `Leaf` for each trainable array: the rule that
 updates it and what the rule remembers. A step gathers the leaves with their parameters and
@@ -325,6 +325,53 @@ def _renewed_one(leaf: Leaf, new: Any, is_new: bool) -> Leaf:
     if type(new) is _pytree.Crossed and (is_new or (new.is_traced and new.is_all_of(leaf))):
         return leaf.carried(new)
     return leaf.renewed(leaf.rule, new if is_new else fresh(leaf.state))
+
+
+def evaluation(state: Tree, model: Model) -> Model:
+    """Return the model to evaluate, where that is another one than the model to train.
+
+    Rules that average their path, as `ScheduleFreeAdamW` does, give the average; others the
+    parameter itself, which the result shares. It changes nothing: go on with the model that you
+    have.
+
+    Parameters
+    ----------
+    state : tree
+        The state tree of the model.
+    model : tree
+        The model, as the last update left it.
+
+    Returns
+    -------
+    tree
+        A model like `model`, or `model` itself where no rule has another one.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If state and model do not fit each other; the message names the path.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from optimisers import ScheduleFreeDescent, evaluation, setup, update
+    >>> model = {"w": np.array([1.0, 2.0])}
+    >>> state = setup(ScheduleFreeDescent(0.1), model)
+    >>> for _ in range(2):
+    ...     state, model = update(state, model, {"w": np.array([3.0, -4.0])})
+    >>> model["w"], evaluation(state, model)["w"]
+    (array([0.535, 2.62 ]), array([0.55, 2.6 ]))
+    """
+    _pytree.announce(Leaf)
+    held, xs, _ = gather(Leaf, state, model, None)
+    new_x, made = {}, {}
+    for k, (leaf, x) in enumerate(zip(held, xs, strict=True)):
+        pair = id(leaf), id(x)  # one for all places of a tied parameter
+        if pair not in made:
+            made[pair] = leaf.rule._evaluated(leaf.state, x)
+        if made[pair] is not x:
+            new_x[k] = made[pair]
+    return _replaced(state, model, xs, new_x) if new_x else model
 
 
 # --- adjust, freeze, thaw --------------------------------------------------------------------

@@ -26,6 +26,7 @@ NAMES = """\
 | `minimize(loss, model, rule, steps)` | – | – | `fit(x, y)` | – |
 | `adjust_(state, eta)`, `adjust_(state, beta=...)` | `lr_scheduler` | `inject_hyperparams` | `LearningRateScheduler`, `schedules` | `adjust!(state, eta)` |
 | `adjust_(state, eta)` before each step | `StepLR`, `ExponentialLR`, `CosineAnnealingLR`, `OneCycleLR`, `LambdaLR` | `exponential_decay`, `cosine_decay_schedule`, `linear_schedule`, `warmup_cosine_decay_schedule` | `ExponentialDecay`, `CosineDecay` | – |
+| `evaluation(state, model)` | – | `schedule_free_eval_params(state, params)` | – | – |
 | `freeze_(state)`, `thaw_(state)` | `requires_grad_(False)` | `set_to_zero`, `masked`, `freeze` | `trainable = False` | `freeze!`, `thaw!` |
 | a `setup` for each part, the states put together as the model is | parameter groups | `partition`, `multi_transform` | – | a `setup` for each part |
 | `destructure(model)` | `parameters_to_vector` | `ravel_pytree` | – | `destructure(model)` |
@@ -62,6 +63,9 @@ NAMES = """\
 | `Adan` | – | `adan` | – | – |
 | `ADOPT` | – | `adopt` | – | – |
 | `Yogi` | – | `yogi`, `scale_by_yogi` | – | – |
+| `ScheduleFreeDescent` | `SGDScheduleFree` | `schedule_free_sgd` | – | – |
+| `ScheduleFreeAdamW` | `AdamWScheduleFree` | `schedule_free_adamw` | – | – |
+| `COCOB` | – | `cocob` | – | – |
 | `Muon` | `Muon` | `muon` | `Muon` | – |
 | `Scion` | – | – | – | – |
 | `SOAP` | – | – | – | – |

@@ -11,6 +11,7 @@ from .descent import *
 from .scaled import *
 from .adam import *
 from .momenta import *
+from .schedulefree import *
 from .signs import *
 from .ahead import *
 from .chain import *

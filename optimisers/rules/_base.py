@@ -156,6 +156,13 @@ class Rule(ABC):
     _is_outermost: ClassVar[bool] = False
     """Whether it stands around all other rules, and inside none."""
 
+    _is_idle: ClassVar[bool] = False
+    """Whether it does nothing; a property where that depends on its fields."""
+
+    _owns_parameter: ClassVar[bool] = False
+    """Whether its step leads to a value of the parameter that all it keeps is of, so that nothing
+    behind it in a chain may change the step."""
+
     _shown_as: ClassVar[str]
     """The name of the class in messages and in its state."""
 
@@ -229,6 +236,10 @@ class Rule(ABC):
         if isinstance(dx, Maybe):
             return state, chosen(dx.made, as_like(x, widened(x) - widened(dx.step)), x)
         return state, None if dx is None else as_like(x, widened(x) - widened(dx))
+
+    def _evaluated(self, state: Any, x: Any) -> Any:
+        """Return the parameter at which the model is evaluated; `x` itself if that is it."""
+        return x
 
     def program(self) -> Program | None:
         """Return what `apply` and `move` do as stages, or None, if these alone say it.

@@ -61,6 +61,8 @@ Order = Annotated[float, Limit("a number, inf or -inf", lambda v: not math.isnan
 Count = Annotated[int, Limit("a whole number, at least 1", lambda v: v >= 1 and v.is_integer())]
 
 
+Steps = Annotated[int, Limit("a whole number, at least 0", lambda v: v >= 0 and v.is_integer())]
+
 Axis = Annotated[int, Limit("a whole number", lambda v: v.is_integer())]
 
 UNSAID = {"unsaid": True}

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 from ..words import absolute, clip, sign, where, zeros_like
 from ._base import Array, Arrays, ElementwiseRule, Numbers, Stepped
 from ._fields import Decay, Finite, NonNegative, Upper
+from ._numbers import is_traced
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,10 @@ class ClipGrad(ElementwiseRule):
 
     real_only = True
     _leads = True
+
+    @property
+    def _is_idle(self) -> bool:  # type: ignore[override]
+        return not is_traced(self.delta) and self.delta == math.inf
 
     def coefs(self) -> Numbers:
         return -self.delta, self.delta

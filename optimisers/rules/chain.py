@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from .._arrays.dtypes import is_narrow
+from .._arrays.states import parts_of_state
 from .._arrays.traced import Maybe, chosen
 from .._messages.text import short
 from ._base import ANEW, Array, Rule, adjusted, refuse_strange, started
@@ -62,6 +63,7 @@ class OptimiserChain(Rule):
                     f"{name} cannot stand inside a chain; put the chain inside it: "
                     f"{name}(OptimiserChain(...))"
                 )
+        _refuse_behind_owners(rules)
         object.__setattr__(self, "rules", rules)
 
     def __repr__(self) -> str:
@@ -93,6 +95,11 @@ class OptimiserChain(Rule):
                 break
         return tuple(new), dx if made is None or dx is None else Maybe(step=dx, made=made)
 
+    def _evaluated(self, state: Any, x: Array) -> Array:
+        for rule, kept in zip(self.rules, state, strict=True):
+            x = rule._evaluated(kept, x)
+        return x
+
     def program(self) -> Program | None:
         joined: Program = (Parts(len(self.rules)),)
         for k, rule in enumerate(self.rules):
@@ -108,6 +115,34 @@ class OptimiserChain(Rule):
     def adjust(self, **changes: Any) -> Self:
         refuse_strange(self, changes)
         return type(self)(*(adjusted(rule, changes) for rule in self.rules))
+
+
+def _refuse_behind_owners(rules: tuple[Rule, ...]) -> None:
+    """Raise if a rule changes the steps of one that owns its parameter."""
+    owner: Rule | None = None
+    for rule in rules:
+        if owner is not None and not _is_idle(rule):
+            raise TypeError(
+                f"{owner._shown_as} steps to a value that it computes, so nothing behind it in a "
+                f"chain may change the step; got {short(rule)}: put it ahead, or leave it out"
+            )
+        owner = owner or owner_in(rule)
+
+
+def _is_idle(rule: Rule) -> bool:
+    """Tell whether a rule does nothing: a clip with an infinite limit, or a chain of such."""
+    if isinstance(rule, OptimiserChain):
+        return all(map(_is_idle, rule.rules))
+    return rule._is_idle
+
+
+def owner_in(rule: Rule) -> Rule | None:
+    """Return the rule that owns its parameter, if this is one or holds one."""
+    if rule._owns_parameter:
+        return rule
+    held = parts_of_state((*vars(rule).values(),), tuple)
+    owners = (owner_in(part) for part in held if isinstance(part, Rule))
+    return next((owner for owner in owners if owner is not None), None)
 
 
 def _rounded(x: Array, state: Any, dx: Any) -> tuple[Any, Any]:

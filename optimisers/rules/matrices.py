@@ -234,6 +234,9 @@ class Muon(Rule):
             step = from_matrix(self._factor(*u.shape) * o, x, self.outputs)
             return kind(**made), as_like(x, self.eta * (step + self.lambda_ * x))
 
+    def _evaluated(self, state: Any, x: Array) -> Array:
+        return self.other._evaluated(state, x) if len(x.shape) < 2 else x
+
     def _factor(self, rows: int, columns: int) -> float:
         if self.scale == "rms":
             return 0.2 * math.sqrt(max(rows, columns))

@@ -80,6 +80,10 @@ class ClipNorm(Rule):
         _, dx = _Scale(factor).apply((), x, dx)
         return state, dx
 
+    @property
+    def _is_idle(self) -> bool:  # type: ignore[override]
+        return not is_traced(self.omega) and self.omega == math.inf
+
     def program(self) -> Program:
         return Measure(self), Step(_Scale(1.0))
 

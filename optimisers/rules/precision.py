@@ -118,6 +118,11 @@ class MixedPrecision(Rule):
             new = self._lift(new)
         return MixedPrecisionState(master, inner), new
 
+    def _evaluated(self, state: MixedPrecisionState, x: Array) -> Array:
+        master = state.master
+        found = self.rule._evaluated(state.state, master)
+        return x if found is master else as_like(x, found)
+
     def program(self) -> Program | None:
         inner = program_of(self.rule)
         return None if inner is None else (Master(self.dtype), *placed(inner, 1))

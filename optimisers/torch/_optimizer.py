@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -21,9 +21,9 @@ from .._engine.batch import Call
 from .._leaf import Item
 from .._messages import names as _names
 from .._messages.calls import explained
-from .._messages.text import plain, warn_caller
+from .._messages.text import plain, short, warn_caller
 from ..rules._base import Rule, class_names
-from ..rules.chain import OptimiserChain
+from ..rules.chain import OptimiserChain, owner_in
 from ..rules.descent import Descent
 from ..rules.precision import MixedPrecision
 from . import _groups
@@ -441,18 +441,30 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
 
 
 def _rate(rule: Rule) -> Any:
-    """Return the eta of a rule, of a chain's last rule that has one; None if there is none."""
+    """Return the eta of a rule, of a chain's last rule that has one; None if there is none.
+
+    A rule that owns its parameter, and finds the length of its steps, has the rate 1 for ever.
+    """
     found = [value for name, value in rule.fields() if name == "eta"]
-    return found[-1] if found else None
+    return found[-1] if found else 1.0 if owner_in(rule) is not None else None
+
+
+def _has_eta(rule: Rule) -> bool:
+    return any(name == "eta" for name, _ in rule.fields())
 
 
 def _with_rate(rule: Rule, rate: Any) -> Rule:
     """Return a rule with another eta where `_rate` found it."""
+    if not _has_eta(rule):
+        if rate == 1:
+            return rule
+        name = cast("Rule", owner_in(rule))._shown_as  # others are `_scaled`
+        raise TypeError(f"{name} finds the length of its steps, so lr stays 1; got {short(rate)}")
     if isinstance(rule, MixedPrecision):
         return MixedPrecision(rule.dtype, _with_rate(rule.rule, rate))
     if isinstance(rule, OptimiserChain):
         rules = list(rule.rules)
-        last = max(k for k, part in enumerate(rules) if _rate(part) is not None)
+        last = max(k for k, part in enumerate(rules) if _has_eta(part))
         rules[last] = _with_rate(rules[last], rate)
         return OptimiserChain(*rules)
     return rule.adjust(eta=rate)

@@ -13,6 +13,7 @@ from util import PUBLIC, example, may_be_none, parametrize, snapshot
 
 from optimisers import (
     ADOPT,
+    COCOB,
     SOAP,
     AccumGrad,
     Adam,
@@ -25,6 +26,8 @@ from optimisers import (
     OptimiserChain,
     Rprop,
     Rule,
+    ScheduleFreeAdamW,
+    ScheduleFreeDescent,
     Shampoo,
     functor,
     setup,
@@ -319,7 +322,7 @@ REAL_ONLY = [c for c in PUBLIC if c.real_only]
 
 
 def test_which_rules_compare_numbers():
-    assert set(REAL_ONLY) == {ADOPT, ClipGrad, Rprop, Shampoo, SOAP}
+    assert set(REAL_ONLY) == {ADOPT, COCOB, ClipGrad, Rprop, Shampoo, SOAP}
 
 
 @parametrize("cls", REAL_ONLY)
@@ -422,6 +425,10 @@ LIMITS = {
 }
 
 
+DIVIDING = {(ScheduleFreeDescent, "rho"), (ScheduleFreeAdamW, "beta[0]")}
+"""Decay rates that divide, so that they are above 0."""
+
+
 @parametrize("cls", PUBLIC)
 def test_limits_are_named(cls):
     for name, fields in numbers_of(example(cls)):
@@ -429,6 +436,8 @@ def test_limits_are_named(cls):
             wrong, text = LIMITS[name]
             if (cls, name) == (Shampoo, "beta[1]"):  # where 1 is a sum
                 text = "[0, 1]"
+            elif (cls, name) in DIVIDING:
+                text = "(0, 1)"
             with pytest.raises(ValueError, match=rf"{re.escape(text)}; got {wrong}") as caught:
                 example(cls, **fields(wrong))
             assert f"{cls.__name__}: {name}" in str(caught.value)

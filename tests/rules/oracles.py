@@ -229,6 +229,38 @@ def grokfast(h, t, x, g, s):
     return g + h.lambda_ * s.e
 
 
+def schedule_free(h, t, y, d, s, b1):
+    """Walk as the authors' code: the rate, the largest so far, weights and their sum are kept."""
+    rate = h.eta * min(1, t / h.warmup) if h.warmup else h.eta
+    s.largest = max(s.get("largest"), rate)
+    weight = mp.mpf(t) ** h.r * s.largest**h.power
+    s.weights = s.get("weights") + weight
+    c = weight / s.weights if s.weights else zero
+    z = s.z if t > 1 else y
+    s.z = z - rate * d
+    return -(c * (z - y) + rate * (b1 * (1 - c) - 1) * d)
+
+
+def schedule_free_descent(h, t, x, g, s):
+    return schedule_free(h, t, x, g + h.lambda_ * x, s, h.rho)
+
+
+def schedule_free_adamw(h, t, x, g, s):
+    b1, b2 = h.beta
+    s.v = b2 * s.get("v") + (1 - b2) * abs2(g)
+    d = g / (sqrt(s.v / (1 - b2**t)) + h.epsilon) + h.lambda_ * x
+    return schedule_free(h, t, x, d, s, b1)
+
+
+def cocob(h, t, x, g, s):
+    s.x0 = s.get("x0", x)
+    s.L = max(s.get("L", mp.mpf(1e-8)), abs(g))
+    s.a = s.get("a") + abs(g)
+    s.r = max(s.get("r") - g * (x - s.x0), zero)
+    s.th = s.get("th") - g
+    return x - s.x0 - s.th * (s.L + s.r) / (s.L * max(s.a + s.L, h.alpha * s.L))
+
+
 def weight_decay(h, t, x, g, s):
     return g + h.lambda_ * x
 
@@ -265,6 +297,9 @@ FORMULAS = {
     "NAdamW": nadamw,
     "AdEMAMix": ademamix,
     "Adan": adan,
+    "ScheduleFreeDescent": schedule_free_descent,
+    "ScheduleFreeAdamW": schedule_free_adamw,
+    "COCOB": cocob,
     "ZeroNaN": zero_nan,
     "Grokfast": grokfast,
     "WeightDecay": weight_decay,

@@ -18,6 +18,7 @@ from util import ELEMENTWISE, PUBLIC, example, parametrize, snapshot, step, vari
 import optimisers
 from optimisers import (
     ADOPT,
+    COCOB,
     AccumGrad,
     AdaBelief,
     AdaGrad,
@@ -216,7 +217,7 @@ def test_where_float16_slots_start():
 
 def test_complex_parameters_of_rules_that_compare():
     refusing = [cls for cls in ELEMENTWISE if cls.real_only]
-    assert refusing == [ADOPT, Rprop, ClipGrad]
+    assert refusing == [ADOPT, COCOB, Rprop, ClipGrad]
     for rule in [*map(example, refusing), OptimiserChain(Descent(), ClipGrad())]:
         with pytest.raises(TypeError, match="takes real parameters only; got complex64") as caught:
             setup(rule, {"a": np.ones(2), "b": [np.ones(2, np.complex64)]})
