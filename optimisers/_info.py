@@ -1,4 +1,4 @@
-"""What is installed and what was found: the answer to "which versions do you have?"."""
+"""Versions of what is installed, and the instruction set and devices that were found."""
 
 from __future__ import annotations
 

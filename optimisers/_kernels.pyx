@@ -19,7 +19,7 @@ e) A *barrier* (a norm) needs all of a leaf before its step can run. The steps a
    evaluated on copies of their slots, block by block, only to be reduced; the barrier itself
    becomes an ordinary step with the number found. Partial sums belong to fixed stretches of the
    leaf, so a norm too has the same bits for any number of threads.
-f) *What user code can do meanwhile.* Between taking a leaf and running, code of users may run: a
+f) *Code of users.* Between the taking of a leaf and the run, code of users may run: a
    rule's `coefs` and `__float__` of what it returns, `lower` (which reads a rule), `blank` and the
    truth of `frozen` in `gather` and `take`; a barrier's `factor` in `run`; and all that a
    gradient's conversion and a rule's `apply` do in the engine between the calls of a batch. A
@@ -30,11 +30,11 @@ f) *What user code can do meanwhile.* Between taking a leaf and running, code of
    trusts no length, type or address across such a call: lists are indexed with a check, what
    `coefs` returns is made a tuple of floats first, tuples are read by the C functions, never by
    their own `[]`, and before addresses are used, `check_held` asks whether they are still those of
-   the arrays, for those who go behind NumPy's back (`refcheck=False`, `__setstate__`), and of the
-   tensors of PyTorch that the arrays are views of: these may be given other memory at any time
+   the arrays, which `refcheck=False` and `__setstate__` can change, and of the tensors of PyTorch
+   of which the arrays are views: these may be given other memory at any time
    (``x.data = y``, ``storage.resize_``). After that check no Python runs until the numbers are
-   written. `asked` says how many were held when Python last ran, which is all unless a batch does
-   everything at one call.
+   written. `asked` is how many arrays were held when Python last ran: all of them, unless a batch
+   gathers and runs in one call.
    A short run keeps the GIL. A long one lets other threads have it, so that they must not be able
    to take its memory away meanwhile. A `Keeper` is the base of all arrays of NumPy then: these do
    not own their memory, so that NumPy refuses to resize it and does not free it. If another run

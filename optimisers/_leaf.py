@@ -1,4 +1,4 @@
-"""Items, which are updated, and leaves, which are the items of a state tree."""
+"""`Item`, which the engine updates, and `Leaf`, the item of a state tree."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .rules._base import Rule
 
 
 class Item:
-    """Whatever the engine updates: the rule of an array, and what the rule remembers of it."""
+    """A unit of update: the rule of an array, and the state that the rule keeps for it."""
 
     __slots__ = ("frozen", "job", "rule", "state")
 
@@ -19,7 +19,7 @@ class Item:
     frozen: bool
     """Whether updates pass it by."""
     job: Any
-    """What the CUDA kernels keep from step to step, or None; never looked at elsewhere."""
+    """The `Job` that the CUDA kernels keep from step to step, or None; used by them alone."""
 
     def __init__(self, rule: Rule, state: Any, frozen: bool = False) -> None:
         self.rule = rule
@@ -30,17 +30,17 @@ class Item:
 
 @register_leaf
 class Leaf(Item):
-    """What a state tree holds for one trainable array.
+    """The entry of a state tree for one trainable array.
 
-    Mutable; its identity says which parameters are tied: the same `Leaf` at two places of a state
-    tree makes the arrays there one parameter, arrays of JAX too (which `setup` never ties).
+    It is mutable. Its identity says which parameters are tied: the same `Leaf` at two places of a
+    state tree makes the arrays there one parameter, arrays of JAX too (which `setup` never ties).
 
     Parameters
     ----------
     rule : Rule
         The rule that updates the parameter.
     state
-        What the rule remembers.
+        The state that the rule keeps.
     frozen : bool
         Whether updates pass it by.
     skipped : int
@@ -50,15 +50,15 @@ class Leaf(Item):
     -----
     To JAX and optree a leaf is a node: its children are a vector of the numbers of its rule and the
     counts of its state, and the arrays of its state. So state trees go through `jax.jit`,
-    `jax.lax.scan` and `jax.vmap`, and another learning rate does not compile anew. Both learn that
-    when leaves are made or unpickled and whenever a state tree is handed to this library, if they
-    are imported by then; so import them first. Each number crosses as two, the value in float32 and
-    the rest. In a leaf that comes back, numbers and counts are taken out of the vector when `rule`
-    or `state` is looked at.
+    `jax.lax.scan` and `jax.vmap`, and another learning rate does not compile anew. Leaves are
+    registered with both libraries when a leaf is made or unpickled, and whenever a state tree is
+    given to this library, if those are imported by then; so import them first. Each number crosses
+    as two, the value in float32 and the rest. In a leaf that comes back, numbers and counts are
+    taken out of the vector at the first access to `rule` or `state`.
 
-    JAX makes one leaf for each place of a tied parameter. `update` goes on to treat them as one and
-    gives back one; `adjust_` and `freeze_` should until then be given all places. What was skipped
-    is forgotten there: it is no part of a tree of JAX.
+    JAX makes one leaf for each place of a tied parameter. `update` still treats them as one and
+    returns one; until then, give `adjust_` and `freeze_` all places. `skipped` is no part of a tree
+    of JAX, and starts again at 0 there.
 
     Examples
     --------
@@ -71,9 +71,9 @@ class Leaf(Item):
 
     skipped: int
     tie: _pytree.Tie | None
-    """What it has in common with the leaves that JAX makes of it, one for each of its places."""
+    """Shared with the leaves that JAX makes of it, one for each of its places; else None."""
     crossed: _pytree.Crossed | None
-    """What JAX or optree gave back, if they made this leaf; rule and state are then set late."""
+    """The content of a leaf that JAX or optree made, whose rule and state are then set late."""
 
     def __init__(self, rule: Rule, state: Any, frozen: bool = False, skipped: int = 0) -> None:
         _pytree.announce(Leaf)
@@ -85,7 +85,7 @@ class Leaf(Item):
         self.tie = None
         self.crossed = None
 
-    if not TYPE_CHECKING:  # type checkers know what there is
+    if not TYPE_CHECKING:  # type checkers know the attributes
 
         def __getattr__(self, name: str) -> Any:
             crossed = getattr(self, "crossed", None) if name in ("rule", "state") else None
@@ -117,7 +117,7 @@ class Leaf(Item):
         return new
 
     def carried(self, crossed: _pytree.Crossed) -> Leaf:
-        """Return another leaf for the same places, of what JAX has."""
+        """Return another leaf for the same places, with content of JAX."""
         return cast(Leaf, _pytree.carried(self, crossed))
 
     def __reduce__(self) -> Any:

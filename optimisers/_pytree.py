@@ -1,14 +1,14 @@
-"""State trees as trees of JAX and optree: how a `Leaf` is taken apart, and put together again.
+"""State trees as trees of JAX and optree: how a `Leaf` is flattened and rebuilt.
 
 JAX takes time for each array that crosses, so the children of a leaf are few: the numbers of its
 rule and the counts of its state, packed into one vector (see `traced.Packed`), and the rest of its
 state, with None in place of each count. A number that is no float (a whole number of JAX, an array)
-is a child by itself. The structure of a leaf is all else: the class of the rule, switches, whole
-numbers, whether it is frozen. Hence other numbers do not make `jax.jit` compile anew, other
-structure does.
+is a child by itself. The structure of a leaf is the rest: the class of the rule, switches, whole
+numbers, whether it is frozen. Hence `jax.jit` compiles anew for another structure, and not for
+other numbers.
 
-Nothing is imported for that. `announce` registers what it can whenever it is called, which is
-when leaves are made or unpickled, and in each call that takes a state tree.
+Neither library is imported here. `announce` registers the classes with those that are loaded. It is
+called when leaves are made or unpickled, and in each call that takes a state tree.
 """
 
 from __future__ import annotations
@@ -42,35 +42,35 @@ from .rules._base import Rule
 
 @dataclass(frozen=True)
 class Tie:
-    """What leaves have in common that were one before JAX made one for each place of it.
+    """Shared by leaves that were one before JAX made one for each of its places.
 
-    Compares by places, so that equal models have equal structure and are compiled once; which
-    leaves belong together is a matter of identity.
+    Ties compare by their places, so that equal models have equal structure and are compiled once.
+    Leaves belong together if they share one tie by identity.
     """
 
     places: tuple[str, ...]
 
 
 class _Crossed:
-    """Whether any tied leaf was ever taken apart, so that others need not be looked at."""
+    """Whether a tied leaf was ever flattened; if not, no leaf has to be looked at."""
 
     yet = False
 
 
 def have_ties_crossed() -> bool:
-    """Tell whether there may be leaves that are tied without being the same."""
+    """Tell whether there may be different leaves that are tied."""
     return _Crossed.yet
 
 
 def note_crossing(tie: Tie | None) -> None:
-    """Take note that there are such leaves, if this is the tie of one."""
+    """Note that there are different leaves that are tied, if `tie` is not None."""
     _Crossed.yet |= tie is not None
 
 
 # --- rules -----------------------------------------------------------------------------------
 
-# How a value comes back: from a number of the vector, from one that is a child, a rule, a sequence
-# of such, or as it was. The class of what stays is noted since True == 1 == 1.0.
+# A value is rebuilt from a number of the vector, from a number that is a child, as a rule, as a
+# sequence of such, or kept as it was. The class of a kept value is noted since True == 1 == 1.0.
 _PACKED, _CHILD, _RULE, _SEQUENCE, _STATIC = range(5)
 Spec = tuple[Any, ...]
 
@@ -94,7 +94,7 @@ def _split_rule(rule: Rule, found: _Found) -> Spec:
 
 
 def _split(value: Any, default: Any, found: _Found) -> Spec:
-    """Note the numbers in a value, and return how to make the value of them."""
+    """Note the numbers in a value, and return the spec by which they make it again."""
     cls = type(value)
     if is_one_float(value) or (cls is int and isinstance(default, float)):
         found.packed.append(value)
@@ -192,15 +192,15 @@ def _with_counts(state: Any, packed: Packed) -> Any:
 # --- leaves ----------------------------------------------------------------------------------
 
 Structure = tuple[tuple[Spec, int], bool, "Tie | None"]
-"""The spec of the rule and how many numbers are packed; whether frozen; the tie."""
+"""The spec of the rule and the number of packed numbers; whether it is frozen; the tie."""
 
 
 class Crossed(Packed):
-    """A leaf's rule and state as JAX or optree gave them back; put together when asked for.
+    """A leaf's rule and state as JAX or optree returned them; rebuilt at the first access.
 
-    A number that JAX has is ready later than the call that returned it, so to make a float of it
-    is to wait. A training loop, which hands the leaf to the next call, never asks; and the children
-    that it hands on are those that came, of the same types, so that nothing is compiled anew.
+    JAX computes a number after the call that returns it, so that a conversion to float waits. A
+    training loop, which gives the leaf to the next call, never converts. The children that it gives
+    on are those that came, of the same types, so that nothing is compiled anew.
     """
 
     __slots__ = ("children", "made", "structure")
@@ -224,11 +224,11 @@ class Crossed(Packed):
         return Crossed(self.structure, (*self.children[:-1], copy(self.children[-1])))
 
     def drop_state(self) -> None:
-        """Forget the state, which the leaf has whole from now on."""
+        """Forget the state, which the leaf keeps from now on."""
         self.children = *self.children[:-1], None
 
     def is_all_of(self, leaf: Any) -> bool:
-        """Tell whether a leaf has neither got another rule nor another state."""
+        """Tell whether a leaf still has this rule and this state."""
         rule = _rule_at_hand(leaf)
         return (rule is None or rule is self.made) and _state_at_hand(leaf) is None
 
@@ -239,7 +239,7 @@ class Crossed(Packed):
         return self.made
 
     def state(self) -> Any:
-        """Return the state; its counts are made anew each time, for the reason of `Number`."""
+        """Return the state, with counts made anew each time, for the same reason as a `Number`."""
         return _with_counts(self.children[-1], self)
 
     def with_state(self, state: Any) -> Crossed | None:
@@ -286,13 +286,13 @@ def _packed_anew(leaf: Any) -> tuple[tuple[Any, ...], Structure]:
     vector = None
     if length or counts or (ends is not None and ends.shape[-1]):
         vector = pack(found.packed, counts, ends)
-    with contextlib.suppress(TypeError):  # of something static that has no hash
+    with contextlib.suppress(TypeError):  # a static value has no hash
         spec = _shared(spec)
     return (vector, *found.children, rest), ((spec, length), leaf.frozen, leaf.tie)
 
 
 def _rule_at_hand(leaf: Any) -> Any:
-    """Return the rule of a leaf, or None if it is not put together yet."""
+    """Return the rule of a leaf, or None if it is not rebuilt yet."""
     try:
         return type(leaf).rule.__get__(leaf)  # unlike leaf.rule, does not make one
     except AttributeError:
@@ -300,7 +300,7 @@ def _rule_at_hand(leaf: Any) -> Any:
 
 
 def _state_at_hand(leaf: Any) -> Any:
-    """Return the state of a leaf, or None if it is not put together yet."""
+    """Return the state of a leaf, or None if it is not rebuilt yet."""
     try:
         return type(leaf).state.__get__(leaf)
     except AttributeError:
@@ -314,7 +314,7 @@ def _names_of(structure: Structure) -> list[str]:
 
 
 def _unflatten(cls: type, structure: Structure, children: Iterable[Any]) -> Any:
-    """Return a leaf of any children: nothing is checked, no `__init__` runs."""
+    """Return a leaf with any children; nothing is checked, and no `__init__` runs."""
     leaf: Any = object.__new__(cls)
     leaf.crossed = Crossed(structure, tuple(children))
     _, leaf.frozen, leaf.tie = structure
@@ -325,7 +325,7 @@ def _unflatten(cls: type, structure: Structure, children: Iterable[Any]) -> Any:
 
 
 def carried(leaf: Any, crossed: Crossed) -> Any:
-    """Return another leaf for the same places, whose rule and state are put together late."""
+    """Return another leaf for the same places, whose rule and state are rebuilt late."""
     new: Any = object.__new__(type(leaf))
     new.crossed = crossed
     new.frozen, new.tie, new.skipped, new.job = leaf.frozen, leaf.tie, leaf.skipped, None
@@ -382,7 +382,8 @@ def _register_with_optree(cls: type) -> None:
 
 
 _JAX, _OPTREE = "jax.tree_util", "optree"
-# What to do once a module has this name: until then it is not loaded, or only in part.
+# For each module the last name that it defines, and the function to call once that is there: before
+# this the module is not loaded, or only in part.
 _pending: dict[str, Any] = {
     _JAX: ("register_pytree_with_keys", _register_with_jax),
     _OPTREE: ("register_pytree_node", _register_with_optree),
@@ -391,7 +392,7 @@ _pending: dict[str, Any] = {
 
 def announce(cls: type) -> None:
     """Register `cls`, the class of leaves, with JAX and optree, once they are loaded."""
-    loaded = sys.modules  # a quick look comes first, since this is asked at each update
+    loaded = sys.modules  # a quick test comes first, since each update calls this
     if (_JAX in loaded and _JAX in _pending) or (_OPTREE in loaded and _OPTREE in _pending):
         for module in [*_pending]:
             if module in loaded:

@@ -1,9 +1,9 @@
 """The state tree: set up, step, evaluate, adjust, freeze.
 
 A state tree has the shape of its model, with a `Leaf` for each trainable array: the rule that
-updates it and what the rule remembers. A step gathers the leaves with their parameters and
-gradients (`gather`), hands them to the engine, and puts what was not written in place back into
-trees (`_replace`).
+updates it and the state that the rule keeps. A step gathers the leaves with their parameters and
+gradients (`gather`), gives them to the engine, and puts arrays and states that were not written in
+place into new trees (`_replaced`, `_renewed`).
 """
 
 from __future__ import annotations
@@ -281,12 +281,12 @@ def _stepped(
 
 
 def _replaced(state: Tree, model: Model, xs: list[Array], new_x: dict[int, Array]) -> Model:
-    """Return a model with new arrays, by place."""
+    """Return a model with new arrays, by index."""
     by_id = {id(xs[k]): new for k, new in new_x.items()}
     apart = len(by_id) < len(new_x) and any(
         is_immutable(xs[k]) or by_id[id(xs[k])] is not new for k, new in new_x.items()
     )
-    # which asks once for each array
+    # `fmap` asks once for each array.
     new_model = model if apart else fmap(lambda x: by_id.pop(id(x), x), model)
     # If one array has a leaf for each of its places, or if there is a node that makes its children
     # anew at each visit: go by the paths.

@@ -82,7 +82,7 @@ class History:
 
 
 class Minimized(NamedTuple, Generic[Model]):
-    """What `minimize` returns."""
+    """The result of `minimize`."""
 
     model: Model
     state: Tree

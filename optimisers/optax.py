@@ -35,7 +35,7 @@ Tree = Any
 
 
 class RuleState(NamedTuple):
-    """What `to_optax` keeps: the tree of parameters, with the state of the rule for each."""
+    """The state of `to_optax`: the tree of parameters, with the state of the rule for each."""
 
     leaves: Tree
 

@@ -1,4 +1,4 @@
-"""Boxes of HIPS autograd, each around an array of NumPy, or a number, that it records."""
+"""Boxes of HIPS autograd: each holds an array of NumPy, or a number, and records operations."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Array = Any
 
 
 class Autograd(Library):
-    """A box is what it holds, and stands for an array of NumPy that nobody else has."""
+    """A box answers as the array that it holds, which nothing else refers to."""
 
     key = "autograd"
     name = "autograd"
@@ -31,7 +31,7 @@ class Autograd(Library):
         return autograd.numpy
 
     def is_numeric(self, x: Array) -> bool:
-        return isnumeric(x._value)  # which may be a plain number
+        return isnumeric(x._value)  # it may be a plain number
 
     def is_traced(self, x: Array) -> bool:
         return True

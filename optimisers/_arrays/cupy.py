@@ -15,7 +15,7 @@ Array = Any
 
 
 class Cupy(DeviceLibrary):
-    """They compute as those of NumPy do, on their device."""
+    """They compute like arrays of NumPy, on their device."""
 
     key = "cupy"
     name = "CuPy"

@@ -1,10 +1,10 @@
 """Arrays that lie on a CUDA device: Numba's, CuPy's, and PyTorch's tensors there.
 
-`DeviceLibrary` says what updates on a device need beside what is said of every library: where
-arrays lie, in which order, on which stream work with them is enqueued, new ones like them, copies.
+`DeviceLibrary` adds the questions that updates on a device need: where arrays lie, in which order,
+on which stream work with them is enqueued, new arrays like them, and copies.
 
-Numba's arrays know no arithmetic and hardly any function; what the array path does with those of
-other libraries, kernels do with these (see `_cuda`).
+Numba's arrays have no arithmetic and hardly any functions, so that kernels do for them what array
+code does for those of other libraries (see `_cuda`).
 """
 
 from __future__ import annotations

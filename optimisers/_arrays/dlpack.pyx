@@ -2,8 +2,8 @@
 """Views of another library's arrays through the C functions of DLPack.
 
 https://dmlc.github.io/dlpack: a type has them in a capsule, `__dlpack_c_exchange_api__`. They
-describe an array without making an object of it, which takes a fifth of the time that
-``tensor.numpy()`` does, and a model has thousands. The structs are those of version 1.
+describe an array without making an object of it, in a fifth of the time of ``tensor.numpy()``; a
+model has thousands of tensors. The structs are those of version 1.
 """
 
 cimport numpy as cnp
@@ -34,7 +34,7 @@ cdef enum:
     FLOATING = 2
     BFLOAT = 4
     MOST_AXES = 32
-    SMALL = 1024            # bytes of a tensor of which is not asked whether its storage has them
+    SMALL = 1024            # bytes below which a view is made without a look at the storage
 
 cdef struct DLTensor:
     char* data
@@ -64,14 +64,14 @@ cdef struct DLPackExchangeAPI:
 cdef object known = None, known_too = None  # the types of tensors of the last viewer
 cdef Describe describe_known = NULL
 
-cdef enum Owner:                # of the memory of a view
+cdef enum Owner:                # owners of the memory of a view
     OTHER                       # no tensor
     MOVED                       # a tensor that has other memory now
     TENSOR
 
 
 cdef int owner_of(PyObject* base, const char* low, Py_ssize_t bytes) noexcept:
-    """Return which `Owner` the base of a view is, that uses so many bytes from an address on."""
+    """Return the `Owner` of a view that uses so many bytes from an address on, by its base."""
     cdef DLTensor t
     if type(<object> base) is not known and type(<object> base) is not known_too:
         return OTHER
@@ -111,9 +111,9 @@ def owner():
 cdef class Viewer:
     """Makes views of PyTorch's tensors.
 
-    A view owns its tensor, which may be given other memory at any time, by ``x.data = y`` say, and
-    then the old one is no longer there. Whether it still is, `owner_of` asks before it is used (see
-    f in _kernels.pyx).
+    A view owns its tensor. The tensor may be given other memory at any time, for example by
+    ``x.data = y``, and the old memory may then be gone: before it is used, `owner_of` tells whether
+    the tensor still has it (see f in _kernels.pyx).
 
     Parameters
     ----------
@@ -145,7 +145,7 @@ cdef class Viewer:
         known, known_too, describe_known = cls, other, api.describe
 
     cpdef view(self, x):
-        """Return a NumPy array over the memory of `x`; None if there is no plain way."""
+        """Return a NumPy array over the memory of `x`; None if `x` is no plain tensor."""
         cdef DLTensor t
         cdef cnp.npy_intp shape[MOST_AXES]
         cdef cnp.npy_intp strides[MOST_AXES]
@@ -192,7 +192,8 @@ cdef class Viewer:
         return seen
 
     cdef bint has_memory(self, x, DLTensor* t) except -1:
-        """Tell whether a tensor has what it shows; for nothing, NumPy would make new memory."""
+        """Tell whether a tensor has the memory of its numbers; without any, NumPy would make new.
+        """
         if t.data is NULL:
             return False
         return reach_of(t) < SMALL or has(x, t.data + t.byte_offset, reach_of(t))

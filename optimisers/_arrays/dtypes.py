@@ -1,4 +1,4 @@
-"""Dtypes of all array libraries, by their names; imports no array library but NumPy."""
+"""Dtypes of all array libraries, by their names. No library but NumPy is imported."""
 
 from __future__ import annotations
 

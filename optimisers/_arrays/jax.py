@@ -16,7 +16,7 @@ Array = Any
 
 
 class Jax(Library):
-    """Nobody writes these: one at two places is two parameters, which have the same values."""
+    """They are immutable: one array at two places is two parameters with the same values."""
 
     key = "jax"
     name = "JAX"
@@ -117,7 +117,7 @@ class Jax(Library):
 
 @functools.cache
 def _traced_sqrt(xp: Any) -> Any:
-    """Return the root as one operation of JAX, which is traced once for all arrays of a shape."""
+    """Return the root as one operation of JAX, traced once for all arrays of a shape."""
     root = jax.custom_jvp(xp.sqrt)
 
     def derivative(given: tuple[Any], tangents: tuple[Any]) -> tuple[Any, Any]:

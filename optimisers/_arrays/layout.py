@@ -1,9 +1,9 @@
 """Layouts: how the elements of an array lie in memory, and which arrays share some of them.
 
-Shapes, strides and addresses are all that is known here, and of which library an array is makes no
-difference. This is the only file that compares strides and addresses.
+Shapes, strides and addresses are all that this file knows, of arrays of any library. It is the only
+file that compares strides and addresses.
 
-a) A `View` is what of a strided array's layout is needed to carry values, without the array;
+a) A `View` is the part of an array's layout that is needed to carry values, without the array;
 b) a `Memory` says where the elements of an array lie;
 c) whether two arrays overlap only in part is decided exactly, by marking the cells of memory that
    they touch, and only among arrays whose spans overlap at all (`crowds`).
@@ -23,9 +23,10 @@ Span = tuple[str, int, int]
 
 
 class View(NamedTuple):
-    """How an array shows its elements: `seen` and `unseen` go to and from the order of addresses.
+    """How an array shows its elements.
 
-    These two are functions of `sharing`, since each library turns axes in its own way.
+    `sharing.seen` and `sharing.unseen` go from the order of addresses to a view, and back, by the
+    functions of each library.
     """
 
     shape: tuple[int, ...]
@@ -62,7 +63,7 @@ class Memory(NamedTuple):
     strides: tuple[int, ...]
     itemsize: int
     meaning: Any
-    """What the bytes stand for: arrays are tied only if this is the same."""
+    """The dtype, or another object for it: arrays are tied only if this is the same."""
     device: str = ""
 
     def axes(self) -> list[tuple[int, int]]:
@@ -84,10 +85,10 @@ class Memory(NamedTuple):
         return self.device, self.low(), self.high()
 
     def elements(self) -> tuple[Any, ...] | None:
-        """Return what exactly those arrays have in common that show the same elements.
+        """Return a tuple that is equal for exactly those arrays that show the same elements.
 
-        The device, the lowest address, and the axes, of which those that continue one another are
-        made one. None for an array that shows an element twice.
+        It has the device, the lowest address, and the axes, of which those that continue one
+        another are joined. None for an array that shows an element twice.
         """
         merged: list[tuple[int, int]] = []
         axes = self.axes()
@@ -166,9 +167,9 @@ def spans_meet(one: Span | None, other: Span | None) -> bool:
 
 
 def crowds(spans: Iterable[tuple[str, int, int, int]]) -> Iterator[list[int]]:
-    """Yield the numbers of what lies within overlapping spans, if that is more than one.
+    """Yield lists of two or more numbers whose spans overlap.
 
-    Each span is followed by its number.
+    Each span is given with its number at the end.
     """
     crowd: list[int] = []
     where, end = "", 0

@@ -70,8 +70,8 @@ Call = tuple[Any, ...]
 class Library:
     """The arrays of one library, and what is done with them.
 
-    This class is enough for arrays that have ``__array_namespace__``. Where nothing is known of
-    their memory, they are not written in place: new ones take their places.
+    This class serves arrays with ``__array_namespace__``. Nothing is known of their memory, so that
+    they are not written in place: new arrays take their places.
     """
 
     key = "array-api"
@@ -79,11 +79,11 @@ class Library:
     name = "another library"
     """Its name in messages."""
     is_immutable = False
-    """Whether nobody at all can write its arrays."""
+    """Whether its arrays cannot be written at all."""
     has_views = False
     """Whether kernels of the host may work on its arrays as arrays of NumPy (see `views`)."""
     by_views = False
-    """Whether they take them by views alone, made for each step (see `viewers`)."""
+    """Whether they take only such views, made for each step (see `viewers`)."""
     sums_truth = False
     """Whether truth values can be summed, which the standard does not say."""
     computes = True
@@ -97,7 +97,7 @@ class Library:
     sums_ties = False
     """Whether it hands over one gradient object, summed, for a parameter at several places."""
     has_conjugates = False
-    """Whether its gradients of complex parameters are the conjugates of those that rules take."""
+    """Whether its gradients of complex parameters are conjugates of the gradients for rules."""
     differentiates_numpy = False
     """Whether its arrays stand for those of NumPy while these are differentiated."""
     is_differentiated = False
@@ -128,11 +128,11 @@ class Library:
         return False
 
     def is_traced(self, x: Array) -> bool:
-        """Tell whether an array stands for another, and what is done to it is recorded."""
+        """Tell whether an array stands for another, and records operations on it."""
         return False
 
     def is_abstract(self, x: Array) -> bool:
-        """Tell whether nobody can ask an array for its numbers, as while JAX traces."""
+        """Tell whether the numbers of an array cannot be known, as while JAX traces."""
         return False
 
     def may_write(self, x: Array) -> bool:
@@ -144,7 +144,7 @@ class Library:
         return False
 
     def has_lost(self, x: Array) -> bool:
-        """Tell whether an array shows numbers without memory, which was given back."""
+        """Tell whether the memory of an array was given back."""
         return False
 
     def refuse_lost(self, x: Array, state: Any, where: Callable[[], str]) -> None:
@@ -224,7 +224,7 @@ class Library:
         return x if self.is_immutable else self.namespace(x).asarray(x, copy=True)
 
     def copied(self, x: Array) -> Array:
-        """Return a copy, as one more step of what is recorded."""
+        """Return a copy; the recording, if there is one, has it as one more operation."""
         return self.namespace(x).asarray(x, copy=True)
 
     def constant(self, x: Array) -> Array:
@@ -285,7 +285,7 @@ class Library:
     # --- a step ------------------------------------------------------------------------------
 
     def bare(self, x: Array) -> Array:
-        """Return an array outside of any graph, and without what a subclass adds."""
+        """Return an array outside of any graph, of no subclass."""
         return x
 
     def plain(self, x: Array) -> Array:
@@ -297,11 +297,11 @@ class Library:
         return self.bare(x)
 
     def restored(self, new: Array, x: Array) -> Array:
-        """Return what a rule made of ``for_rule(x)`` as it takes the place of `x`."""
+        """Return the result of a rule on ``for_rule(x)`` as the array that replaces `x`."""
         return new
 
     def unrecorded(self) -> contextlib.AbstractContextManager[Any]:
-        """Return a context in which what is done to arrays is not recorded."""
+        """Return a context in which operations on arrays are not recorded."""
         return contextlib.nullcontext()
 
     def read_only(self, x: Array) -> Array:
@@ -309,7 +309,7 @@ class Library:
         return x
 
     def apart(self, x: Array, others: Sequence[Any]) -> Array:
-        """Return an array, or a copy where it may share memory with one of others."""
+        """Return an array, or a copy if it may share memory with one of the others."""
         return self.fresh(x) if any(x is other for other in others) else x
 
     def refuse_write(self, x: Array, new: Any, where: Callable[[], str]) -> None:
@@ -324,7 +324,7 @@ class Library:
         return operator.setitem, x, ..., new
 
     def like(self, x: Array, new: Array) -> Array:
-        """Return `new` as what takes the place of `x`."""
+        """Return `new` as the array that replaces `x`."""
         return new
 
     def state_like(self, old: Any, new: Any, x: Array) -> Any:
@@ -336,7 +336,7 @@ class Library:
         raise NotImplementedError
 
     def shown_like(self, x: Array, new: Array) -> Array:
-        """Return `new` as what takes the place of `x`, another view of the parameter."""
+        """Return `new` as the array that replaces `x`, another view of the parameter."""
         return new
 
     def of_class(self, x: Array, values: Any) -> Any:
@@ -410,7 +410,7 @@ class Library:
         return self.namespace(like).asarray(a, device=getattr(like, "device", None), copy=True)
 
     def taken(self, values: Array, x: Array) -> Array:
-        """Return values of any library as what `write_call` writes into an array of this one."""
+        """Return values of any library as an array that `write_call` can write into `x`."""
         if library_of(values) is self:
             return values
         return self.from_numpy(library_for(values).to_numpy(values), x)
@@ -453,7 +453,7 @@ class Library:
     # --- files -------------------------------------------------------------------------------
 
     def why_unsavable(self, x: Array) -> str:
-        """Return why a file has no place for an array, as text; empty if it has."""
+        """Return why a file cannot hold an array, as text; empty if it can."""
         return ""
 
     def on_host(self, x: Array) -> np.ndarray:
@@ -465,7 +465,7 @@ class Library:
         raise NotImplementedError
 
     def loaded(self, a: Array, like: Array) -> Array:
-        """Return what was read from a file, by `from_bytes` or by NumPy, as one like `like`."""
+        """Return an array read from a file, by `from_bytes` or by NumPy, as one like `like`."""
         return self.from_numpy(a, like)
 
 
@@ -482,7 +482,7 @@ _by_class: dict[type, Library | None] = {}
 
 
 def library_of(x: object) -> Library | None:
-    """Return what answers for the array `x`; None for what is no array."""
+    """Return the library of the array `x`; None if `x` is no array."""
     try:
         return _by_class[type(x)]
     except KeyError:
@@ -490,7 +490,7 @@ def library_of(x: object) -> Library | None:
 
 
 def library_of_class(cls: type) -> Library | None:
-    """Return what answers for the arrays of a class; None for what is no class of arrays."""
+    """Return the library of the arrays of a class; None if it is no class of arrays."""
     if cls not in _by_class:
         if len(_by_class) >= _MOST:
             _by_class.clear()
@@ -499,7 +499,7 @@ def library_of_class(cls: type) -> Library | None:
 
 
 def library_for(x: object) -> Library:
-    """Return what answers for `x`, which may also be a number: then the base class does."""
+    """Return the library of `x`; if `x` is a number, an object of the base class."""
     return library_of(x) or _ANY
 
 
@@ -578,7 +578,7 @@ def is_array(x: object) -> bool:
 
 
 def is_immutable(x: object) -> bool:
-    """Tell whether nobody at all can write the array `x`, as those of JAX, traced ones included.
+    """Tell whether the array `x` cannot be written at all, like those of JAX, traced ones included.
 
     A read-only array of NumPy may be a view of one that is written elsewhere. A box of HIPS
     autograd stands for an array of NumPy.
@@ -593,7 +593,7 @@ def is_foreign(x: object) -> bool:
 
 
 def is_abstract(x: object) -> bool:
-    """Tell whether nobody can ask `x` for its numbers: JAX traces it, or ``torch.vmap`` maps it."""
+    """Tell whether the numbers of `x` are not known: JAX traces it, or ``torch.vmap`` maps it."""
     library = library_of(x)
     return library is not None and library.is_abstract(x)
 
@@ -655,8 +655,8 @@ def for_sums(x: Any) -> Any:
 def of_class(x: object, values: Any) -> Any:
     """Return an array of NumPy as one of the class of `x`, made from `x`, over the same memory.
 
-    So `__array_finalize__` hands on what `x` carries. A mapped file, whose memory is elsewhere, is
-    but an array here.
+    `__array_finalize__` then copies the attributes of `x`. For a mapped file, whose memory is
+    elsewhere, a plain array is returned.
     """
     return values if type(x) is np.ndarray else library_for(x).of_class(x, values)
 
@@ -672,7 +672,7 @@ def plain(x: Any) -> Any:
 
 
 def bare(x: Any) -> Any:
-    """Return an array outside of any graph, and without what a subclass adds."""
+    """Return an array outside of any graph, of no subclass."""
     return library_for(x).bare(x)
 
 
@@ -724,7 +724,7 @@ def wanted_of(x: Any) -> str:
 
 
 def is_masked(x: object) -> bool:
-    """Tell whether `x` is an array with a mask, under which there is no value."""
+    """Tell whether `x` is an array with a mask; masked elements have no value."""
     for module, name in (("numpy.ma", "MaskedArray"), ("torch.masked", "MaskedTensor")):
         cls = getattr(sys.modules.get(module), name, None)
         if cls is not None and isinstance(x, cls):

@@ -18,7 +18,7 @@ Array = Any
 
 
 class Numba(DeviceLibrary):
-    """They are memory on a device, with which kernels compute and nothing else."""
+    """They are memory on a device without arithmetic; only kernels compute with them."""
 
     key = "numba"
     name = "Numba"

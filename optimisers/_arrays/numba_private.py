@@ -1,4 +1,4 @@
-"""What numba-cuda does not promise to keep; no other file of the package uses it.
+"""Parts of numba-cuda that it does not promise to keep; no other file of the package uses them.
 
 Its extras allow the next minor version. What a version changes is mended here. Which classes its
 arrays have `_arrays` knows by their names, since they must be told apart before it is loaded.
@@ -17,7 +17,7 @@ def is_simulated(x: Any) -> bool:
 
 
 def address(x: Any) -> int:
-    """Return where the numbers of an array lie."""
+    """Return the address of the numbers of an array."""
     if is_simulated(x):
         return int(x._ary.ctypes.data)
     return x.device_ctypes_pointer.value or 0
@@ -39,7 +39,7 @@ def view(x: Any, shape: tuple[int, ...], strides: tuple[int, ...]) -> Any:
 
 
 def loaded(made: Any) -> Any:
-    """Return a compiled kernel on the current device, as CUDA's own package knows it."""
+    """Return a compiled kernel on the current device, as an object of CUDA's own package."""
     made.bind()
     return made.library.get_cufunc().kernel
 

@@ -27,7 +27,7 @@ Array = np.ndarray
 
 
 class Numpy(Library):
-    """Subclasses keep their class in what a pure update returns, and are plain within a step."""
+    """A pure update returns arrays of the subclass of the parameter; steps see plain arrays."""
 
     key = "numpy"
     name = "NumPy"

@@ -1,7 +1,7 @@
-"""Memory that arrays share: which of them are one, which overlap, and how values go between views.
+"""Memory that arrays share: which of them are one, which overlap, and values in another view.
 
-Values that belong to one view are *carried* to another by way of the one order that both share:
-that of the addresses.
+Values laid out like one view are *carried* to another view by way of the order that both share, the
+order of addresses.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ def carry(values: Array, source: Array | View, target: Array | View) -> Array:
 def laid_out(values: Array, like: Array) -> Array:
     """Return a copy of `values` whose elements follow each other in memory as those of `like`.
 
-    What is carried from it to any other view of the same elements as `like` is a view of it. Of
-    other libraries than NumPy nothing is asked: they return `values` itself.
+    Values carried from it to any other view of the same elements as `like` are a view of it. For
+    arrays of other libraries than NumPy it returns `values` itself.
     """
     if not isinstance(values, np.ndarray):
         return values
@@ -69,7 +69,7 @@ def laid_out(values: Array, like: Array) -> Array:
 
 
 def memory(x: Array) -> Memory | None:
-    """Return where `x` lies; None if that is nowhere, or nobody's business (JAX, traced arrays)."""
+    """Return where `x` lies; None if that is nowhere, or not known (JAX, traced arrays)."""
     return library_for(x).memory(x)
 
 
@@ -128,5 +128,5 @@ def overlapping(arrays: Sequence[tuple[Named, Array]]) -> _Pair[Named] | None:
 
 
 def has_own_memory(x: Array) -> bool:
-    """Tell whether an array of NumPy is the one that gives its memory back: two never share it."""
+    """Tell whether an array of NumPy owns its memory; two such arrays never share any."""
     return type(x) is np.ndarray and x.base is None and x.flags.owndata

@@ -25,7 +25,7 @@ def map_state(
     into : type or tuple of types
         The containers to walk through; others are parts.
     whole : str, optional
-        The name of an attribute; kinds of state that have it are parts.
+        The name of an attribute; states whose class has it are parts.
 
     Returns
     -------
@@ -44,7 +44,7 @@ def map_state(
         for old in last.values() if cls is dict else last:
             if isinstance(old, into):
                 made = map_state(change, old, into=into, whole=whole)
-            else:  # which spares a call
+            else:  # saves a call
                 made = change(old)
             new.append(made)
             same &= made is old

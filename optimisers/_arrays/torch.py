@@ -1,8 +1,8 @@
 """Tensors of PyTorch.
 
-A *view* is a NumPy array over the memory of a tensor; one is made whenever it is needed and never
-kept, since a tensor may get other memory at any time. What has no view (other devices and dtypes,
-tensors that are being traced or transformed) is left to the array path.
+A *view* is a NumPy array over the memory of a tensor. It is made when it is needed and never kept,
+since a tensor may be given other memory at any time. Tensors without a view (on other devices, of
+other dtypes, traced or transformed) are left to the array path.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def is_tensor(x: object) -> bool:
 
 
 class Torch(DeviceLibrary):
-    """Kernels of the host take tensors by their views, kernels of CUDA as they are."""
+    """The CPU kernels take views of tensors, the CUDA kernels take tensors themselves."""
 
     key = "torch"
     name = "PyTorch"
@@ -173,7 +173,7 @@ class Torch(DeviceLibrary):
         return torch.asarray(0, dtype=torch.int64, device="cpu")
 
     def counted(self, t: Tensor, largest: int) -> Tensor:
-        return t.clamp(max=largest - 1) + 1  # it may be mapped, so that nobody knows it
+        return t.clamp(max=largest - 1) + 1  # it may be mapped, so that its value is not known
 
     def number_of(self, t: Tensor) -> Any:
         return t.double() if self.is_abstract(t) else int(t)
@@ -379,7 +379,7 @@ def view(x: Tensor) -> np.ndarray | None:
     if quick is not None and (seen := quick.view(x)) is not None:
         return seen
     if type(x) not in (torch.Tensor, torch.nn.Parameter) or not x.is_cpu or x.is_neg():
-        return None  # what looks like a view of these would be a copy
+        return None  # a view of these would be a copy
     if is_given_back(x):
         return None
     try:
@@ -420,7 +420,7 @@ _GIVEN_BACK = (
 
 @functools.cache
 def _viewer() -> Viewer | None:
-    """Return what makes views in a third of the time, unless this PyTorch does not help with it."""
+    """Return an object that makes views in a third of the time; None if it cannot be made."""
     try:
         api = torch.Tensor.__dlpack_c_exchange_api__
         return Viewer(api, torch.Tensor, torch.nn.Parameter, lambda: _bfloat16())
@@ -430,7 +430,7 @@ def _viewer() -> Viewer | None:
 
 @functools.cache
 def _bfloat16() -> np.dtype[Any] | None:
-    """Return the dtype that NumPy does not have by itself."""
+    """Return NumPy's dtype for bfloat16, which `ml_dtypes` defines; None without that."""
     try:
         found: np.dtype[Any] = np.dtype(importlib.import_module("ml_dtypes").bfloat16)
     except ImportError:
@@ -439,7 +439,7 @@ def _bfloat16() -> np.dtype[Any] | None:
 
 
 def _view_state(state: Any) -> Any:
-    """Return a state with views in place of its tensors; what has none is None."""
+    """Return a state with views in place of its tensors; None where a tensor has no view."""
     return map_state(lambda part: view(part) if is_tensor(part) else part, state, into=tuple)
 
 
@@ -449,7 +449,7 @@ def arrays(state: Any, x: Tensor, g: Tensor) -> tuple[Any, np.ndarray, np.ndarra
     The axes are ordered so that a dense parameter is contiguous, and a gradient in another order
     is copied.
     """
-    if x.dtype.is_complex:  # which kernels do not take; and a view of NumPy pins a storage
+    if x.dtype.is_complex:  # the kernels take none, and a view of NumPy pins its storage
         return None
     seen, grad = view(x), view(g)
     if seen is None or grad is None:
@@ -538,7 +538,7 @@ def to_numpy(x: Tensor) -> np.ndarray:
 
 @functools.cache
 def _widening() -> Any:
-    """Return the function: a cast whose transpose is bounded by the dtype that it goes back to."""
+    """Return the function: a cast whose transpose is clipped to the range of the narrow dtype."""
 
     class Widened(torch.autograd.Function):  # type: ignore[misc]
         generate_vmap_rule = True

@@ -1,14 +1,14 @@
-"""What a rule's numbers and decisions become while JAX traces; imports nothing of JAX itself.
+"""The numbers and decisions of a rule while JAX traces; nothing of JAX is imported.
 
 a) A hyperparameter that crosses into a traced function becomes an array, in float32 unless JAX is
-   set to 64 bits. In float32 the 0.999 of Adam is off by 1e-8, which is nothing, and so is its
-   ``1 - 0.999``, of which it is 1e-5. So a number crosses as two: what float32 holds of it
-   (``high``), and what that leaves (``low``). Inside, the two are a `Number`.
-b) What a step needs of the numbers is computed from both, in double (`double`, `lifted`), and then
-   cast once, as on the host: these are a few scalars for each array. They meet arrays of other
-   dtypes in a step, which JAX may be set to refuse; not there (`promoting`).
-c) Whether there is a step can be a traced question (`AccumGrad`), as it can be one that
-   ``torch.vmap`` maps. The answer is a `Maybe`.
+   set to 64 bits. In float32 the 0.999 of Adam is off by 1e-8, which is harmless, but so is its
+   ``1 - 0.999``, and that is a relative error of 1e-5. So a number crosses as two: its value in
+   float32 (``high``), and the rest (``low``). Inside, the two are a `Number`.
+b) The coefs of a step are computed from both parts, in double (`double`, `lifted`), and then cast
+   once, as on the host: they are a few scalars for each array. In a step they meet arrays of other
+   dtypes, which JAX may be set to refuse; `promoting` allows it.
+c) Whether a rule makes a step may be traced (`AccumGrad`), or mapped by ``torch.vmap``. Then the
+   step is a `Maybe`.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def is_jax(x: object) -> bool:
 
 
 def is_tracer(x: object) -> bool:
-    """Tell whether `x` stands for an array that JAX will know only later."""
+    """Tell whether `x` stands for an array that JAX computes only later."""
     jax = sys.modules.get("jax")
     return jax is not None and isinstance(x, jax.core.Tracer)
 
@@ -54,12 +54,12 @@ def is_tracer(x: object) -> bool:
 
 
 class Number:
-    """A hyperparameter in the hands of JAX, in two parts; calculates like the number it is.
+    """A hyperparameter that JAX holds, in two parts; it calculates like the number it stands for.
 
-    It is traced, or one for each of many models (`jax.vmap`): of parts that are known, `number_of`
-    makes a float. The parts may be anything, since JAX builds trees of anything. Parts that lie in
-    the vector of a leaf are taken out of it whenever they are asked for, not before: code inside a
-    branch of `jax.lax.cond` may ask first, and what it gets must not outlive the branch.
+    It is traced, or one for each of many models (`jax.vmap`); from known parts, `number_of` makes
+    a float. The parts may be any objects, since JAX builds trees of any objects. Parts in the
+    vector of a leaf are taken out of it at each access, not before: code inside a branch of
+    `jax.lax.cond` may be the first to access one, and the part must not outlive the branch.
     """
 
     __slots__ = ("_high", "_low", "packed")
@@ -208,11 +208,11 @@ class Packed(ABC):
 
     @property
     def is_traced(self) -> bool:
-        """Tell whether JAX knows the numbers and counts only later."""
+        """Tell whether JAX computes the numbers and counts only later."""
         return is_tracer(self.vector)
 
     def holds_arrays(self) -> bool:
-        """Tell whether the vector is one; JAX builds trees of anything."""
+        """Tell whether the vector is an array; JAX builds trees of any objects."""
         vector = self.vector
         return (isinstance(vector, np.ndarray) or is_jax(vector)) and vector.ndim > 0
 
@@ -220,7 +220,7 @@ class Packed(ABC):
         return at(self.vector, k) if self.holds_arrays() else self.vector
 
     def numbers(self) -> list[Any]:
-        """Return the numbers: those of Python, if they are known."""
+        """Return the numbers: as numbers of Python if they are known."""
         n = self.length
         if n and self.holds_arrays() and not is_tracer(self.vector) and self.vector.ndim == 1:
             vector = np.asarray(self.vector)
@@ -277,7 +277,7 @@ def is_one_float(value: Any) -> bool:
 
 
 def is_count(t: Any) -> bool:
-    """Tell whether something in the place of a count is one, which a vector can hold."""
+    """Tell whether an object in the position of a count is one that a vector can hold."""
     if isinstance(t, (np.ndarray, np.generic)) or is_jax(t):
         return t.ndim == 0 and t.dtype.kind in "iu"
     return type(t) is int
@@ -372,16 +372,16 @@ def _whole(high: Any, low: Any) -> float:
 
 
 def is_boxed_container(x: object) -> bool:
-    """Tell whether `x` is the box by which HIPS autograd stands for a container."""
+    """Tell whether `x` is the box of a container in HIPS autograd."""
     return type(x).__module__ == "autograd.builtins"
 
 
 WHY_UNSAVABLE = "it is being traced: save outside the function that is differentiated or compiled"
-"""Why a file has no place for an array that stands for another."""
+"""Why a file cannot hold an array that stands for another."""
 
 
 def is_symbolic_zero(g: Any) -> bool:
-    """Tell whether `g` is JAX's way to say that there is no gradient."""
+    """Tell whether `g` is JAX's mark for no gradient."""
     if type(g).__name__ in ("SymbolicZero", "Zero") and type(g).__module__.startswith("jax"):
         return True
     return getattr(getattr(g, "dtype", None), "names", None) == ("float0",)
@@ -397,16 +397,16 @@ def differentiable_sqrt(xp: Any, x: Array) -> Array:
 
 
 def double() -> AbstractContextManager[None]:
-    """Let JAX compute in double meanwhile, also where it is not set to 64 bits."""
+    """Return a context in which JAX computes in double, also where it is not set to 64 bits."""
     jax = cast(Any, sys.modules["jax"])
     context = getattr(jax, "enable_x64", None)
-    if context is None:  # as in older versions
+    if context is None:  # in older versions
         context = importlib.import_module("jax.experimental").enable_x64
     return cast("AbstractContextManager[None]", context(True))
 
 
 def promoting() -> AbstractContextManager[Any]:
-    """Let dtypes meet meanwhile, also where JAX is set to refuse that (strict promotion)."""
+    """Return a context in which dtypes may mix, also under JAX's strict promotion."""
     jax = cast(Any, sys.modules.get("jax"))
     if jax is None or jax.config.jax_numpy_dtype_promotion == "standard":
         return contextlib.nullcontext()
@@ -414,7 +414,7 @@ def promoting() -> AbstractContextManager[Any]:
 
 
 def attributes(rule: Any) -> dict[str, Any]:
-    """Return what a rule consists of, by name: its fields, and what else it has been given."""
+    """Return the attributes of a rule by name: its fields, and others that it was given."""
     state = cast(Any, object.__getstate__(rule))
     if type(state) is not tuple:
         return state or {}
@@ -459,7 +459,7 @@ def holds_abstract(value: Any) -> bool:
 
 
 def settled(value: Any) -> Any:
-    """Return an ordinary number for one in two parts that is known."""
+    """Return an ordinary number for a `Number` that is known; other values as they are."""
     return map_state(_settled, value, into=(tuple, list))
 
 
@@ -468,7 +468,7 @@ def _settled(value: Any) -> Any:
 
 
 def common_vector(rule: Any, x: Array) -> Packed | None:
-    """Return what holds all traced numbers of the rule of a JAX array, if a leaf's vector does."""
+    """Return the vector with all traced numbers of the rule of a JAX array, or None."""
     if not is_jax(x):
         return None
     found: Packed | None = None
@@ -501,17 +501,17 @@ def differentiated_in_double(function: Callable[..., Array]) -> Callable[..., Ar
 
 
 def lifting() -> Callable[[Any], Any]:
-    """Return what makes doubles of traced numbers; to be called, and used, within `double`."""
+    """Return a function that makes doubles of traced numbers; call and use it within `double`."""
     known: dict[int, Any] = {}  # the numbers of a vector in double, so that each is cast once
     return lambda value: map_state(partial(_lifted, known), value, into=(tuple, list))
 
 
 class _Place(int):
-    """Stands for a number in the vector of a leaf, without holding it: the position there."""
+    """The position of a number in the vector of a leaf, in place of the number."""
 
 
 def detached(value: Any) -> Any:
-    """Return a value with places instead of the numbers of a vector."""
+    """Return a value with positions in place of the numbers of a vector."""
 
     def place(part: Any) -> Any:
         return _Place(part._high) if type(part) is Number else part
@@ -520,7 +520,7 @@ def detached(value: Any) -> Any:
 
 
 def attaching(vector: Any, length: int) -> Callable[[Any], Any]:
-    """Return what puts doubles from a vector in these places; called and used within `double`."""
+    """Return a function that puts doubles from a vector in these positions, within `double`."""
     doubles = doubles_of(vector, length)
 
     def number(part: Any) -> Any:
@@ -556,7 +556,7 @@ def widened(x: Array) -> Array:
 
 @functools.cache
 def _widening() -> Any:
-    """Return the primitive: a cast whose transpose is bounded by the dtype that it goes back to."""
+    """Return the primitive: a cast whose transpose is clipped to the range of the narrow dtype."""
     jax = cast(Any, sys.modules["jax"])
     ad, batching, mlir = (
         importlib.import_module(f"jax.interpreters.{name}") for name in ("ad", "batching", "mlir")
@@ -584,7 +584,7 @@ def _widening() -> Any:
 
 
 class Maybe(SimpleNamespace):
-    """A step, and whether it is made: what `apply` returns where JAX will know only later."""
+    """A step, and whether it is made; `apply` returns it where JAX computes that only later."""
 
     step: Array
     made: Array

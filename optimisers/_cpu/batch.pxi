@@ -25,28 +25,28 @@ cdef class Batch:
     cdef object blank
     cdef Work* work
     cdef Py_ssize_t hint
-    cdef Fused fused            # the last that was found
-    cdef Py_ssize_t blocks      # in all segments ...
-    cdef Py_ssize_t longest     # ... and most numbers in one
-    cdef Py_ssize_t bytes       # that the update moves
-    cdef Py_ssize_t gradients   # bytes of them
-    cdef Py_ssize_t asked       # how many were held when code of users may have run
-    cdef bint busy              # something is under way, or has failed
+    cdef Fused fused            # the last fused stage that was found
+    cdef Py_ssize_t blocks      # blocks in all segments
+    cdef Py_ssize_t longest     # most numbers in a block
+    cdef Py_ssize_t bytes       # bytes that the update moves
+    cdef Py_ssize_t gradients   # bytes of the gradients
+    cdef Py_ssize_t asked       # how many arrays were held when code of users last may have run
+    cdef bint busy              # whether a call is under way, or has failed
     cdef bint settled
     cdef bint widens            # whether a leaf has narrow numbers, but for gradient and master
-    cdef object clash           # what `settle` found
+    cdef object clash           # the answer of `settle`
     cdef list norm_rules
-    cdef list storages          # of tensors; None if nobody needed to hold any
-    cdef Keeper keeper          # of memory, during runs without the GIL; None before the first
-    cdef cnp.ndarray like       # the parameter that is being taken
+    cdef list storages          # storages of tensors that are held; None if there are none
+    cdef Keeper keeper          # keeps memory during runs without the GIL; None before the first
+    cdef cnp.ndarray like       # the parameter that is taken at the moment
     cdef readonly dict new_x
-    """Place: array that takes the parameter's place, where it was not written in place."""
+    """By index, the new array of each parameter that was not written in place."""
     cdef readonly dict new_state
-    """Place: state that takes the place of the leaf's, where it was not written in place."""
+    """By index, the new state of each leaf whose state was not written in place."""
     cdef readonly Py_ssize_t failed
-    """Place of the leaf at which `gather` or `run` raised."""
+    """The index of the leaf at which `gather` or `run` raised; -1 if neither did."""
     cdef readonly bint ran
-    """Whether `gather` has run the batch, too."""
+    """Whether `gather` has also run the batch."""
 
     def __cinit__(self, blank=None):
         self.work = borrow()
@@ -62,17 +62,17 @@ cdef class Batch:
             give_back(self.work)
 
     def places(self):
-        """Return the places taken."""
+        """Return the indices taken."""
         return self.places_of(bad=False)
 
     def loops(self):
-        """Return for each place taken through how many loops its numbers pass; for tests."""
+        """Return, by index, through how many loops the numbers of a leaf pass; for tests."""
         cdef Py_ssize_t k
         cdef Segment* leaves = <Segment*> self.work.segments.data
         return {leaves[k].place: leaves[k].stages for k in range(self.work.segments.length)}
 
     cdef list places_of(self, bint bad):
-        """Return the places taken, or those of them with a bad gradient.
+        """Return the indices taken, or those of them with a bad gradient.
 
         No comprehension: of those that Cython 3.3 makes, one without memory frees an item twice.
         """
@@ -107,12 +107,12 @@ cdef class Batch:
 
     @cython.boundscheck(True)
     def gather(self, list leaves, list xs, list gs, lower, bint at_once=False):
-        """Take every leaf that the kernels can update; return the places of the others.
+        """Take every leaf that the kernels can update; return the indices of the others.
 
-        Places without a gradient and frozen leaves are neither taken nor returned, except for
-        arrays of a subclass of ndarray without a gradient, which are returned. `lower` turns
-        a rule into a plan, or None. If there are no others, and `at_once` says so, the batch runs,
-        unless places clash.
+        Leaves without a gradient and frozen leaves are neither taken nor returned, except for
+        arrays of a subclass of ndarray without a gradient, which are returned. `lower` makes a rule
+        a plan, or None. If there are no others, and `at_once` is true, the batch runs, unless two
+        leaves would write the same memory.
         """
         cdef list rest = []
         cdef Py_ssize_t place
@@ -127,7 +127,7 @@ cdef class Batch:
             if g is None:
                 if cnp.PyArray_Check(x) and not cnp.PyArray_CheckExact(x):
                     if not self.is_frozen(leaf, slots):
-                        rest.append(place)  # it may have a mask, for which Python looks
+                        rest.append(place)  # it may have a mask, which Python checks
                 continue
             if self.is_frozen(leaf, slots):
                 continue
@@ -155,7 +155,7 @@ cdef class Batch:
         return taken
 
     cdef int begin(self) except -1:
-        """Refuse what code of users might ask in the middle of something, or after an error."""
+        """Refuse a call by code of users in the middle of another, or after an error."""
         if self.busy:
             raise RuntimeError("this batch is at work, or has failed")
         self.busy = True
@@ -198,7 +198,7 @@ cdef class Batch:
         cdef Segment leaf
         cdef int kind, of_x, of_g
         cdef Py_ssize_t size
-        leaf.alone = is_alone(<PyObject*> state, 2)     # the leaf, and who calls this
+        leaf.unshared = is_unshared(<PyObject*> state, 2)     # held by the leaf and the caller
         if not cnp.PyArray_CheckExact(x) or not cnp.PyArray_CheckExact(g):
             return False
         xa, ga = <cnp.ndarray> x, <cnp.ndarray> g
@@ -237,7 +237,7 @@ cdef class Batch:
         leaf.n = cnp.PyArray_SIZE(xa)
         leaf.is_double = kind == cnp.NPY_DOUBLE
         leaf.place = place
-        leaf.swallowed = False
+        leaf.withheld = False
         leaf.is_bad = 0
         leaf.first = self.work.stages.length
         leaf.held = self.work.held.length
@@ -304,7 +304,8 @@ cdef class Batch:
         self.gradients += leaf.n * number_size(leaf, leaf.of_g)
 
     cdef object blank_like(self, state):
-        """Return an empty state of the same form; `blank` is asked for what is no plain array."""
+        """Return an empty state of the same form; `blank` makes the parts that are no plain arrays.
+        """
         cdef Py_ssize_t k
         cdef tuple made
         if cnp.PyArray_CheckExact(state):
@@ -328,7 +329,7 @@ cdef class Batch:
         cdef Stage* stage = <Stage*> push(&self.work.stages, sizeof(Stage))
         cdef cnp.ndarray a, b
         cdef int k, own, of
-        cdef bint alone
+        cdef bint unshared
         cdef int kind = cnp.NPY_DOUBLE if leaf.is_double else cnp.NPY_FLOAT
         cdef Py_ssize_t whole = leaf.n * number_size(leaf, SAME), size
         stage.run, stage.finish = step.run[leaf.is_double], step.finish[leaf.is_double]
@@ -345,7 +346,7 @@ cdef class Batch:
                     return NULL
                 leaf.narrow = True
                 size = 2 * leaf.n
-            alone = leaf.alone and owns(PyTuple_GET_ITEM(old, k))
+            unshared = leaf.unshared and owns(PyTuple_GET_ITEM(old, k))
             a, b = <cnp.ndarray> item(old, k), <cnp.ndarray> item(new, k)
             if not ready(a, own, leaf.c_order) or not same_shape(a, self.like):
                 return NULL
@@ -353,7 +354,7 @@ cdef class Batch:
             if a is b:
                 if not cnp.PyArray_ISWRITEABLE(a):
                     return NULL
-                if not alone:
+                if not unshared:
                     self.add_span(&self.work.spans, a, leaf.n, leaf.place)
             stage.old[k], stage.new[k] = cnp.PyArray_BYTES(a), cnp.PyArray_BYTES(b)
             hold(self.work, a, size)
@@ -379,7 +380,7 @@ cdef class Batch:
         """
         cdef Stage* stages = <Stage*> self.work.stages.data
         cdef Py_ssize_t last = self.work.stages.length - 1, start = leaf.first, first
-        if leaf.swallowed or stages[last].index < 0:
+        if leaf.withheld or stages[last].index < 0:
             return 0
         if self.work.norms.length > norms:
             start = (<Norm*> self.work.norms.data)[self.work.norms.length - 1].stage
@@ -464,19 +465,19 @@ cdef class Batch:
 
     cdef int store_count(self, state, Py_ssize_t k, int64_t value, Segment* leaf) except -1:
         """See to it that the run stores a count into item `k` of a state."""
-        cdef bint alone = leaf.alone and owns(PyTuple_GET_ITEM(state, k))
+        cdef bint unshared = leaf.unshared and owns(PyTuple_GET_ITEM(state, k))
         cdef cnp.ndarray a = <cnp.ndarray> item(state, k)
         cdef Count* count = <Count*> push(&self.work.counts, sizeof(Count))
         count.where = <int64_t*> cnp.PyArray_DATA(a)
         count.value = value
         reserve(&self.work.held, sizeof(Held), 1)
         hold(self.work, a, sizeof(int64_t))
-        if not alone:
+        if not unshared:
             self.add_span(&self.work.spans, a, 1, leaf.place)
         return 0
 
     cdef bint carry_over(self, old, new) except -1:
-        """Copy a state that this step leaves alone, if it is made of arrays; tell whether it is."""
+        """Copy a state that this step does not change; tell whether it is made of arrays."""
         cdef Py_ssize_t k
         if old is new:
             return True
@@ -510,7 +511,7 @@ cdef class Batch:
         """See to it that nothing is written which is read elsewhere.
 
         Gradients and read-only parameters that lie in memory which the run writes are copied.
-        Where two leaves would write the same memory, or one leaf twice, their places are returned,
+        Where two leaves would write the same memory, or one leaf twice, their indices are returned,
         else None.
         """
         if self.settled:
@@ -554,7 +555,7 @@ cdef class Batch:
 
     cdef const char* apart(self, Segment* leaf, const char* numbers,
                            Py_ssize_t bytes) except NULL:
-        """Return where these numbers are not written over: as they lie, or in a copy."""
+        """Return the address of these numbers, or of a copy if the run would write over them."""
         cdef cnp.ndarray copy
         if not self.is_written(<uintptr_t> numbers, bytes):
             return numbers
@@ -590,11 +591,11 @@ cdef class Batch:
     # --- running -----------------------------------------------------------------------------
 
     def nonfinite(self):
-        """Return the places of the leaves whose gradients hold infinity or NaN."""
+        """Return the indices of the leaves whose gradients hold infinity or NaN."""
         self.asked = self.work.held.length
-        return self.places_of(bad=True) if self.judge() else []
+        return self.places_of(bad=True) if self.check_finite() else []
 
-    cdef bint judge(self) except -1:
+    cdef bint check_finite(self) except -1:
         """Mark the leaves whose gradients hold infinity or NaN; tell whether there are any."""
         cdef Run run
         cdef bint keeps
@@ -605,7 +606,7 @@ cdef class Batch:
         try:
             keeps = self.keeps_gil(&run, run.gradients)
             self.check_held(0, self.asked)
-            work_on(&run, judge_piece, run.gradients, keeps)
+            work_on(&run, check_piece, run.gradients, keeps)
             if not keeps:       # other threads have run
                 self.asked = self.work.held.length
         finally:
@@ -678,9 +679,9 @@ cdef class Batch:
         )
 
     cdef bint keeps_gil(self, Run* run, Py_ssize_t bytes) except -1:
-        """Tell whether a run keeps the GIL; if not, see to it that the memory in use stays (see f).
+        """Tell whether a run keeps the GIL; if not, keep the memory in use from others (see f).
 
-        After such a run, `let_go_of_memory` is to be called.
+        After such a run, `give_memory_back` must be called.
         """
         cdef Py_ssize_t n = self.work.held.length
         cdef bint is_short = bytes < SHORT_OF_TENSORS
@@ -699,10 +700,10 @@ cdef class Batch:
         return True
 
     cdef bint has_tensors(self, bint owns) except -1:
-        """Tell whether there are views of tensors; if so, own their storages, where that is said.
+        """Tell whether there are views of tensors; if so, and if `owns`, own their storages.
 
-        These can be given other memory, too, but a thread that gives a tensor another storage is
-        no harm then.
+        A thread that gives a tensor another storage does no harm then. A storage itself may still
+        be given other memory.
         """
         cdef Held* held = <Held*> self.work.held.data
         cdef PyObject* base
@@ -730,7 +731,7 @@ cdef class Batch:
             self.keeper.give_back()
 
     cdef void prepare(self, Run* run) noexcept:
-        """Say what there is to do."""
+        """Fill in the run: its segments, stages, numbers and sizes."""
         run.segments = <Segment*> self.work.segments.data
         run.length = self.work.segments.length
         run.stages = <Stage*> self.work.stages.data
@@ -738,9 +739,9 @@ cdef class Batch:
         run.blocks, run.bytes, run.gradients = self.blocks, self.bytes, self.gradients
 
     cdef int lend_scratch(self, Run* run) except -1:
-        """Lend each thread memory for its blocks, from the start of a cache line.
+        """Give each thread memory for its blocks, from the start of a cache line.
 
-        It does not lie on their stacks, which Python lets users make small.
+        This memory is not on the stacks of the threads, which users of Python may make small.
         """
         cdef Py_ssize_t blocks = WIDENING if self.work.norms.length or self.widens else RUNNING
         cdef uintptr_t start

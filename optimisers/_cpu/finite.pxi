@@ -1,7 +1,7 @@
 from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
 
-cdef void judge_piece(void* job, int64_t k, int member) noexcept nogil:
-    """Note which gradients hold infinity or NaN in the blocks of piece `k`."""
+cdef void check_piece(void* job, int64_t k, int member) noexcept nogil:
+    """Mark the leaves whose gradients hold infinity or NaN in the blocks of piece `k`."""
     cdef Run* run = <Run*> job
     cdef Py_ssize_t first = k * run.blocks // run.pieces
     cdef Py_ssize_t last = (k + 1) * run.blocks // run.pieces
@@ -31,7 +31,7 @@ cdef bint all_finite(Segment* leaf, Py_ssize_t start, Py_ssize_t n) noexcept nog
 
 cdef bint none_holds(const void* numbers, Py_ssize_t start, Py_ssize_t n,
                      bits exponent) noexcept nogil:
-    """Tell whether no number has all bits of its exponent set, as infinity and NaN do.
+    """Tell whether all numbers are finite; infinity and NaN have all bits of the exponent set.
 
     One more in the lowest of these bits then carries into the sign. Four quarters are read side by
     side: memory hands out more along four ways than along one.

@@ -11,9 +11,9 @@ cdef extern from "numpy/ndarraytypes.h":
 
 
 cdef inline void hold(Work* work, cnp.ndarray a, Py_ssize_t bytes) noexcept:
-    """Own an array from now on, of whose memory so many bytes are used (see f).
+    """Own an array from now on; so many bytes of its memory are used (see f).
 
-    There must be room: one question for all the arrays of a leaf is less than one for each.
+    The caller has reserved room, once for all the arrays of a leaf.
     """
     cdef Held* held = <Held*> work.held.data + work.held.length
     Py_INCREF(a)
@@ -31,7 +31,7 @@ cdef inline Py_ssize_t bytes_of(cnp.ndarray a) noexcept:
     return bytes
 
 
-cdef enum:                  # what owns memory: see `owner_of` in _arrays/dlpack.pyx
+cdef enum:                  # the owner of memory: see `owner_of` in _arrays/dlpack.pyx
     MOVED = 1
     TENSOR
 
@@ -41,7 +41,7 @@ cdef OwnerOf owner_of = NULL
 
 
 def know_tensors(uintptr_t owner):
-    """Take the address of what tells whether a tensor of PyTorch still has its memory."""
+    """Take the address of `owner_of`, which tells whether a tensor still has its memory."""
     global owner_of
     owner_of = <OwnerOf> <void*> owner
 
@@ -55,7 +55,7 @@ cdef inline PyObject* base_of(PyObject* array) noexcept:
 
 
 cdef inline PyObject* origin(PyObject* array) noexcept:
-    """Return the array that an array is a view of, or itself: its memory is its own, or no array's.
+    """Return the array of which an array is a view, or itself if it is a view of none.
     """
     cdef PyObject* base
     while not owns_memory(array):
@@ -67,7 +67,7 @@ cdef inline PyObject* origin(PyObject* array) noexcept:
 
 
 cdef inline PyObject* lender(PyObject* array) noexcept:
-    """Return the object, no array, that an array has its memory from; NULL if there is none."""
+    """Return the object other than an array that lends an array its memory; NULL if none does."""
     array = origin(array)
     return NULL if owns_memory(array) else base_of(array)
 
@@ -90,7 +90,7 @@ cdef bint covers(cnp.ndarray a, const char* low, Py_ssize_t bytes) noexcept:
 
 
 cdef bint is_within(PyObject* array, const char* data, Py_ssize_t bytes) noexcept:
-    """Tell whether the memory in use is still its owner's, if that is an array or a tensor."""
+    """Tell whether the owner of the memory in use, an array or a tensor, still has it."""
     cdef PyObject* first = origin(array)
     if first != array and not covers(<cnp.ndarray> first, data, bytes):
         return False
@@ -100,7 +100,7 @@ cdef bint is_within(PyObject* array, const char* data, Py_ssize_t bytes) noexcep
 
 
 cdef Py_ssize_t first_moved(Work* work, Py_ssize_t first, Py_ssize_t end) noexcept:
-    """Return the first, of what is held, that no longer has the memory in use; -1 if all do."""
+    """Return the position of the first array held that has lost the memory in use; -1 if none."""
     cdef Held* held = <Held*> work.held.data
     cdef Py_ssize_t k
     for k in range(first, end):
@@ -114,19 +114,19 @@ cdef Py_ssize_t first_moved(Work* work, Py_ssize_t first, Py_ssize_t end) noexce
 
 
 cdef class Keeper:
-    """Has the memory of arrays, in their place, while a run uses it without the GIL.
+    """Owns the memory of arrays in their place while a run uses it without the GIL.
 
-    NumPy resizes and frees, whatever ``refcheck`` says, no memory but that which an array owns.
-    So arrays do not own theirs meanwhile: this is their base.
+    NumPy resizes and frees only memory that an array owns, whatever ``refcheck`` says. Meanwhile
+    the arrays do not own theirs: this object is their base.
     """
 
-    cdef Vector arrays          # which are owned
+    cdef Vector arrays          # arrays of which this is the base
 
     def __dealloc__(self):
         free(self.arrays.data)
 
     cdef bint keep(self, Work* work) except -1:
-        """Take over the memory of all that is held; tell whether nobody else has any of it."""
+        """Take over the memory of all arrays held; tell whether no other run has any of it."""
         cdef Held* held = <Held*> work.held.data
         cdef PyObject* array
         cdef PyObject* base
@@ -135,7 +135,7 @@ cdef class Keeper:
         for k in range(work.held.length):
             array = origin(held[k].array)
             base = base_of(array)
-            if not owns_memory(array):      # it may be another run's
+            if not owns_memory(array):      # another run may have it
                 if base is NULL or base == <PyObject*> self or type(<object> base) is not Keeper:
                     continue
                 return False

@@ -3,7 +3,7 @@ from cpython.ref cimport PyObject, Py_REFCNT
 
 
 cdef class Slots:
-    """Where the leaves of a class keep their attributes: see `slot_offset`."""
+    """The offsets of the attributes in leaves of one class: see `slot_offset`."""
 
     cdef object kind
     cdef Py_ssize_t frozen
@@ -29,7 +29,7 @@ cdef inline Slots slots_of(leaf):
 
 
 cdef inline bint ready(cnp.ndarray a, int kind, bint c_order) noexcept:
-    """Tell whether `a` is plain memory of one type, in the order asked for."""
+    """Tell whether `a` is plain memory of one type, in the order that is wanted."""
     cdef int order = cnp.NPY_ARRAY_C_CONTIGUOUS if c_order else cnp.NPY_ARRAY_F_CONTIGUOUS
     return (
         cnp.PyArray_TYPE(a) == kind
@@ -38,17 +38,17 @@ cdef inline bint ready(cnp.ndarray a, int kind, bint c_order) noexcept:
     )
 
 
-cdef inline bint is_alone(PyObject* held, Py_ssize_t holders=1) noexcept:
-    """Tell whether nobody holds an object but so many holders that are known."""
+cdef inline bint is_unshared(PyObject* held, Py_ssize_t holders=1) noexcept:
+    """Tell whether an object has no more references than so many that are known."""
     return Py_REFCNT(<object> held) <= holders
 
 
 cdef inline bint owns(PyObject* array) noexcept:
-    """Tell whether the memory of an array in a tuple is no other array's, so far as that goes.
+    """Tell whether an array in a tuple owns its memory and nothing else refers to the array.
 
-    One that owns its memory shares it with views alone, and these would hold it as well.
+    Only views could share memory that an array owns, and each view refers to its array.
     """
-    return is_alone(array) and cnp.PyArray_CHKFLAGS(<cnp.ndarray> array, cnp.NPY_ARRAY_OWNDATA)
+    return is_unshared(array) and cnp.PyArray_CHKFLAGS(<cnp.ndarray> array, cnp.NPY_ARRAY_OWNDATA)
 
 
 cdef inline bint is_lead(Lead* lead, Stage* stages) noexcept:

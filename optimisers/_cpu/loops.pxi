@@ -12,12 +12,12 @@ cdef inline double joined(Reduction kind, double a, double b) noexcept nogil:
 
 
 cdef void subtract(const void* x_, void* out_, const void* dx_, Py_ssize_t start, Py_ssize_t n,
-                   bint swallowed, real unused=0) noexcept nogil:
+                   bint withheld, real unused=0) noexcept nogil:
     cdef const real* x = <const real*> x_ + start
     cdef const real* dx = <const real*> dx_
     cdef real* out = <real*> out_ + start
     cdef Py_ssize_t i
-    if not swallowed:
+    if not withheld:
         for i in range(n):
             out[i] = x[i] - dx[i]
     elif out != x:
@@ -25,7 +25,7 @@ cdef void subtract(const void* x_, void* out_, const void* dx_, Py_ssize_t start
 
 
 cdef inline void copy(void* to, const void* from_, Py_ssize_t bytes) noexcept nogil:
-    """Copy bytes onward, from the first to the last, which need not be what memcpy does.
+    """Copy bytes in order, from the first to the last; memcpy promises no order.
 
     Between places equally far into a page, where the same numbers of large arrays often lie, that
     of glibc goes backwards, and the processor does not fetch ahead.
@@ -36,7 +36,7 @@ cdef inline void copy(void* to, const void* from_, Py_ssize_t bytes) noexcept no
 
 
 cdef void widen(Kind kind, const void* source, void* target, Py_ssize_t n) noexcept nogil:
-    """Bring numbers of a narrow kind to the dtype of their master."""
+    """Convert numbers of a narrow kind to the dtype of their master."""
     cdef const float* singles = <const float*> source
     cdef Py_ssize_t i
     if kind == FLOAT16:
@@ -49,11 +49,11 @@ cdef void widen(Kind kind, const void* source, void* target, Py_ssize_t n) noexc
 
 
 cdef void hand_on(Segment* leaf, Py_ssize_t start, Py_ssize_t n) noexcept nogil:
-    """Bring a block of a master copy to the parameter."""
+    """Round a block of a master copy into the parameter."""
     cdef Py_ssize_t size = number_size(leaf, leaf.of_parameter)
     cdef const char* before = leaf.unrounded + start * size
     cdef char* target = leaf.rounded + start * size
-    if not leaf.swallowed:
+    if not leaf.withheld:
         round_into(leaf.of_parameter, leaf.out + start * number_size(leaf, SAME), target, n, size)
     elif target != before:
         memcpy(target, before, n * size)
@@ -75,7 +75,8 @@ cdef void round_into(Kind kind, const void* source, void* target, Py_ssize_t n,
 
 
 cdef inline void keep(Kind kind, const void* source, void* slot, Py_ssize_t n) noexcept nogil:
-    """Bring numbers to a narrow slot, whose own are still there: see `_rule.kept_as`."""
+    """Round numbers into a narrow slot that still has its old ones: see `rules._numbers.kept_as`.
+    """
     if kind == FLOAT16:
         keep_float16s(<const float*> source, <uint16_t*> slot, n)
     else:
@@ -83,7 +84,7 @@ cdef inline void keep(Kind kind, const void* source, void* slot, Py_ssize_t n) n
 
 
 def kept(cnp.ndarray slot, cnp.ndarray singles):
-    """Return what a narrow slot keeps of as many numbers in float32; for tests."""
+    """Return the new numbers of a narrow slot for as many in float32; for tests."""
     cdef cnp.ndarray made = slot.copy()
     cdef int kind = kind_beside(slot, cnp.NPY_FLOAT)
     if kind != FLOAT16 and kind != BFLOAT16:

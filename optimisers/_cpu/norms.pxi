@@ -2,7 +2,7 @@ from libc.math cimport INFINITY, fabs, isfinite, pow
 from libc.stdint cimport int64_t
 
 cdef double norm_of(Run* run, Segment* leaf, Py_ssize_t stage, double p) noexcept nogil:
-    """Return the p-norm of what reaches `stage`, in double."""
+    """Return the p-norm of the numbers that reach `stage`, in double."""
     cdef double value, largest, root
     if p == INFINITY:
         return reduce(run, leaf, stage, LARGEST, 0, 1)
@@ -15,7 +15,7 @@ cdef double norm_of(Run* run, Segment* leaf, Py_ssize_t stage, double p) noexcep
     if p == 2:
         value = sqrt(reduce(run, leaf, stage, SQUARES, 0, 1))
         if not leaf.is_double or 1e-140 < value < 1e150 or value != value:
-            return value            # no square overflowed or lost its digits
+            return value            # no square overflowed or lost digits
     largest = reduce(run, leaf, stage, LARGEST if p > 0 else SMALLEST, 0, 1)
     if largest == 0 or not isfinite(largest):
         return largest
@@ -23,7 +23,7 @@ cdef double norm_of(Run* run, Segment* leaf, Py_ssize_t stage, double p) noexcep
     if fabs(p) >= 1:
         return largest * pow(value, 1 / p)
     root = pow(value, 0.5 / p)
-    return largest * root * root    # by halves: for tiny p the whole root alone overflows
+    return largest * root * root    # in two halves: for tiny p the whole root overflows
 
 
 cdef struct Reducing:       # a job for the threads
@@ -39,7 +39,7 @@ cdef struct Reducing:       # a job for the threads
 
 cdef double reduce(Run* run, Segment* leaf, Py_ssize_t stage, Reduction kind, double p,
                    double unit) noexcept nogil:
-    """Combine what reaches `stage`, stretch by stretch, in an order that n alone decides."""
+    """Combine the numbers that reach `stage`, stretch by stretch, in an order set by n alone."""
     cdef Reducing job
     cdef Py_ssize_t k, stretches
     cdef double total = INFINITY if kind == SMALLEST else 0

@@ -7,7 +7,7 @@ from libc.stdlib cimport free
 from libc.string cimport memset
 
 
-cdef enum Does:             # what a stage of a program does
+cdef enum Does:             # kinds of stages
     STEP
     MEASURED                # a step whose one number is measured
     HOLD
@@ -15,16 +15,16 @@ cdef enum Does:             # what a stage of a program does
 
 cdef struct Task:           # a stage of a program made ready
     Does does
-    Py_ssize_t first        # of the indices of its place, among those of the plan ...
-    Py_ssize_t end          # ... and the end of these
-    Py_ssize_t parts        # that its state must have
-    StepInfo step           # of STEP and MEASURED, as are these:
-    bint is_late            # the step is compiled when it first meets a dtype
-    bint counts             # coefs takes t
-    int64_t known_t[2]      # for float and for double: the count of steps ...
-    Py_ssize_t known[2]     # ... for which the batch holds the coefs, and where
-    int64_t n               # of HOLD, whose `add` and `release` are the next two tasks
-    double p                # of MEASURED
+    Py_ssize_t first        # position of the first index of its place, among those of the plan
+    Py_ssize_t end          # position after the last one
+    Py_ssize_t parts        # how many parts its state must have
+    StepInfo step           # used by STEP and MEASURED, as are the next four
+    bint is_late            # whether the step is compiled when it first meets a dtype
+    bint counts             # whether coefs takes t
+    int64_t known_t[2]      # the count whose coefs the batch holds, for float and for double
+    Py_ssize_t known[2]     # their position among the numbers of the batch; -1 if it holds none
+    int64_t n               # used by HOLD, whose `add` and `release` are the next two tasks
+    double p                # used by MEASURED
 
 cdef enum:
     TASKS_OF_HOLD = 3
@@ -39,10 +39,10 @@ cdef class Plan:
 
     cdef readonly object rule
     cdef object find
-    cdef list rules             # of each task
-    cdef list coefs
+    cdef list rules             # the rule of each task, or None
+    cdef list coefs             # its bound method, or None
     cdef Vector tasks
-    cdef Vector places          # indices into a state, one path after the other
+    cdef Vector places          # indices into a state, one place after the other
     cdef int master             # the NumPy type of a master copy; -1 if there is none
     cdef int64_t batch          # the number of the last batch that took leaves by it
 
@@ -106,7 +106,7 @@ cdef class Plan:
     # --- leaves ------------------------------------------------------------------------------
 
     cdef void forget(self) noexcept:
-        """Forget what holds for one batch only."""
+        """Forget the positions of coefs, which belong to one batch."""
         cdef Task* tasks = <Task*> self.tasks.data
         cdef Py_ssize_t k
         for k in range(self.tasks.length):
@@ -118,25 +118,25 @@ cdef class Plan:
         cdef PyObject* a
         cdef PyObject* b
         cdef Py_ssize_t k = 0, d, index
-        cdef bint alone = leaf.alone
+        cdef bint unshared = leaf.unshared
         while k < self.tasks.length:
             task = <Task*> self.tasks.data + k
-            a, b, leaf.alone = <PyObject*> old, <PyObject*> new, alone
+            a, b, leaf.unshared = <PyObject*> old, <PyObject*> new, unshared
             for d in range(task.first, task.end):
                 index = (<Py_ssize_t*> self.places.data)[d]
                 if not PyTuple_Check(<object> a) or not 0 <= index < PyTuple_GET_SIZE(<object> a):
                     return False
                 a, b = PyTuple_GET_ITEM(<object> a, index), PyTuple_GET_ITEM(<object> b, index)
-                leaf.alone = leaf.alone and is_alone(a)
+                leaf.unshared = leaf.unshared and is_unshared(a)
             if not PyTuple_Check(<object> a):
                 return False
-            if leaf.swallowed:
+            if leaf.withheld:
                 if task.does != PARTS and not batch.carry_over(<object> a, <object> b):
                     return False
             elif task.does == HOLD:
                 if not self.hold(batch, task, leaf, <object> a, <object> b):
                     return False
-                if not leaf.swallowed:
+                if not leaf.withheld:
                     k += 1                          # `release` comes next
                 elif not self.step(batch, k + 1, leaf, <object> a, <object> b):
                     return False
@@ -144,7 +144,7 @@ cdef class Plan:
                 return False
             elif task.does != PARTS and not self.step(batch, k, leaf, <object> a, <object> b):
                 return False
-            k += TASKS_OF_HOLD if task.does == HOLD and leaf.swallowed else 1
+            k += TASKS_OF_HOLD if task.does == HOLD and leaf.withheld else 1
         return True
 
     cdef bint step(self, Batch batch, Py_ssize_t k, Segment* leaf, old, new) except -1:
@@ -203,12 +203,12 @@ cdef class Plan:
             return False
         if not leaf.is_double and not is_single(item(old, 0)):     # a narrow one goes on as float
             return False
-        leaf.swallowed = held + 1 < task.n
-        batch.store_count(new, 1, held + 1 if leaf.swallowed else 0, leaf)
+        leaf.withheld = held + 1 < task.n
+        batch.store_count(new, 1, held + 1 if leaf.withheld else 0, leaf)
         return True
 
 
-cdef int bfloat16 = -1      # NumPy's number of it; to ask for names takes as long as an update
+cdef int bfloat16 = -1      # the type number of bfloat16; a comparison of names is too slow
 
 
 cdef inline bint is_single(a) noexcept:
@@ -240,7 +240,7 @@ cdef int kind_beside(cnp.ndarray a, int updated) except -2:
 cdef class UsualEnvironment:
     """A context in which this thread computes in the usual floating-point environment.
 
-    So that what is summed, cast and computed by NumPy around a run has the same bits as well.
+    Results that NumPy computes around a run then have the same bits, too.
     """
 
     cdef float_environment before

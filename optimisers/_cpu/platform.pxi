@@ -126,22 +126,22 @@ ctypedef void (*Step)(
 cdef enum:
     MAX_BLOCK = 4096        # numbers; more would not fit the first cache
     MAX_SLOTS = 8
-    RUNNING = 3             # blocks of scratch memory that `chain` needs ...
-    WIDENING = 4 + MAX_SLOTS    # ... and that it needs in a dry run, and for narrow numbers
+    RUNNING = 3             # blocks of scratch memory that `chain` needs
+    WIDENING = 4 + MAX_SLOTS    # the same in a dry run, and for narrow numbers
     STRETCHES = 256         # most partial sums of a norm
     STRETCH = 16384         # fewest numbers in one of them
     LINE = 64               # bytes in a line of the caches
     LANES = 32              # running sums side by side, so that a reduction fills a vector
-    WAKING = 60             # times the work for which a thread takes part is worth waking one
-    PIECES = 32             # most pieces of an update for each thread ...
-    PIECE = 32768           # ... and fewest bytes that one moves
-    COPIED = 512            # most numbers in a block that is first copied into new arrays ...
-    COPIED_FAR = 128        # ... out of the caches, where these are likely ...
-    FAR = 1 << 24           # ... if so many bytes are moved
+    WAKING = 60             # sleeping threads are woken from so many times `work_per_thread` on
+    PIECES = 32             # most pieces of an update for each thread
+    PIECE = 32768           # fewest bytes that a piece moves
+    COPIED = 512            # most numbers in a block that is first copied into new arrays
+    COPIED_FAR = 128        # the same where the arrays are likely to lie out of the caches
+    FAR = 1 << 24           # bytes moved by an update from which they are likely to
     LINED_UP = 2048         # numbers in a leaf from which it pays to align its blocks
-    SHORT = 32768           # bytes that are moved before others could have had the GIL ...
-    SHORT_OF_EACH = 4096    # ... of each array, whose memory has to be kept then: see held.pxi ...
-    SHORT_OF_TENSORS = 1 << 20  # ... where it is of tensors, whose storages have to be held then
+    SHORT = 32768           # a run that moves fewer bytes on one thread keeps the GIL
+    SHORT_OF_EACH = 4096    # so does one that moves fewer bytes for each array: see held.pxi
+    SHORT_OF_TENSORS = 1 << 20  # so does one that moves fewer bytes, if some are of tensors
 
 cdef uint64_t GOLDEN = 0x9e3779b97f4a7c15   # spreads addresses over a table: Knuth's multiplier
 

@@ -7,12 +7,12 @@ cdef struct Run:            # what the threads share
     Stage* stages
     double* numbers
     Py_ssize_t blocks       # in all segments
-    Py_ssize_t bytes        # that the update moves
-    Py_ssize_t gradients    # bytes of them
-    Py_ssize_t pieces       # into which it is cut
-    int members             # threads, the caller's among them
-    double* scratch         # their memory ...
-    Py_ssize_t room         # ... and how much of it each has
+    Py_ssize_t bytes        # bytes that the update moves
+    Py_ssize_t gradients    # bytes of the gradients
+    Py_ssize_t pieces       # pieces into which the update is cut
+    int members             # threads, with that of the caller
+    double* scratch         # memory of the threads
+    Py_ssize_t room         # numbers in the memory of each thread
     int64_t is_bad          # whether infinity or NaN was found in any gradient
 
 
@@ -36,7 +36,7 @@ cdef inline Py_ssize_t shortage(Segment* leaf) noexcept nogil:
 
 
 cdef inline Py_ssize_t start_of(Segment* leaf, Py_ssize_t k) noexcept nogil:
-    """Return where a block of a leaf starts, and so the one before it ends."""
+    """Return the start of a block of a leaf, which is the end of the block before."""
     return min(max(k * leaf.block - leaf.short_by, 0), leaf.n)
 
 
@@ -101,9 +101,9 @@ cdef void update_piece(void* job, int64_t k, int member) noexcept nogil:
             elif dx is NULL:
                 pass
             elif leaf.is_double:
-                subtract[double](leaf.x, leaf.out, dx, start, n, leaf.swallowed)
+                subtract[double](leaf.x, leaf.out, dx, start, n, leaf.withheld)
             else:
-                subtract[float](leaf.x, leaf.out, dx, start, n, leaf.swallowed)
+                subtract[float](leaf.x, leaf.out, dx, start, n, leaf.withheld)
             if leaf.is_copy:
                 hand_on(leaf, start, n)
             first += 1
@@ -111,7 +111,7 @@ cdef void update_piece(void* job, int64_t k, int member) noexcept nogil:
 
 
 cdef Py_ssize_t segment_of(Segment* segments, Py_ssize_t n, Py_ssize_t wanted) noexcept nogil:
-    """Return which of `n` segments holds a block, counted over all of them."""
+    """Return the position of the segment that holds a block; blocks are counted over all."""
     cdef Py_ssize_t low = 0, middle
     while low < n:
         middle = (low + n) // 2
@@ -124,15 +124,15 @@ cdef Py_ssize_t segment_of(Segment* segments, Py_ssize_t n, Py_ssize_t wanted) n
 
 cdef const char* chain(Run* run, Segment* leaf, Py_ssize_t end, Py_ssize_t start, Py_ssize_t n,
                        char* scratch, bint dry) noexcept nogil:
-    """Run the stages before `end` on one block; return where the step then lies."""
-    if leaf.narrow:     # in a copy of the code, so that the usual one asks nothing of slots
+    """Run the stages before `end` on one block; return the address of the step."""
+    if leaf.narrow:     # a copy of the code, so that the usual one has no tests of slots
         return chain_of(run, leaf, end, start, n, scratch, dry, True)
     return chain_of(run, leaf, end, start, n, scratch, dry, False)
 
 
 cdef inline const char* chain_of(Run* run, Segment* leaf, Py_ssize_t end, Py_ssize_t start,
                                  Py_ssize_t n, char* scratch, bint dry, bint narrow) noexcept nogil:
-    """Run the stages before `end` on one block; return where the step then lies.
+    """Run the stages before `end` on one block; return the address of the step.
 
     That is NULL if the last stage has subtracted it from the parameter.
 
@@ -150,7 +150,7 @@ cdef inline const char* chain_of(Run* run, Segment* leaf, Py_ssize_t end, Py_ssi
     cdef void* slots[MAX_SLOTS]
     cdef double* coefs
     cdef Stage* stage
-    cdef Py_ssize_t last = -1 if dry or leaf.swallowed else end - 1
+    cdef Py_ssize_t last = -1 if dry or leaf.withheld else end - 1
     cdef Py_ssize_t k
     cdef int j
     if leaf.of_g != SAME:
@@ -186,7 +186,7 @@ cdef inline const char* chain_of(Run* run, Segment* leaf, Py_ssize_t end, Py_ssi
 
 
 cdef void keep_slots(Stage* stage, void** slots, Py_ssize_t start, Py_ssize_t n) noexcept nogil:
-    """Round what a stage has made of its narrow slots."""
+    """Round the new numbers of a stage into its narrow slots."""
     cdef int j
     for j in range(stage.slots):
         if stage.of[j] != SAME:
@@ -200,7 +200,7 @@ cdef void narrow_parameter(Segment* leaf, const char* dx, Py_ssize_t start, Py_s
     """Round a block of a narrow parameter, less the step if `chain` has not subtracted it yet."""
     cdef char* wide = scratch + 3 * leaf.block * sizeof(float)
     cdef char* out = leaf.out + 2 * start
-    if leaf.swallowed:
+    if leaf.withheld:
         if leaf.out != leaf.x:
             memcpy(out, leaf.x + 2 * start, 2 * n)
         return

@@ -2,9 +2,9 @@ import os
 
 from cpython.tuple cimport PyTuple_GET_ITEM
 
-# Numbers in a block, if one loop does all to them: then blocks only have to be shared out. Those of
-# a chain stay in the cache from step to step, and are short, so that the processor can fetch the
-# next one meanwhile.
+# Numbers in a block for which one loop does all: such blocks are only shared out among threads. The
+# blocks of a chain stay in the cache from step to step. They are shorter, so that the processor can
+# fetch the next one meanwhile.
 cdef Py_ssize_t block = 4096
 cdef Py_ssize_t chain_block = 256
 cdef Py_ssize_t work_per_thread = 200_000   # bytes read and written: see set_work_per_thread

@@ -2,7 +2,7 @@ from libc.stdint cimport uintptr_t
 from libc.string cimport memcpy
 
 cdef void sort_spans(Span* spans, Span* spare, Py_ssize_t n) noexcept nogil:
-    """Sort by address; in one pass where, as arrays often do, a few rising runs come together."""
+    """Sort by address; in one pass where the spans, as is usual, are a few rising runs."""
     cdef Py_ssize_t start, middle, end, i, j, k, runs = 2
     if run_end(spans, 0, n) == n:
         return
@@ -33,7 +33,7 @@ cdef inline Py_ssize_t run_end(Span* spans, Py_ssize_t start, Py_ssize_t n) noex
 
 
 cdef inline bint is_first_above(Span* spans, Py_ssize_t n, Py_ssize_t k, uintptr_t low) noexcept:
-    """Tell whether span `k` is the first of the sorted ones that ends after `low`; `n` is none."""
+    """Tell whether span `k` is the first of the sorted spans that ends after `low`; `n` if none."""
     return (
         k <= n
         and (k == n or spans[k].high > low)

@@ -7,20 +7,20 @@ cdef struct StepInfo:
     int index               # in the table; -1 for one that was compiled late
     int slots
     int coefs
-    Step run[2]             # for float and for double
-    Step finish[2]          # the same, which subtracts too: x comes and goes in place of dx
-    Step fused[MAX_LEADS][2]    # the same, with the steps of a lead ahead of it; or NULL
+    Step run[2]             # loops for float and for double
+    Step finish[2]          # loops that subtract, too: they take and return x in place of dx
+    Step fused[MAX_LEADS][2]    # the same with the steps of a lead ahead of it; or NULL
 
 cdef struct Lead:           # steps without slots
     int length
-    int steps[LONGEST_LEAD]     # which of the table
+    int steps[LONGEST_LEAD]     # positions in the table
 
 cdef StepInfo step_table[MAX_STEPS]
 cdef Lead leads[MAX_LEADS]
 cdef int leads_known = 0
 max_slots = MAX_SLOTS
 step_index = {}
-"""Where the step of each class of rules stands in the table, by the name of the class."""
+"""The position of the step of each class of rules in the table, by the name of the class."""
 
 cdef int add_step(str name, int slots, int coefs, Step single, Step double_,
                   Step single_finish, Step double_finish) except -1:

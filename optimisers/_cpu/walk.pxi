@@ -25,13 +25,13 @@ def same_keys(dict a, dict b, dict c):
     while PyDict_Next(a, &i, &in_a, NULL):
         PyDict_Next(b, &j, &in_b, NULL)
         PyDict_Next(c, &k, &in_c, NULL)
-        if not in_a == in_b == in_c:    # equal all the same?
+        if not in_a == in_b == in_c:    # other objects may be equal
             return [*a] == [*b] == [*c]
     return True
 
 
 def are_distinct(list objects):
-    """Tell whether no object stands twice in a list."""
+    """Tell whether no object is in a list twice."""
     cdef Py_ssize_t n = len(objects), width = 2, k, at
     cdef uintptr_t* table
     cdef uintptr_t p

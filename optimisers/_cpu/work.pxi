@@ -14,43 +14,43 @@ cdef struct Stage:          # one step on one leaf
     Step finish             # may be NULL
     int index               # of the step in the table, or -1
     int slots
-    Py_ssize_t coefs        # where its numbers stand among the batch's
-    unsigned char of[MAX_SLOTS]     # their kinds
-    char* old[MAX_SLOTS]    # where the slots are read ...
-    char* new[MAX_SLOTS]    # ... and where they are written; the same for an update in place
+    Py_ssize_t coefs        # position of its numbers among those of the batch
+    unsigned char of[MAX_SLOTS]     # the kinds of the slots
+    char* old[MAX_SLOTS]    # addresses at which the slots are read
+    char* new[MAX_SLOTS]    # addresses at which they are written; the same for an update in place
 
 cdef struct Segment:        # one leaf
-    const char* x           # what the rule updates: the parameter, or a master copy of it
+    const char* x           # numbers that the rule updates: the parameter, or its master copy
     const char* g
-    char* out               # where x - dx goes; x itself for an update in place
-    Kind of_x               # also that of out
+    char* out               # x - dx is written here; x itself for an update in place
+    Kind of_x               # the kind of x and of out
     bint narrow             # whether x or one of the slots is not SAME
     Kind of_g
-    bint is_copy            # whether x is a master copy of the parameter; if so:
-    Kind of_parameter
-    const char* unrounded   # the parameter before ...
-    char* rounded           # ... and where it goes
-    Py_ssize_t n
-    Py_ssize_t place        # which of the caller's places it is
-    Py_ssize_t held         # the first that is held for it ...
-    Py_ssize_t held_end     # ... and the end of these
-    Py_ssize_t first        # of its stages
-    Py_ssize_t stages
+    bint is_copy            # whether x is a master copy of the parameter
+    Kind of_parameter       # used if is_copy, as are the next two
+    const char* unrounded   # the parameter before the step
+    char* rounded           # the rounded parameter is written here
+    Py_ssize_t n            # numbers in x
+    Py_ssize_t place        # index among the lists of the caller
+    Py_ssize_t held         # position of the first array that is held for it
+    Py_ssize_t held_end     # position after the last one
+    Py_ssize_t first        # position of its first stage
+    Py_ssize_t stages       # how many it has
     Py_ssize_t blocks       # in all segments up to and including this one
-    Py_ssize_t block        # numbers in each of its own ...
-    Py_ssize_t short_by     # ... and how many of them its first one lacks
+    Py_ssize_t block        # numbers in each of its blocks
+    Py_ssize_t short_by     # numbers that its first block has less
     bint is_double
     bint c_order
-    bint alone              # whether the leaf alone holds the tuple at hand of its state
-    bint swallowed          # its rule makes no step this time
+    bint unshared           # whether the leaf alone holds the current tuple of its state
+    bint withheld           # whether its rule makes no step this time
     int64_t is_bad          # whether infinity or NaN was found in its gradient
 
-cdef struct Fused:          # a last stage that does what others ahead of it do
+cdef struct Fused:          # a last stage whose loop does the stages ahead of it, too
     Step finish
-    Py_ssize_t ahead        # so many
-    Py_ssize_t first        # coefs of the first of them, which no other stage has ...
-    Py_ssize_t last         # ... and its own
-    Py_ssize_t coefs        # those of all
+    Py_ssize_t ahead        # how many stages are ahead of it
+    Py_ssize_t first        # coefs of the first of them; no other stage has these
+    Py_ssize_t last         # its own coefs
+    Py_ssize_t coefs        # the coefs of all of them, joined
 
 cdef struct Norm:           # a barrier that waits for its number
     Py_ssize_t segment
@@ -78,8 +78,8 @@ cdef enum Reduction:
 
 cdef struct Held:           # an array whose address is in use
     PyObject* array
-    char* data              # the address ...
-    Py_ssize_t bytes        # ... and how far from there memory is read or written
+    char* data              # its address
+    Py_ssize_t bytes        # how many bytes are read or written from there on
 
 
 cdef struct Vector:         # of any of the above
@@ -100,11 +100,11 @@ cdef struct Work:           # the memory of a batch, lent from one to the next
     Vector parameters       # spans of parameters
     Vector scratch          # blocks for each thread: see Batch.lend_scratch
     Vector held             # what is owned as long as its memory is in use: see held.pxi
-    bint borrows            # whether something held has its memory from something else
-    PyObject* rules[PLANS]  # the last rules met ...
-    PyObject* plans[PLANS]  # ... and their plans: the next leaf or batch often has one of them
-    int next_plan           # which of them makes room for another
-    int64_t batch           # the number of the batch, among those that this memory was lent to
+    bint borrows            # whether an array that is held has its memory from another object
+    PyObject* rules[PLANS]  # the last rules met: the next leaf or batch often has one of them
+    PyObject* plans[PLANS]  # their plans
+    int next_plan           # position of the plan that the next new one replaces
+    int64_t batch           # number of the batch among those to which this memory was lent
 
 cdef enum:
     VECTORS = 9

@@ -1,1 +1,1 @@
-"""The engine: updates leaves, all or none, each by the backend that suits it."""
+"""The engine: updates leaves, all or none, each by the first backend that takes it."""

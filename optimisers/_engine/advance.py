@@ -1,15 +1,15 @@
-"""The engine: updates leaves, all or none, each by the backend that suits it.
+"""The engine: updates leaves, all or none, each by the first backend that takes it.
 
 This is the only place that orders the batches (see `batch`). The CPU kernels (`_kernels.pyx`) take
-what is a plain NumPy array of float32, float64, float16 or bfloat16, or a tensor that can be seen
-as one, with a rule whose program they can run; the CUDA kernels (`_cuda`) take what is float32 or
-float64 on a device; everything else goes the array path (`arrays`), with the same steps. Whatever
-can be refused is refused before anything is written: first everything is gathered and checked, then
-the leaves on the array path are evaluated into new arrays, then the kernels run (a norm that throws
-does so before they write), and only then is the rest stored.
+plain NumPy arrays of float32, float64, float16 or bfloat16, and tensors with such views, if they
+can run the program of the rule; the CUDA kernels (`_cuda`) take arrays of float32 or float64 on a
+device; all others are evaluated by array code (`arrays`), with the same steps. All that can be
+refused is refused before anything is written: first all leaves are gathered and checked, then those
+on the array path are evaluated into new arrays, then the kernels run (a norm that throws does so
+before they write), and only then are the new arrays stored.
 
-Plain arrays, all of them taken by the CPU kernels, are updated at the first call of these. A single
-array, such as the flat vector of a model, goes straight to them (`advance_one`).
+If the CPU kernels take all leaves, their first call also updates these. A single array, such as the
+flat vector of a model, goes straight to them (`advance_one`).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Array = Any
 Results = tuple[dict[int, Array], dict[int, Any], list[int]]
 
 Beside = Callable[[dict[int, Array], dict[int, Any], Sequence[int]], list[Call]]
-"""What tells `advance` what else is to be written with a step."""
+"""Returns further calls for `advance` to make with those of a step."""
 
 _watchers: list[list[tuple[int, str]]] = []
 
@@ -51,13 +51,13 @@ def watching() -> Iterator[list[tuple[int, str]]]:
 
 
 NONFINITE = "ignore", "skip", "raise"
-"""What can be done about a gradient with NaN or infinity in it."""
+"""The ways to treat a gradient with NaN or infinity in it."""
 
 
 def advance_one(leaf: Any, x: Array, g: Any, on_nonfinite: str) -> bool:
-    """Update a leaf that is the whole state tree in place, at one stroke; tell whether it could be.
+    """Update a leaf that is the whole state tree in place, at one stroke; tell whether it was.
 
-    If not, nothing has happened: `advance` does it then, or says why not.
+    If not, nothing has happened: `advance` then updates it, or raises an error.
     """
     if not cpu.kernels.update_one(leaf, x, g, cpu.lower, on_nonfinite):
         return False
@@ -79,7 +79,7 @@ def advance(
     """Update every leaf that has a gradient and is not frozen; all of them or none.
 
     All that is written in place is written at one stroke, which an interrupt finds not begun or
-    done: a caller who has more to write hands it over as `beside`.
+    done. A caller with more to write gives it as `beside`.
 
     Parameters
     ----------
@@ -225,14 +225,14 @@ def cuda() -> Any:
 
 
 def _located(error: Exception, failed: int, path_of: Callable[[int], str]) -> Exception:
-    """Return what a run raised, with the path of the index where it failed, if it was at one."""
+    """Return an error of a run with the path of the index at which it failed, if there is one."""
     if failed < 0 or type(error) not in (FloatingPointError, RuntimeError):
         return error
     return type(error)(f"at {path_of(failed)}: {error}")
 
 
 def overlapping(one: str, other: str) -> ValueError:
-    """Return the error that what is to be written at these paths overlaps."""
+    """Return the error for arrays that would be written at these paths and overlap."""
     which = f"{one} and {other}" if one != other else f"{one} itself"
     return ValueError(
         f"the parameters or states at {which} overlap in memory; copy one of them, or call setup "

@@ -1,8 +1,8 @@
 """The array path: an update by the array library of the parameter.
 
-What the kernels do not take is evaluated here, with the same steps: NumPy arrays of other dtypes
-and layouts, JAX arrays and tracers, tensors without a view, users' rules. Nothing that is given is
-written into; the engine stores the results when all leaves have theirs.
+Leaves that no kernel takes are evaluated here, with the same steps: NumPy arrays of other dtypes
+and layouts, JAX arrays and tracers, tensors without a view, users' rules. Nothing given is written
+into; the engine stores the results once all leaves have theirs.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class ArrayBatch:
         self.gs: dict[int, Array] = {}
         self.steps = Steps(evaluate)
         self.stored: list[tuple[int, Array, Array]] = []
-        """Indices, arrays of their parameters or states, and what is to be written into these."""
+        """Indices, arrays of their parameters or states, and the values to write into these."""
         self.new_x: dict[int, Array] = {}
         self.new_state: dict[int, Any] = {}
 
@@ -79,7 +79,7 @@ class ArrayBatch:
         return overlap(sorted(itertools.chain(own, *others), key=operator.itemgetter(0)))
 
     def _evaluate(self, k: int, g: Array) -> None:
-        """Evaluate a leaf, and say what is to be written where; write nothing."""
+        """Evaluate a leaf, and note the arrays to write and their values; write nothing."""
         update, leaf, x = self.update, self.update.leaves[k], self.update.xs[k]
         made, new = _evaluated(self.steps, update, k, g)
         library = library_for(x)
@@ -120,7 +120,7 @@ class ArrayBatch:
 
 
 def _evaluated(steps: Steps, update: Update, k: int, g: Array) -> tuple[Any, Array | None]:
-    """Return the state and the parameter that a step makes; what it raises has the path."""
+    """Return the state and the parameter that a step makes; add the path to errors."""
     leaf, x = update.leaves[k], update.xs[k]
     others = [
         checked(h[k], leaf, x, derivative)
@@ -198,7 +198,7 @@ def fresh(state: Any) -> Any:
 
 
 def _copied(part: Any) -> Any:
-    """Return a copy of a part; in lists and dicts, what is there twice stays one thing."""
+    """Return a copy of a part; an object that is twice in a list or dict stays one object."""
     library = library_of(part)
     return copy.deepcopy(part) if library is None else library.fresh(part)
 

@@ -1,7 +1,7 @@
-"""What a batch is: the leaves of an update that one backend takes, and what it is asked in turn.
+"""The protocol of a batch: the leaves of an update that one backend takes.
 
 The protocol has an implementation for the CPU kernels (`cpu`), for CUDA devices (`_cuda.batch`) and
-for what is left, by the array library of the parameter (`arrays`). Another device is another batch.
+for the rest, by the array library of the parameter (`arrays`). Another device is another batch.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __all__ = ["Batch", "Call", "Update", "note"]
 
 
 class Update:
-    """What is to be updated: distinct leaves, their parameters and gradients beside each other."""
+    """One update: distinct leaves, and lists of their parameters and gradients by index."""
 
     def __init__(
         self,
@@ -35,7 +35,7 @@ class Update:
         self._gradients: dict[int, Array | None] = {}
 
     def path(self, k: int) -> Callable[[], str]:
-        """Return what gives the path of index `k`."""
+        """Return a function that returns the path of index `k`."""
         return partial(self.path_of, k)
 
     def gradient(self, k: int) -> Array | None:
@@ -67,16 +67,16 @@ class Batch(Protocol):
     """Leaves that one backend updates. Nothing that was given is written before its calls run."""
 
     name: str
-    """What `watching` calls the backend."""
+    """The name of the backend, as `watching` notes it."""
 
     @property
     def failed(self) -> int:
         """The index at which `measure` or a call raised; -1 if it was at none."""
 
     def gather(self, ks: Sequence[int]) -> list[int]:
-        """Take what it can of some indices, and pass over those without a gradient.
+        """Take leaves at some indices, pass over those without a gradient, and return the rest.
 
-        Returns the rest. Whatever can be refused is refused here, with its path.
+        All that can be refused is refused here, with its path.
         """
 
     def indices(self) -> list[int]:
@@ -86,14 +86,14 @@ class Batch(Protocol):
         """Return the indices taken whose gradients hold infinity or NaN."""
 
     def settle(self, before: Sequence[Batch]) -> tuple[int, int] | None:
-        """See to it that nothing is written which is read elsewhere.
+        """Copy gradients and parameters that would be read after they are written.
 
-        Returns two indices that would write the same memory, one of them here and the other here or
-        in the batches before, else None.
+        Returns two indices that would write the same memory, one of them of this batch and the
+        other of this or of the batches before; else None.
         """
 
     def measure(self) -> None:
-        """Find the numbers over whole arrays that steps need, and raise if one is refused."""
+        """Compute the numbers over whole arrays that steps need; raise if one is refused."""
 
     def calls(self) -> list[Call]:
         """Return the calls that make the update, all of C functions (see `at_once`)."""
@@ -111,9 +111,9 @@ class Batch(Protocol):
         """
 
     def unrecorded(self) -> list[Any]:
-        """Return the tensors that are written behind the back of autograd."""
+        """Return the tensors that are written unknown to autograd."""
 
 
 def note(error: Exception, leaf: Any, path: str) -> None:
-    """Note which rule raised an error where."""
+    """Add to an error the rule that raised it, and the path."""
     error.add_note(f"raised by {leaf.rule!r} at {path}; nothing was updated")

@@ -1,4 +1,4 @@
-"""The CPU kernels: which of their twins this processor runs, which rules, and their batch."""
+"""The CPU kernels: the twin for this processor, the plans of rules, and the batch."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def _ready(rule: Any, program: Program) -> Any:
 
 
 def _add_step(plan: Any, step: Step, measure: Measure | None) -> bool:
-    """Add a step, which takes what `measure` finds, if there is one; tell whether it can be."""
+    """Add a step, with the measure whose result it takes, if any; tell whether it can be run."""
     cls = type(step.rule)
     index = _index_of(step.rule)
     if index is None:
@@ -153,7 +153,7 @@ def _add_hold(plan: Any, hold: Hold) -> bool:
 
 
 def _index_of(rule: Any) -> int | None:
-    """Return where the table has a step; -1 if it is compiled late, None if it cannot be."""
+    """Return the index of a step in the table; -1 if it is compiled late, None if it cannot be."""
     cls = type(rule)
     index: int | None = _steps.get(cls.step)
     if index is not None:
@@ -181,8 +181,8 @@ def _compiled(rule: Any, is_double: bool) -> tuple[int, int] | None:
 class KernelBatch:
     """Leaves that the CPU kernels update: NumPy arrays, and tensors that have views.
 
-    Around the compiled `Batch`. What that does not take as it stands, it may take once the gradient
-    is checked, or where a tensor is seen as an array.
+    It holds the compiled `Batch`. A leaf that this refuses as it is, it may take with a checked
+    gradient, or with views in place of tensors.
     """
 
     name = "kernels"
@@ -194,7 +194,7 @@ class KernelBatch:
         self.batch: Any = begun[0] if begun else kernels.Batch(None if update.in_place else blank)
         self.tensors: list[int] = []
         self.late: list[int] = []
-        """What was taken after its gradient was checked."""
+        """The indices that were taken after their gradients were checked."""
 
     def gather(self, ks: Sequence[int]) -> list[int]:
         update = self.update
@@ -218,7 +218,7 @@ class KernelBatch:
         return [k for k in rest if leaves[k].job is not None or not self._take(k)]
 
     def _take(self, k: int) -> bool:
-        """Take a leaf after all, now that its gradient is plain; tell whether this is its end."""
+        """Take a leaf with a checked gradient; tell whether it is taken or has no gradient."""
         leaf, x = self.update.leaves[k], self.update.xs[k]
         if devices.library(x) is not None:
             return False
@@ -252,7 +252,7 @@ class KernelBatch:
         return clash
 
     def measure(self) -> None:
-        """Do nothing: a run measures by itself, before it writes."""
+        """Do nothing: a run computes norms before it writes."""
 
     def calls(self) -> list[Call]:
         return [(self.batch.run,)]
@@ -292,6 +292,6 @@ class KernelBatch:
 def note_failed(
     error: Exception, batch: Any, leaves: Sequence[Any], path_of: Callable[[int], str]
 ) -> None:
-    """Note which rule raised an error while a compiled batch gathered, and where."""
+    """Add to an error of a compiled `gather` the rule that raised it, and the path."""
     if batch.failed >= 0:
         note(error, leaves[batch.failed], path_of(batch.failed))

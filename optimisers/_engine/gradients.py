@@ -1,4 +1,4 @@
-"""The one check of a gradient, and whether it is finite."""
+"""The one check of gradients, and the question whether they are finite."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ Array = Any
 
 
 def checked_gradient(g: Any, x: Array, where: Callable[[], str]) -> Array | None:
-    """Return `g` as an array like `x`, or None where it says that there is no gradient.
+    """Return `g` as an array like `x`, or None where there is no gradient.
 
     Its dtype is the one in which a step on `x` is computed.
 
     Raises
     ------
     TypeError, ValueError
-        If `g` is no gradient for `x`; the message names the place, from `where()`.
+        If `g` is no gradient for `x`; the message has the path, from `where()`.
     """
     if g is None or (type(g) is tuple and not g) or is_symbolic_zero(g):
         return None
@@ -68,7 +68,7 @@ def checked(
     Raises
     ------
     TypeError, ValueError
-        If `g` is no gradient for `x`; the message names the place, from `where()`.
+        If `g` is no gradient for `x`; the message has the path, from `where()`.
     """
     if _differ(g, x) and isinstance(leaf.state, MixedPrecisionState):
         master = as_seen(leaf.state.master)
@@ -88,7 +88,7 @@ def _differ(g: Any, x: Any) -> bool:
 def holds_nonfinite(
     k: int, leaf: Any, x: Array, gradients: Sequence[list[Any]], where: Callable[[], str]
 ) -> bool:
-    """Tell whether one of the gradients in place `k`, first or higher, holds infinity or NaN."""
+    """Tell whether one of the gradients at index `k`, first or higher, holds infinity or NaN."""
     if not isnumeric(x):
         return False
     for each in gradients:
@@ -116,7 +116,7 @@ def check_higher(
 def named(
     higher: Sequence[list[Any]], k: int, where: Callable[[int], str]
 ) -> Iterator[tuple[list[Any], Callable[[], str]]]:
-    """Yield each list of higher derivatives, and what gives the name of its place `k`."""
+    """Yield each list of higher derivatives, and a function that names its entry `k`."""
     for order, h in enumerate(higher, 2):
         yield h, partial(_derivative, order, k, where)
 

@@ -29,7 +29,7 @@ Array = Any
 
 
 def reunited(leaves: list[Leaf]) -> list[Leaf]:
-    """Return for each leaf the first that it is tied to, where JAX has made several of one."""
+    """Return for each leaf the first to which it is tied, where JAX has made several of one."""
     first: dict[int, Leaf] = {}
     return [leaf if leaf.tie is None else first.setdefault(id(leaf.tie), leaf) for leaf in leaves]
 
@@ -54,7 +54,7 @@ class Tied:
         in_place: bool,
         on_nonfinite: str,
     ) -> tuple[dict[int, Array], dict[int, Any], list[int]]:
-        """Do what `_engine.advance` does, for all places."""
+        """Update all places, as `_engine.advance` updates leaves."""
         groups = [*zip(self.leaves, self.groups, strict=True)]
         summed, *higher = [[self._sum(g, *group) for group in groups] for g in (gs, *higher)]
         xs = [self._primary(group) for group in self.groups]
@@ -80,7 +80,7 @@ class Tied:
             if new is None and not in_place:
                 new = plain(fresh(x))
             if any(self.xs[k] is not x for k in group):
-                new = laid_out(new, x)  # so that each view of x has its like
+                new = laid_out(new, x)  # so that each view of x has a view of it
             by_array = {id(x): of_class(x, new)}
             for k in group:
                 other = self.xs[k]
@@ -122,7 +122,7 @@ class Tied:
         return calls + self._told(new_state, skipped)
 
     def _told(self, new_state: dict[int, Any], skipped: Sequence[int]) -> list[Call]:
-        """Return the calls that tell a group's other leaves what its first comes to hold."""
+        """Return the calls that give the other leaves of a group the new state of its first."""
         calls: list[Call] = []
         passed = set(skipped)
         for j, (leaf, group) in enumerate(zip(self.leaves, self.groups, strict=True)):
@@ -138,13 +138,13 @@ class Tied:
         return x if all(maywrite(self.xs[k]) for k in group) else read_only(x)
 
     def _sum(self, gs: list[Any], leaf: Any, group: list[int]) -> Any:
-        """Return the sum of a group's gradients as its first place sees it; None if all are."""
+        """Return the sum of a group's gradients as its first place shows it; None without any."""
         first = group[0]
         if len(group) == 1:
-            return gs[first]  # which the engine checks
+            return gs[first]  # the engine checks it
         given = {}
         x, g = self.xs[first], gs[first]
-        # PyTorch has summed what it hands over as the one gradient of one tensor.
+        # PyTorch gives one gradient object of one tensor, summed over its places.
         once = library_for(x).sums_ties and all(self.xs[k] is x and gs[k] is g for k in group)
         for k in group[:1] if once else group:
             as_seen = partial(self._carried, source=first, target=k)
@@ -157,7 +157,7 @@ class Tied:
         return reduce(sum_of_two, seen) if seen else None
 
     def _carried(self, values: Array, source: int, target: int) -> Array:
-        """Return values laid out like the array in one place as they appear through another's."""
+        """Return values laid out like the array at one place as the array at another shows them."""
         x, other = self.xs[source], self.xs[target]
         return values if x is other or not same_elements(x, other) else carry(values, x, other)
 

@@ -43,7 +43,7 @@ class Steps:
         self, crossed: Crossed, x: Array, gs: Sequence[Array | None]
     ) -> tuple[Crossed, Array | None]:
         if self._traced is None:
-            # Of functions that JAX sees as equal it keeps one trace, so this one is new.
+            # JAX keeps one trace for equal functions, so each update has a new one.
             evaluate = self._evaluate
 
             def step(*args: Any) -> Any:
@@ -75,10 +75,10 @@ def _is_known(kind: Any) -> bool:
 
 
 def _can_be_called(kind: Any) -> bool:
-    """Tell whether a rule does the same for leaves of one kind, as users' `apply` need not."""
+    """Tell whether a rule does the same for leaves of one kind; users' `apply` need not."""
     try:
         return _is_known(kind)
-    except TypeError:  # it has something static without a hash
+    except TypeError:  # a static value has no hash
         return False
 
 

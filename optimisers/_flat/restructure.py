@@ -159,9 +159,9 @@ class Restructure(Generic[Model]):
     _slots: list[Slot]
     """A slot for each entry of the table that shows a parameter, its own place first."""
     _libraries: frozenset[str]
-    """Those that the parameters belong to."""
+    """The keys of the libraries of the parameters."""
     _likes: list[tuple[int, Like]]
-    """The entries of the table that are of a subclass of NumPy's arrays, and what they are like."""
+    """The entries of the table that are arrays of a subclass of NumPy's, each with its like."""
     _table: Table
     _template: Tree
     """The model with slots in place of its parameters."""

@@ -36,7 +36,7 @@ class Parameter(NamedTuple):
     stop: int
     shape: tuple[int, ...]
     dtype: Any
-    """That of its library, in native byte order."""
+    """A dtype of its library, in native byte order."""
     is_complex: bool
     is_summed: bool
     """Whether one gradient object at several places is one gradient, summed already."""
@@ -47,26 +47,26 @@ class Run(NamedTuple):
 
     stretch: slice
     shape: tuple[int, ...] | None
-    """What to make of the stretch, if not a vector."""
+    """The shape that the stretch takes; None if it stays a vector."""
     several: bool
-    """Whether its rows are the parameters, rather than itself."""
+    """Whether each of its rows is a parameter; else it is one itself."""
 
 
 class Node(NamedTuple):
-    """How to rebuild a node."""
+    """A node, and the functions that rebuild it."""
 
     entry: int
-    """Where it goes in the table."""
+    """Its position in the table."""
     keys: tuple[Any, ...] | None
-    """Those of a plain dictionary, which is made by these alone."""
+    """The keys of a plain dictionary, which is made of keys and children alone; else None."""
     make: Callable[[Any], Any]
     get: Callable[[list[Any]], Any]
-    """How to get its children from the table."""
+    """Gets its children from the table."""
 
 
 @register_leaf
 class Slot:
-    """The mark of a place in the template: which parameter is there, and through which view."""
+    """The mark of a place in the template: the parameter, and the view of it that is there."""
 
     frozen = False
 
@@ -85,14 +85,14 @@ class Slot:
         return carry(values, self.source, self.view)
 
     def unseen(self, values: Array) -> Array:
-        """Return what this place shows as the parameter has it."""
+        """Return values as this place shows them in the layout of the parameter."""
         if self.source is None or self.view is None:
             return values
         return carry(values, self.view, self.source)
 
 
 class Blank(np.ndarray):
-    """Stands for an array that is not there: its shape, its dtype, one element of memory."""
+    """Has the shape and dtype of an array, and one element of memory."""
 
     def __reduce__(self) -> Any:
         return blank_of, (self.shape, self.dtype)
@@ -109,7 +109,7 @@ def blank_of(shape: tuple[int, ...], dtype: Any) -> Blank:
 
 
 class Like:
-    """An array of a subclass of NumPy's, without its memory: its class and what it carries."""
+    """An array of a subclass of NumPy's without its memory: its class and its attributes."""
 
     def __init__(self, blank: np.ndarray) -> None:
         self.blank = blank
@@ -131,7 +131,7 @@ def _like(cls: type, shape: tuple[int, ...], dtype: Any, carried: dict[str, Any]
 
 
 class Kept(NamedTuple):
-    """What holds no parameter, so that the model that is rebuilt shares it."""
+    """A part without parameters, which each rebuilt model shares."""
 
     x: Any
 
@@ -202,7 +202,7 @@ class Table:
 
 
 def _maker(bare: Any) -> Callable[[Any], Any]:
-    """Return how to make a node like `bare` from its children; something that can be pickled."""
+    """Return a function that makes a node like `bare` from its children, and can be pickled."""
     cls = type(bare)
     if cls is list or cls is tuple:
         return cls
@@ -216,7 +216,7 @@ def _make_namespace(keys: tuple[str, ...], values: Iterable[Any]) -> SimpleNames
 
 
 def _getter(where: list[int]) -> Callable[[list[Any]], Any]:
-    """Return how to get these entries of the table, as a sequence."""
+    """Return a function that gets these entries of the table, as a sequence."""
     if where == list(range(where[0], where[0] + len(where))):
         return itemgetter(slice(where[0], where[0] + len(where)))
     return itemgetter(*where)

@@ -1,1 +1,1 @@
-"""What is said to the user: how values are shown, what was meant, what to write instead."""
+"""Messages to the user: how values are shown, which name was meant, and the code to write."""

@@ -1,4 +1,4 @@
-"""What other libraries call things, and what they are here: looked up when a name is not found.
+"""Names of other libraries and their names here, looked up when a name is not found.
 
 The three tables are the text of `docs/coming-from/names.md`, and the only place of these names. A
 cell has code in backticks, as one writes it there; `_asked` finds the names in it. In `FIELDS` a
@@ -152,7 +152,7 @@ class _Field(NamedTuple):
     otherwise: str
     names: frozenset[str]
     in_groups: frozenset[str]
-    """Those of them that a parameter group of PyTorch may have."""
+    """The hyperparameters that a parameter group of PyTorch may have."""
 
     def fits(self, fields: Collection[str], rules: frozenset[str]) -> bool:
         return self.name in fields and (not self.rules or not rules or bool(self.rules & rules))

@@ -1,4 +1,4 @@
-"""What messages show of values."""
+"""Values as messages show them."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ class Word:
 
     @functools.cached_property
     def comparisons(self) -> set[str]:
-        """Those of its arguments that are comparisons."""
+        """The positions of its arguments that are comparisons."""
         tests = [n.test for n in self._nodes() if isinstance(n, ast.If | ast.IfExp)]
         return {test.id for test in tests if isinstance(test, ast.Name)}
 

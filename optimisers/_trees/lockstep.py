@@ -32,7 +32,7 @@ Tree = Any
 
 
 class Mark(Protocol):
-    """What a template holds for a parameter."""
+    """The mark of a parameter in a template."""
 
     @property
     def frozen(self) -> bool:

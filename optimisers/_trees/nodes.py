@@ -77,7 +77,7 @@ _LEAVES = (
     type, FunctionType, BuiltinFunctionType, ModuleType,
 )  # fmt: skip
 _registered: dict[type, _Registration] = {}
-# What a class is for good, and what it is until JAX or optree are told otherwise.
+# Node types that stay for good, and those that hold until JAX or optree register the class.
 _known: dict[type, Kind | None] = {}
 _presumed: dict[type, Kind | None] = {}
 

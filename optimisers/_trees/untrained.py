@@ -1,4 +1,4 @@
-"""What is not trained: found, said, and refused where it matters.
+"""Parts of a model that are not trained: found, named to the user, refused where it matters.
 
 Parameters are arrays of floating numbers of libraries that are known (`isnumeric`), reached through
 nodes. Everything else is carried along, and often enough was meant to train. So

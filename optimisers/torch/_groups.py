@@ -44,7 +44,7 @@ _KEPT = frozenset(
         "base_momentum",
     ]
 )
-"""What schedulers of PyTorch, and PyTorch itself, write into groups."""
+"""Keys that PyTorch and its schedulers write into groups."""
 
 
 def entries(rule: Rule) -> dict[str, str]:
