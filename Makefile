@@ -105,12 +105,12 @@ fuzz: $(VENV)/test ## of these: throw 20,000 random trees, states and gradients 
 attack-files: $(VENV)/test ## of these: damage and forge files 20,000 times, kill and interrupt 2,000 saves
 	@$(BIN)/python -m pytest $(PARALLEL) --attack -m attack tests/io $(args)
 
-FUZZED := what_is_refused_changes_nothing_and_what_is_taken_is_right flat_vectors_of_such_models changes_of_such_states
+GUIDED = PYTHONPATH=tools:tests $(BIN)/python tests/engine/guided_fuzz.py
 fuzz-guided: $(VENV)/test $(VENV)/fuzz ## the same for some minutes, chosen by atheris by what code they reach
 	@mkdir -p build/fuzz
-	@set -e; for test in $(addprefix test_,$(FUZZED)); do \
+	@set -e; for test in $$($(GUIDED) --list); do \
 	    mkdir -p build/fuzz/$$test; echo $$test; \
-	    $(BIN)/python tests/engine/guided_fuzz.py $$test build/fuzz/$$test -artifact_prefix=build/fuzz/ \
+	    $(GUIDED) $$test build/fuzz/$$test -artifact_prefix=build/fuzz/ \
 	        -verbosity=0 -print_final_stats=1 -len_control=0 -max_len=4096 $(or $(args),-max_total_time=120); \
 	done
 

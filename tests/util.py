@@ -32,7 +32,7 @@ from optimisers import (
     update,
     update_,
 )
-from optimisers._arrays.dtypes import is_narrow
+from optimisers._arrays.dtypes import is_narrow, is_narrow_dtype
 from optimisers._arrays.library import isnumeric
 from optimisers._engine import advance as engine
 from optimisers._trees.walks import fmap, walk
@@ -209,10 +209,32 @@ def special(dtype: Any) -> np.ndarray:
 
 
 def special_pairs(dtype: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Return every special number beside every other."""
-    values = special(dtype)
+    """Return every special number beside every other; narrow dtypes have those of float16, too."""
+    if is_narrow_dtype(np.dtype(dtype)):
+        info = pytest.importorskip("ml_dtypes").finfo(dtype)
+        extreme = [info.smallest_subnormal, info.smallest_normal, info.max, -info.max]
+        values = np.concatenate([special(np.float16).astype(dtype), np.array(extreme, dtype)])
+    else:
+        values = special(dtype)
     x, g = np.meshgrid(values, values)
     return x.ravel(), g.ravel()
+
+
+@dataclasses.dataclass(frozen=True)
+class Average(ElementwiseRule):
+    """A user's rule: the step is an average of gradients."""
+
+    slots = ("m",)
+
+    def coefs(self) -> tuple[float, float]:
+        return 0.75, 0.25
+
+    @staticmethod
+    def step(x: Any, dx: Any, state: Any, coefs: Any) -> Any:
+        (m,) = state
+        keep, rest = coefs
+        m = keep * m + rest * dx
+        return m, (m,)
 
 
 # --- layouts ---------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import pytest
 from util import (
     BOTH,
     PUBLIC,
+    Average,
     assert_same_bits,
     example,
     normal,
@@ -23,7 +24,6 @@ from optimisers import (
     ClipGrad,
     ClipNorm,
     Descent,
-    ElementwiseRule,
     MixedPrecision,
     Momentum,
     OptimiserChain,
@@ -144,19 +144,6 @@ def test_what_a_users_rule_keeps_has_the_dtype_that_it_had(dtype, call):
 @BOTH
 @halves
 def test_a_users_elementwise_rule(dtype, call):
-    class Average(ElementwiseRule):
-        slots = ("m",)
-
-        def coefs(self):
-            return 0.75, 0.25
-
-        @staticmethod
-        def step(x, dx, state, coefs):
-            (m,) = state
-            keep, rest = coefs
-            m = keep * m + rest * dx
-            return m, (m,)
-
     x = normal(50, np.float32, 1).astype(dtype)
     state, new = run(Average(), x.copy(), [normal(50, np.float32, 2)], call)
     m = np.float32(0) + np.float32(0.25) * normal(50, np.float32, 2)

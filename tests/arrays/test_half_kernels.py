@@ -11,6 +11,7 @@ from util import (
     EXACT_CHAINS,
     LAYOUTS,
     LEADS,
+    Average,
     assert_same_bits,
     assert_same_values,
     beginning_at,
@@ -20,7 +21,7 @@ from util import (
     layouts_of,
     normal,
     parametrize,
-    special,
+    special_pairs,
     step,
 )
 
@@ -30,7 +31,6 @@ from optimisers import (
     ClipGrad,
     ClipNorm,
     Descent,
-    ElementwiseRule,
     Leaf,
     MixedPrecision,
     Momentum,
@@ -85,10 +85,7 @@ def test_kernels_give_the_bits_of_the_arrays(rule, dtype, call):
 @halves
 @parametrize("rule", EVERY_ELEMENTWISE)
 def test_kernels_give_the_values_of_the_arrays_on_special_numbers(rule, dtype, call):
-    info = ml_dtypes.finfo(dtype)
-    extreme = [info.smallest_subnormal, info.smallest_normal, info.max, -info.max]
-    numbers = np.concatenate([special(np.float16).astype(dtype), np.array(extreme, dtype)])
-    x, g = (a.ravel() for a in np.meshgrid(numbers, numbers))
+    x, g = special_pairs(dtype)
     gradients = [{"w": g}, {"w": np.roll(g, 5)}, {"w": g[::-1]}]
     used = checked_steps(call, rule, {"w": x}, gradients, assert_same_values)
     assert used == {"['w']": "kernels"}
@@ -263,19 +260,6 @@ def test_what_a_held_back_step_leaves_alone(dtype, call):
 @halves
 def test_a_users_rule_compiled(dtype, call):
     pytest.importorskip("numba")
-
-    class Average(ElementwiseRule):
-        slots = ("m",)
-
-        def coefs(self):
-            return 0.75, 0.25
-
-        @staticmethod
-        def step(x, dx, state, coefs):
-            (m,) = state
-            keep, rest = coefs
-            m = keep * m + rest * dx
-            return m, (m,)
 
     model = model_of_sizes(dtype, 0)
     gradients = [model_of_sizes(dtype, k) for k in (1, 2)]

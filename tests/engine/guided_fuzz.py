@@ -1,9 +1,10 @@
-"""Let atheris choose what the tests of test_fuzz.py are given, by which code that reaches.
+"""Let atheris choose the arguments of the tests of test_fuzz.py, by the code that they reach.
 
-    python tests/engine/guided_fuzz.py test_changes_of_such_states -runs=20000
+    PYTHONPATH=tools:tests python tests/engine/guided_fuzz.py --list
+    PYTHONPATH=tools:tests python tests/engine/guided_fuzz.py NAME -runs=20000
 
-What follows the name of the test is for libFuzzer. It stops at the first failure, which Hypothesis
-shows as source code.
+Arguments after the name of the test are for libFuzzer. It stops at the first failure, which
+Hypothesis shows as source code.
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ from optimisers._engine import cpu
 
 def main() -> None:
     name = sys.argv.pop(1)
+    if name == "--list":
+        print(*(name for name, test in vars(test_fuzz).items() if hasattr(test, "hypothesis")))
+        return
     cpu.kernels.set_block(32)
     cpu.kernels.set_work_per_thread(64)
     atheris.Setup(sys.argv, getattr(test_fuzz, name).hypothesis.fuzz_one_input)
