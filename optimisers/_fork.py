@@ -7,22 +7,23 @@ fork waits until nobody is at what is done here, which takes as long as to compi
 
 from __future__ import annotations
 
-# A fork takes the lock of `logging` too, which compilers and many imports need; those registered
-# last come first. If ours came behind it, one who has it could wait for one who needs it.
+# A fork also takes the lock of `logging`, which compilers and many imports need. Hooks that were
+# registered last run first, so that `logging` is imported here: our lock is then taken before its
+# lock. Otherwise a fork that has the lock of `logging` could wait for a thread that compiles, and
+# that thread for the lock of `logging`.
 import logging  # noqa: F401
 import os
 import threading
 from types import TracebackType
 
 _LONGEST = 30.0
-"""Seconds that a fork waits: if it came to that, a child with one broken lock is better than none.
-"""
+"""Seconds that a fork waits at most; then a child with a broken lock is better than none."""
 
 
 class Turn:
-    """A lock for one thread at a time, as often as it wants to; made once, for a module.
+    """A reentrant lock, made once for a module.
 
-    A handler of signals that forks in the middle, or a rule that does, comes in: it is that thread.
+    A signal handler or a rule that forks while its thread holds the lock does not wait for it.
     """
 
     def __init__(self) -> None:
@@ -59,4 +60,4 @@ class Turn:
 
 
 compiling = Turn()
-"""Whose turn it is to compile a rule, or to import what that needs."""
+"""Held while a rule is compiled, or the modules for that are imported."""

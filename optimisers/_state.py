@@ -106,7 +106,7 @@ def setup(rule: Rule, model: Tree) -> Tree:
         if times > 1:
             places = (str(arrays[k][0]) for k, first in enumerate(owners) if first == owner)
             made[owner].tie = _pytree.Tie(tuple(places))
-    leaves = iter(made)  # in the order in which `fold` comes by
+    leaves = iter(made)  # in the order in which `fold` visits them
 
     return fold(
         model,
@@ -288,8 +288,8 @@ def _replaced(state: Tree, model: Model, xs: list[Array], new_x: dict[int, Array
     )
     # `fmap` asks once for each array.
     new_model = model if apart else fmap(lambda x: by_id.pop(id(x), x), model)
-    # If one array has a leaf for each of its places, or if there is a node that makes its children
-    # anew at each visit: go by the paths.
+    # Paths decide where one array has a leaf for each of its places, or where a node makes its
+    # children anew at each visit.
     if by_id:
         paths = enumerate(path for path, _ in places(Leaf, state, model))
         by_path = {path: new_x[k] for k, path in paths if k in new_x}
@@ -455,7 +455,7 @@ def adjust(state: Tree, eta: float | None = None, /, **fields: Any) -> Tree:
 
 
 def _with_rule(leaf: Leaf, rule: Rule) -> Leaf:
-    """Return a copy of a leaf with another rule; what JAX gave back stays as it is."""
+    """Return a copy of a leaf with another rule; content of JAX stays as it is."""
     crossed = leaf.crossed
     if crossed is None or not crossed.is_all_of(leaf):
         return leaf.renewed(rule, fresh(leaf.state))

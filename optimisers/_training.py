@@ -216,7 +216,7 @@ def minimize(
 
 
 def _refuse_misfits(loss: Any, model: Any, rule: Any, steps: Any, state: Any) -> None:
-    """Raise if something stands in the place of something else."""
+    """Raise if an argument is in the place of another."""
     told = "minimize takes a loss, a model, a rule and a number of steps, in this order"
     if not callable(loss):
         raise TypeError(f"{told}; got {short(loss)} as the loss")
@@ -287,7 +287,7 @@ class _Evaluation:
         return watched
 
     def _first(self, model: Tree) -> Any:
-        """Find out what the user's `value_and_grad` is, and evaluate for the first time."""
+        """Tell a transformation from a function by the first evaluation of `value_and_grad`."""
         assert self.transform is not None
         try:
             answer = self.transform(model)
@@ -347,7 +347,7 @@ def _count(steps: int) -> str:
 
 @contextlib.contextmanager
 def _bar(steps: int, progress: bool) -> Iterator[Callable[[float], None]]:
-    """Show a bar if wanted and possible; give a function that moves it on."""
+    """Show a progress bar if wanted and possible; return the function that advances it."""
     tqdm = _find_tqdm() if progress else None
     if tqdm is None:
         yield lambda value: None

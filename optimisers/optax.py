@@ -170,7 +170,7 @@ def _moved(rule: Rule, x: Array, g: Array, state: Any) -> tuple[Array, Any]:
     state, new = moved(rule, state, x, g)
     if new is None:
         return jnp.zeros_like(x), state
-    wide = jnp.promote_types(x.dtype, jnp.float32)  # in which a difference loses next to nothing
+    wide = jnp.promote_types(x.dtype, jnp.float32)  # a difference in double loses next to nothing
     return new.astype(wide) - x.astype(wide), state
 
 
@@ -317,7 +317,7 @@ def _compiled(update: Any) -> Any:
 
 
 def _at_precision_of(x: Array) -> contextlib.AbstractContextManager[Any]:
-    """Let JAX compute in double precision, if that is what a NumPy array has."""
+    """Return a context in which JAX computes in double, if a NumPy array is in double."""
     if is_foreign(x) or x.dtype.itemsize < (16 if x.dtype.kind == "c" else 8):
         return contextlib.nullcontext()
     import jax  # noqa: F401 (which `double` finds where it is loaded)

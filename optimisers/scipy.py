@@ -277,7 +277,7 @@ def _limits(bounds: Any, x: Array) -> tuple[Array, Array]:
 
 
 def _projected(g: Array, x: Array, low: Array, high: Array) -> Array:
-    """Return what of a gradient the bounds do not hold up, as L-BFGS-B has it."""
+    """Return the projected gradient, as L-BFGS-B has it: without parts that bounds stop."""
     return np.clip(g, x - high, x - low)
 
 
@@ -322,7 +322,7 @@ class _Problem:
         return float(f), g.reshape(x.shape)
 
     def value(self, x: Array) -> Any:
-        """Return the function's number in the dtype it came in: that of its rounding."""
+        """Return the value of the function in its own dtype, by which it was rounded."""
         self.nfev += 1
         f = np.asarray(self.fun(x.copy(), *self.args))
         if f.size != 1:

@@ -413,7 +413,7 @@ class Restructure(Generic[Model]):
     def _counted(self, slots: list[Slot], gs: list[Any]) -> set[int]:
         """Return the places whose gradient is counted already.
 
-        PyTorch has summed what it hands over as the one gradient of one tensor.
+        PyTorch gives one gradient object of one tensor, summed over its places.
         """
         found: set[int] = set()
         if len(slots) == len(self._parameters):
@@ -429,7 +429,7 @@ class Restructure(Generic[Model]):
         return found
 
     def _are_plain(self, xs: list[Any]) -> bool:
-        """Tell whether these are the parameters one by one, or what takes their place as it is."""
+        """Tell whether these arrays are the parameters in turn, or can replace them as they are."""
         return (
             self._in_turn
             and self._own_dtype is not None

@@ -1,4 +1,4 @@
-"""Calls: the arguments that a rule's class or a function takes, and what is said of others.
+"""Calls: the arguments that a rule's class or a function takes, and errors for others.
 
 A rule is a dataclass, whose constructor Python writes. So that a call which does not fit is
 answered with the names of the fields here, `Rule.__new__` asks `takes` before that runs.
@@ -77,7 +77,7 @@ _DECORATE = "write @dataclass(frozen=True) above the class, which makes its anno
 
 
 def explained(hint: Callable[[str], str]) -> Callable[[Function], Function]:
-    """Let a function say more where it is called with arguments that it does not have.
+    """Add a hint to the error of a function that is called with unknown arguments.
 
     Parameters
     ----------
@@ -93,7 +93,7 @@ def explained(hint: Callable[[str], str]) -> Callable[[Function], Function]:
                 return function(*args, **named)
             except TypeError as error:
                 trace = error.__traceback__
-                if trace is None or trace.tb_next is not None:  # raised by what it does
+                if trace is None or trace.tb_next is not None:  # raised inside the function
                     raise
                 told = str(error)
             known = inspect.signature(function).parameters
@@ -106,7 +106,7 @@ def explained(hint: Callable[[str], str]) -> Callable[[Function], Function]:
 
 
 def no_name(module: str, name: str) -> Exception:
-    """Return what the `__getattr__` of a module of this package raises."""
+    """Return the error for the `__getattr__` of a module of this package."""
     if name[0] == "_":  # asked for by Python itself
         return AttributeError(f"module {module!r} has no attribute {name!r}")
     from . import names as _names
@@ -115,7 +115,7 @@ def no_name(module: str, name: str) -> Exception:
 
 
 def _explain_freezing(cls: type) -> None:
-    """Let the error for a field that is assigned say what to do instead."""
+    """Add to the error for an assigned field the code to write instead."""
     for base in cls.__mro__:
         frozen = base.__dict__.get("__setattr__")
         parameters = base.__dict__.get("__dataclass_params__")

@@ -1,4 +1,4 @@
-"""Things handed over in one another's place: what was meant, and what to write instead.
+"""Arguments in one another's place: which was meant, and the code to write instead.
 
 Each function is given what came and returns the end of a message, from "; " on, or "" where nothing
 is known. They are asked only once something has been refused, so they may look at everything; what
@@ -32,7 +32,7 @@ def no_rule(told: str, got: Any) -> TypeError:
 
 
 def for_rule(got: Any) -> str:
-    """Return what to write where `got` is no rule."""
+    """Return the hint for a `got` that is no rule."""
     if isinstance(got, Rule):  # around which another cannot go
         return "; one is enough"
     if isinstance(got, type):
@@ -70,7 +70,7 @@ def _in_our_words(cls: type) -> str:
 
 
 def for_state(got: Any) -> str:
-    """Return what to write where `got` is no state tree, nor part of one."""
+    """Return the hint for a `got` that is no state tree, nor part of one."""
     if _is_rule_or_class(got):
         return f"; that is a rule: write state = setup({_call(got)}, model), and give the state"
     if got is None:
@@ -81,7 +81,7 @@ def for_state(got: Any) -> str:
 
 
 def for_model(got: Any) -> str:
-    """Return what to write where `got` does not fit a state tree as its model."""
+    """Return the hint for a `got` that does not fit a state tree as its model."""
     if holds_leaf(got):
         return "; that is a state: the order is update(state, model, grad)"
     if _is_rule_or_class(got):
@@ -92,7 +92,7 @@ def for_model(got: Any) -> str:
 
 
 def for_gradient(got: Any, x: Any) -> str:
-    """Return what to write where `got` is no gradient of `x`, a parameter or a node."""
+    """Return the hint for a `got` that is no gradient of `x`, a parameter or a node."""
     is_vector = isnumeric(x) and x.ndim == 1
     if holds_leaf(got):
         return "; that is a state: the order is update(state, model, grad)"
@@ -123,7 +123,7 @@ def _table_hint(got: Any) -> str:
 
 
 def for_number(got: Any) -> str:
-    """Return what to write where `got` is taken for a number of a rule."""
+    """Return the hint for a `got` in the place of a number of a rule."""
     if isinstance(got, Rule):
         return "; rules stand one after another: OptimiserChain(first, second)"
     if _is_rule_or_class(got):
@@ -184,7 +184,7 @@ def _leaf_hint(leaf: Any, name: str) -> str:
 
 
 def _slots(state: Any, name: str) -> Iterator[str]:
-    """Yield where a part of a state has a name."""
+    """Yield the places at which a part of a state has a name."""
     for names, _ in named_parts(state, tuple):
         if name in names:
             upto = names[: names.index(name) + 1]
@@ -224,7 +224,7 @@ def _is_model(x: Tree) -> bool:
 
 
 def _is_pair(x: Any) -> bool:
-    """Tell whether `x` is what a `value_and_grad` returns."""
+    """Tell whether `x` looks like the result of a `value_and_grad`."""
     if not isinstance(x, tuple) or len(x) != 2 or hasattr(x, "_fields"):
         return False
     value, gradient = x

@@ -182,7 +182,7 @@ def _plain(text: str) -> str:
 def missing(
     module: str, name: str, public: Collection[str], asks: FrameType, within: str = ""
 ) -> Exception:
-    """Return what to raise where the code of a frame asks a module for a name it does not have.
+    """Return the error for the code of a frame that asks a module for a name it does not have.
 
     The names are those of the module, or `within` another.
     """
@@ -194,14 +194,14 @@ def missing(
 
 
 def missing_in(module: str, name: str, asks: FrameType) -> Exception:
-    """Return what `missing` does, for a module of this package that is asked for any name."""
+    """Return the error of `missing` for a module of this package, whatever the name."""
     package = sys.modules[module.partition(".")[0]]
     public = dir(package)
     return missing(module, name, public, asks, f"{package.__name__}.")
 
 
 def of_module(name: str, public: Collection[str]) -> str:
-    """Return what to say of a name that the module does not have; "" if nothing is known."""
+    """Return the hint for a name that the module does not have; "" if nothing is known."""
     same: Callable[[str], str]
     for same in (str, str.casefold):
         if found := _answers(name, same):
@@ -215,7 +215,7 @@ def of_module(name: str, public: Collection[str]) -> str:
 
 
 def _answers(name: str, same: Callable[[str], str]) -> str:
-    """Return in one sentence what the table has for a name, of which there may be several."""
+    """Return one sentence with the rows of the table for a name."""
     rows = [_Row(here, _code(" ".join(there))) for here, *there in _lines(NAMES)]
     for code in _code(" ".join(row.here for row in rows)):
         if code.startswith("optimisers.") and same(_asked(code)) == same(name):
@@ -234,7 +234,7 @@ def _alike(name: str) -> str:
 
 
 def of_argument(name: str) -> str:
-    """Return what to give `minimize` in place of an argument that it does not have."""
+    """Return the hint for an argument that `minimize` does not have."""
     for here, *there in _lines(ARGUMENTS):
         if name in _code(" ".join(there)):
             return f"write {_plain(here)}"
@@ -263,7 +263,7 @@ def _argument(code: str) -> str:
 
 
 def in_torch(name: str) -> list[_Field]:
-    """Return what a name in a parameter group means to PyTorch's optimisers, if it is a number."""
+    """Return the meaning of a name in a parameter group of PyTorch, if it is a number."""
     return [row for row in _fields() if name in row.in_groups and row.text != "leave it out"]
 
 
@@ -276,7 +276,7 @@ def torch_names(field: str = "", rules: Iterable[str] = ()) -> Iterator[str]:
 
 
 def of_inner(name: str) -> str:
-    """Return what to write in a rule inside another."""
+    """Return the code for a field of a rule inside another."""
     return of_field(name, [row.name for row in _fields() if row.name]) or "give it"
 
 
@@ -286,7 +286,7 @@ def of_field(
     rules: Iterable[str] = (),
     rows: Sequence[_Field] | None = None,
 ) -> str:
-    """Return what to write in place of a hyperparameter that is unknown; "" if nothing is known.
+    """Return the hint for an unknown hyperparameter; "" if nothing is known.
 
     Parameters
     ----------
@@ -317,17 +317,17 @@ def of_known(
     rules: Iterable[str] = (),
     rows: Sequence[_Field] | None = None,
 ) -> str:
-    """Return what `of_field` does for a name that is in the table, and "" for any other."""
+    """Return the hint of `of_field` for a name in the table, and "" for any other."""
     of = frozenset(rules)
     found = [row for row in rows or _fields() if name in row.names]
-    for row in sorted(found, key=lambda row: not row.rules):  # first what is said of few rules
+    for row in sorted(found, key=lambda row: not row.rules):  # rows for few rules come first
         if row.fits(fields, of):
             return f"write {re.sub(r' of [A-Z][A-Za-z, ]+(?=, the|$)', '', row.text)}"
     return "; or ".join(dict.fromkeys(_elsewhere(name, row) for row in found))
 
 
 def _elsewhere(name: str, row: _Field) -> str:
-    """Return what to do about a name that the rule has no field for."""
+    """Return the hint for a name that is no field of the rule."""
     if not row.name:
         return row.text
     if row.otherwise:
@@ -342,7 +342,7 @@ def unknown(
     rules: Iterable[str] = (),
     rows: Sequence[_Field] | None = None,
 ) -> str:
-    """Return the message `told`, and for hyperparameters that are unknown what to write instead."""
+    """Return the message `told`, with hints for unknown hyperparameters."""
     rules = list(rules)
     there = f"there {'is' if len(fields) == 1 else 'are'} {', '.join(fields)}" if fields else ""
     told = f"{told}; {there}".rstrip("; ")

@@ -14,7 +14,7 @@ _MANY = 9
 
 
 def short(x: Any) -> str:
-    """Return what a message shows of a value: in one line, and never cut off inside an array.
+    """Return a value as messages show it: in one line, and never cut off inside an array.
 
     Examples
     --------
@@ -45,7 +45,7 @@ def short(x: Any) -> str:
 
 
 def plain(x: Any) -> str:
-    """Return what a message shows of a value whose class is of no interest."""
+    """Return a value as messages show it where its class does not matter."""
     return _cut(_line(x))
 
 
@@ -62,7 +62,7 @@ def _array_parts(x: Any) -> tuple[tuple[int, ...], str | None]:
 def _line(x: Any) -> str:
     try:
         text = repr(x)
-    except Exception:  # an object's own `repr` may fail, which is not what a message is about
+    except Exception:  # the `repr` of an object may fail, and the message must come all the same
         return f"<{type(x).__name__}>"
     return printable(" ".join(text.split()) if "\n" in text else text)
 

@@ -1,4 +1,4 @@
-"""The folder in which compiled steps are kept, which none but its owner may write to.
+"""The folder in which compiled steps are kept; only its owner may write to it.
 
 Its files are unpickled and run. So a missing folder is made for its owner alone, whatever the umask
 is; and a folder that others may write to, rename or replace is not used.
@@ -15,7 +15,7 @@ import warnings
 from pathlib import Path
 
 _told: set[str] = set()
-"""Folders of which a warning said that they are not used."""
+"""Folders for which a warning has said that they are not used."""
 
 
 def cache_folder() -> Path:
@@ -49,7 +49,7 @@ def written(text: str, name: str) -> str | None:
         if not file.exists():
             with tempfile.NamedTemporaryFile("w", dir=folder, delete=False) as writing:
                 writing.write(text)
-            os.replace(writing.name, file)  # at once, whoever else is writing it
+            os.replace(writing.name, file)  # the file appears whole, also if others write it
     except (OSError, RuntimeError):  # RuntimeError: there is no home
         return None
     return str(file)
@@ -62,7 +62,7 @@ def is_safe(folder: str) -> bool:
     there = Path(folder)
     if there.stat().st_mode & 0o022 and not any(there.iterdir()):
         there.chmod(0o700)
-        if any(there.iterdir()):  # someone was quicker
+        if any(there.iterdir()):  # another process was first
             return False
     return _danger(there) is None
 
@@ -86,8 +86,8 @@ def _make(folder: Path) -> None:
 
 
 def _danger(folder: Path) -> str | None:
-    """Return why others may change what is in a folder; None if only its owner and root may."""
-    if os.name == "nt":  # where folders of users are theirs
+    """Return why others may change files in a folder; None if only its owner and root may."""
+    if os.name == "nt":  # folders of users are private there
         return None
     folder = folder.absolute()
     # A link is safe if the folder that holds it is, and so is where it leads to.

@@ -89,7 +89,7 @@ def _scalar_word(word: grammar.Word, real: type, library: Any) -> Callable[..., 
 
 
 class _TypedNumbers(ast.NodeTransformer):
-    """Makes each number of a text one of the type ``real``."""
+    """Converts each number of a text to the type ``real``."""
 
     def visit_Constant(self, node: ast.Constant) -> ast.expr:
         return ast.Call(ast.Name("real", ast.Load()), [node], [])
@@ -153,7 +153,7 @@ def block_step(rule: str, step: FunctionType, slots: int, coefs: int, dtype: str
     key = _digest(step, slots, coefs, dtype)
     if key not in _made:
         with _fork.compiling:
-            if key not in _made:  # by another thread meanwhile
+            if key not in _made:  # another thread has compiled it meanwhile
                 _make(rule, step, slots, coefs, dtype)
     made = _made[key]
     return None if made is None else int(made.address)
@@ -209,7 +209,7 @@ def _compile(step: FunctionType, slots: int, coefs: int, dtype: str, key: str) -
 
     file = step_cache.written(text, f"{key}_{numba.__version__}")
     if file is not None:
-        with contextlib.suppress(Exception):  # if the cache is broken, it is done without
+        with contextlib.suppress(Exception):  # if the cache is broken, compile without it
             if (found := made(file, True)) is not None:
                 return found
     return made("<step>", False)
@@ -220,7 +220,7 @@ def _compile(step: FunctionType, slots: int, coefs: int, dtype: str, key: str) -
 
 @functools.lru_cache(maxsize=1024)
 def _digest(step: FunctionType, slots: int, coefs: int, dtype: str) -> str:
-    """Return a name for the machine code: whatever changes it changes the name.
+    """Return a name for the machine code: everything that changes the code changes the name.
 
     The processor is not in it: Numba keeps the code for each apart.
     """

@@ -51,7 +51,7 @@ class Word:
     body: tuple[ast.stmt, ...]
     """Its text for one number, which ends with a `return`."""
     meaning: object = None
-    """The function of arrays, of a word that is read while the program runs."""
+    """The function of arrays, if the word is read while the program runs; else None."""
 
     @functools.cached_property
     def comparisons(self) -> set[str]:
@@ -70,7 +70,7 @@ class Word:
 
 
 def read_word(name: str, arguments: Iterable[str], text: str, meaning: object = None) -> Word:
-    """Return the word of which `text` is what `optimisers.words` says of one number."""
+    """Return the word whose text for one number in `optimisers.words` is `text`."""
     body = ast.parse(inspect.cleandoc(text)).body
     match body:
         case [ast.Expr(value=value)]:
@@ -93,7 +93,7 @@ def read_words(source: str) -> dict[str, Word]:
 
 
 def words_of(texts: Mapping[Callable[..., Any], str]) -> dict[str, Word]:
-    """Return the words that these functions are, each with its text for one number."""
+    """Return the words for these functions, each with its text for one number."""
     return {
         function.__name__: read_word(
             function.__name__, inspect.signature(function).parameters, text, function
@@ -113,7 +113,7 @@ class Step:
     dx: ast.expr = field(default_factory=lambda: ast.Name("dx"))
     new: list[ast.expr] = field(default_factory=list)
     words: dict[str, int] = field(default_factory=dict)
-    """The words it says, each with the line that says it first."""
+    """The words in it, each with the first line that has it."""
     unpacked: dict[str, int] = field(default_factory=dict)
     """The lines that unpack state and coefs."""
     leads: bool = False
@@ -127,7 +127,7 @@ class Step:
 
 
 class Source:
-    """The text that a step stands in, to be shown in messages."""
+    """The source that contains a step, for messages."""
 
     def __init__(self, rule: str, lines: Sequence[str], file: str | None = None) -> None:
         self.rule, self.lines, self.file = rule, lines, file
@@ -403,7 +403,7 @@ def check(rule: Any, coefs: int, words: Mapping[str, Word]) -> None:
 
 
 def visible(step: FunctionType) -> dict[str, object]:
-    """Return what the names that a function takes from outside stand for."""
+    """Return the values of the names that a function takes from outside."""
     code = step.__code__
     given = {name: step.__globals__[name] for name in code.co_names if name in step.__globals__}
     for name, cell in zip(code.co_freevars, step.__closure__ or (), strict=True):

@@ -36,7 +36,7 @@ class Mark(Protocol):
 
     @property
     def frozen(self) -> bool:
-        """Whether nobody looks at gradients here."""
+        """Whether gradients here are passed over."""
 
 
 M = TypeVar("M", bound=Mark)
@@ -69,7 +69,7 @@ def gather(
     xs: list[Array] = []
     gs: list[Any] = []
     items: Iterator[tuple[Any, Any]] = iter(enumerate((template,)))
-    ms, grads = [model], [grad]  # what stands beside them, under the same keys
+    ms, grads = [model], [grad]  # the nodes beside them, with the same keys
     above: list[tuple[Any, ...]] = []
     deep = _DEEP
     has_looked = False
@@ -104,22 +104,22 @@ def gather(
                     return marks, xs, gs
                 _, items, ms, grads = above.pop()
     except (_MisfitError, _CycleError, KeyError, IndexError):
-        # Tell where; or nobody looks at gradients there.
+        # The walk with paths raises the error, unless gradients there are passed over.
         rows = [row for _, *row in _rows(mark, template, model, grad, misfit)]
         return [s for s, _, _ in rows], [m for _, m, _ in rows], [g for _, _, g in rows]
 
 
 _DEEP = 8
-"""How deep the quick walk is when it first asks whether it goes in a circle."""
+"""The depth at which the quick walk first looks for a cycle."""
 
 _MANY = 8
-"""From how many children on it pays to ask whether they are all marks."""
+"""The number of children from which it pays to test whether all are marks."""
 
 
 def _add_all(
     mark: type[M], s: Any, m: Any, g: Any, marks: list[M], xs: list[Array], gs: list[Any]
 ) -> bool:
-    """Add what stands below three nodes at one stroke, if all are marks and the keys in order.
+    """Add the children of three nodes at one stroke, if all are marks with the keys in order.
 
     Another thread, or an ``==`` of the keys, may change the nodes meanwhile.
     """
@@ -179,7 +179,7 @@ def _rows(
 def _rows_below(
     mark: type[Any], path: KeyPath, s: Tree, m: Tree, g: Tree, misfit: str
 ) -> list[tuple[Any, ...]]:
-    """Return what stands beside each other below three nodes, with paths and these nodes."""
+    """Return the children of three nodes beside each other, with paths and these nodes."""
     _refuse_rule(path, s)
     try:
         below = list(zip(*_beside(mark, s, m, g, misfit), strict=True))
@@ -191,7 +191,7 @@ def _rows_below(
 
 
 def _refuse_rule(path: KeyPath, s: Tree) -> None:
-    """Raise if there is a rule, a node too, where a state belongs."""
+    """Raise if a rule, which is also a node, is in the place of a state."""
     if isinstance(s, Rule):
         raise TypeError(f"at {path}: {_no_state(s)}")
 
@@ -201,21 +201,21 @@ def _no_state(s: Tree) -> str:
 
 
 def _is_meant(above: tuple[Tree, Tree], key: Any, x: Any, g: Any) -> bool:
-    """Tell whether a gradient of a child that is no parameter was meant to train it."""
+    """Tell whether a gradient seems meant to train a child that is no parameter."""
     node, beside = above
     keys = trainable_keys(node)
     return (keys is None or key in keys) and not is_configuration(node, beside, x, g)
 
 
 def _mixups() -> Any:
-    """Return the module of messages, which nobody needs as long as all fits."""
+    """Return the module of messages, which is needed only for errors."""
     from .._messages import mixups
 
     return mixups
 
 
 def _refuse_lost(mark: type[M], template: Tree, model: Tree, grad: Tree, misfit: str) -> None:
-    """Raise if a gradient would be lost; the quick walk does not know what `trainable` left out."""
+    """Raise if a gradient would be lost; the quick walk does not see parts that do not train."""
     for _ in _rows(mark, template, model, grad, misfit):
         pass
 
@@ -226,11 +226,11 @@ def place(mark: type[M], template: Tree, model: Tree, k: int) -> str:
 
 
 class _CycleError(Exception):
-    """The quick walk came to a node that it is in."""
+    """The quick walk has met a node inside itself."""
 
 
 class _MisfitError(Exception):
-    """Two trees do not fit each other; what is missing is where."""
+    """Two trees do not fit each other; the path is not known yet."""
 
     def __init__(self, kind: type[Exception], message: str) -> None:
         super().__init__(message)
@@ -261,7 +261,7 @@ def _beside(
             raise
         if not marks and holds_lost(m, g):
             raise _MisfitError(TypeError, lost(m)) from None
-        below_g = {}  # nobody looks at gradients below frozen marks
+        below_g = {}  # gradients below frozen marks are passed over
     return [*below_s.values()], [below_m[k] for k in keys], [below_g.get(k) for k in keys]
 
 

@@ -54,7 +54,7 @@ Class = TypeVar("Class", bound=type)
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Kind:
-    """How to take the nodes of one class apart and to put them together again."""
+    """The functions that take nodes of one class apart and put them together again."""
 
     children: Callable[[Any], dict[Any, Any]]
     rebuild: Callable[[Any, Sequence[Any]], Any]
@@ -83,7 +83,7 @@ _presumed: dict[type, Kind | None] = {}
 
 
 def kind_of(x: object) -> Kind | None:
-    """Return what the class of `x` is; None for a leaf."""
+    """Return the node type of the class of `x`; None for a leaf."""
     try:
         return _known[type(x)]
     except KeyError:
@@ -91,7 +91,7 @@ def kind_of(x: object) -> Kind | None:
 
 
 def are_leaves(xs: Iterable[object]) -> bool:
-    """Tell whether all are leaves, of classes that are nothing else for good."""
+    """Tell whether all are leaves, of classes that can never be nodes."""
     return all(_known.get(cls, cls) is None for cls in {*map(type, xs)})
 
 
@@ -109,7 +109,7 @@ def _find_kind(cls: type, x: object) -> Kind | None:
 
 
 def _decide(cls: type) -> bool:
-    """Note what `cls` is if no foreign registry can change it."""
+    """Note the node type of `cls` if no foreign registry can change it."""
     if issubclass(cls, (dict, list, tuple, SimpleNamespace)):
         _known[cls] = _container_kind(cls)
     elif issubclass(cls, _LEAVES) or library_of_class(cls) is not None:
@@ -182,7 +182,7 @@ _recomputed: Callable[[type], list[str]] = functools.lru_cache(maxsize=4096)(_fi
 
 
 def _copy_attributes(node: Any, new: Any) -> None:
-    """Copy what a subclass of a built-in container holds beside its items."""
+    """Copy the attributes of a subclass of a built-in container."""
     own = getattr(node, "__dict__", None)
     if own is node:  # dictionaries whose items are their attributes do ``self.__dict__ = self``
         new.__dict__ = new
@@ -271,7 +271,7 @@ def _jax_kind(cls: type) -> Kind:
     tree_util: Any = sys.modules["jax.tree_util"]
 
     def flatten(node: object) -> tuple[list[tuple[Any, Any]], Any]:
-        is_child = iter((False,))  # asked first for the node; all below it, None too, are leaves
+        is_child = iter((False,))  # called first for the node; all below it, None too, are leaves
         pairs, treedef = tree_util.tree_flatten_with_path(
             node, is_leaf=lambda _: next(is_child, True)
         )
@@ -380,7 +380,7 @@ def register_node(
     flatten: Callable[[Any], Mapping[str, Any]] | None = None,
     unflatten: Callable[[Any, dict[str, Any]], Any] | None = None,
 ) -> None:
-    """Make a class that one cannot decorate a node of trees, with its subclasses.
+    """Make a class of another library a node of trees, with its subclasses.
 
     Parameters
     ----------

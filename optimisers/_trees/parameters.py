@@ -79,9 +79,9 @@ def trainables(model: Tree, path: bool = False) -> list[Any]:
 
 
 def parameters(model: Tree, unknown: list[Place] | None = None) -> tuple[list[Place], list[int]]:
-    """Return every place of a trainable array, and for each the first that it is tied to.
+    """Return every place of a trainable array, and for each the first place tied to it.
 
-    To `unknown` are added the places of what is no parameter, but seems to be one.
+    The places of arrays that seem to be parameters, but are none, are added to `unknown`.
     """
     places: list[Place] = []
 
@@ -100,7 +100,7 @@ def parameters(model: Tree, unknown: list[Place] | None = None) -> tuple[list[Pl
 
 
 def owners(arrays: Sequence[Place]) -> list[int]:
-    """Return for each array the position of the first that it is tied to; often its own.
+    """Return for each array the position of the first array tied to it; often its own.
 
     Raises
     ------

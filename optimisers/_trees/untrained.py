@@ -56,7 +56,7 @@ _SHOWN = 3  # places that a message names
 
 
 def refuse_no_tree(model: Tree, taker: str) -> None:
-    """Raise for what plainly is no tree, though it may lead to parameters.
+    """Raise for an object that plainly is no tree, though it may hold parameters.
 
     Raises
     ------
@@ -82,7 +82,7 @@ def tell(model: Tree, trains: bool, unknown: Sequence[Place]) -> None:
     trains : bool
         Whether it has a parameter.
     unknown : sequence of (KeyPath, array)
-        What is in it of which `seems_to_train` is true.
+        The arrays in it for which `seems_to_train` is true.
 
     Warns
     -----
@@ -97,7 +97,7 @@ def tell(model: Tree, trains: bool, unknown: Sequence[Place]) -> None:
 
 
 def refuse_ours(model: Tree) -> None:
-    """Raise for a rule or a state tree, out of which nobody makes parameters.
+    """Raise for a rule or a state tree in the place of a model.
 
     Raises
     ------
@@ -116,7 +116,7 @@ def refuse_ours(model: Tree) -> None:
 
 
 def seems_to_train(x: Any) -> bool:
-    """Tell whether somebody who puts `x`, which is no parameter, into a model will think it trains.
+    """Tell whether a user may think that `x`, which is no parameter, trains in a model.
 
     An array of floating numbers, or a module of PyTorch with parameters.
     """
@@ -184,7 +184,7 @@ def _places_text(places: Sequence[Place]) -> str:
 
 
 def _seen(x: Any) -> str:
-    """Return what `x` is, and why it is no parameter, as text."""
+    """Return a text that names `x`, and why it is no parameter."""
     name = type(x).__name__
     if isinstance(x, list | tuple):
         return f"{reprlib.repr(x)} ({name})"
@@ -212,7 +212,7 @@ def _seen(x: Any) -> str:
 
 
 def _way_out(x: Any) -> str:
-    """Return what to write so that it trains, as text; empty if nobody could have meant it to."""
+    """Return the code that makes it train, as text; empty if it cannot have been meant to."""
     library = library_of(x)
     if is_node(x):
         return "np.asarray of it trains" if isinstance(x, list | tuple) else ""
@@ -251,17 +251,17 @@ def _is_torch_module(x: Any) -> bool:
 
 
 def is_lost(x: Any, g: Tree) -> bool:
-    """Tell whether a gradient says something of `x`, for which there is no state."""
+    """Tell whether a gradient has a value for `x`, which has no state."""
     return _could_train(x) and says_something(g)
 
 
 def holds_lost(node: Tree, g: Tree) -> bool:
-    """Tell whether a gradient says something of a node without parameters, as if it had some."""
+    """Tell whether a gradient has values for a node without parameters."""
     return says_something(g) and any(_could_train(x) for _, x in _entered(node))
 
 
 def is_configuration(node: Tree, beside: Tree, x: Any, g: Any) -> bool:
-    """Tell whether `g` is what every object like `node` has, such as the default of a field.
+    """Tell whether every object like `node` has this `g`, such as the default of a field.
 
     A gradient may be an object of the model's own class. What it has there is the model's.
     """
@@ -272,7 +272,7 @@ def is_configuration(node: Tree, beside: Tree, x: Any, g: Any) -> bool:
 
 
 def _could_train(x: Any) -> bool:
-    """Tell whether somebody might take `x`, a leaf without a state, for a parameter.
+    """Tell whether a user might take `x`, a leaf without a state, for a parameter.
 
     An array of floats is none of these: it is a parameter that was left out by choice.
     """
@@ -287,7 +287,7 @@ def says_something(g: Tree) -> bool:
 
 
 def lost(x: Any) -> str:
-    """Return the message that a gradient of `x` would be lost, to which the path belongs."""
+    """Return the message that a gradient of `x` would be lost, without the path."""
     way = _way_out(x)
     return (
         f"there is a gradient for {_seen(x)}, which is not trained; "
@@ -307,7 +307,7 @@ def _is_something(g: Any) -> bool:
             return bool(g.count_nonzero())
         g = np.asarray(g) if library is None else g
         return library_for(g).is_nonzero(g)
-    except Exception:  # whoever hides the numbers of a known library is tracing
+    except Exception:  # an array of a known library that hides its numbers is traced
         return library is None and _differs(g)
 
 

@@ -196,7 +196,7 @@ class _Frame:
         self.entered = None if keys is None else _entered(path, x, keys)
         self.items = iter(found.items())
         self.results: list[Any] = []
-        self.is_value = False  # whether it holds parameters that nobody can write
+        self.is_value = False  # whether it holds immutable parameters
         if row is not None and are_leaves(found.values()):
             xs = [*found.values()]
             self.items, self.results = iter(()), row(xs)
@@ -303,7 +303,7 @@ def child_path(path: KeyPath, node: object, key: Hashable) -> KeyPath:
 
 
 def getkeypath(tree: Any, kp: Iterable[Any]) -> Any:
-    """Return what lies at a path of a tree.
+    """Return the node or leaf at a path of a tree.
 
     Parameters
     ----------
@@ -352,7 +352,7 @@ def haskeypath(tree: Any, kp: Iterable[Any]) -> bool:
 
 
 def setkeypath_(tree: Any, kp: Iterable[Any], value: Any) -> None:
-    """Replace what lies at a path of a tree, in place.
+    """Replace the node or leaf at a path of a tree, in place.
 
     Parameters
     ----------
@@ -361,7 +361,7 @@ def setkeypath_(tree: Any, kp: Iterable[Any], value: Any) -> None:
     kp : KeyPath or iterable of keys
         The path, at which there must be something already.
     value : any
-        What shall lie there.
+        The new node or leaf.
 
     Raises
     ------

@@ -88,7 +88,7 @@ def refuse_misspelt(group: Mapping[str, Any], own: Collection[str], rule: Rule) 
 
 
 def others(group: Mapping[str, Any], own: Collection[str], rule: Rule) -> Iterator[tuple[str, str]]:
-    """Yield the numbers in a group that are somebody else's, and what is to be said of each."""
+    """Yield the numbers in a group that other code owns, with the message for each."""
     for name in _unknown(group, own):
         means = ""
         if name in OTHERS and (acts := entry(name, rule)) != name:
@@ -133,7 +133,7 @@ def _letters(name: str) -> str:
 
 
 def is_guest(name: str) -> bool:
-    """Tell whether what a state has under a name is none of a rule's: somebody keeps it there."""
+    """Tell whether an entry of a state belongs to other code than the rule."""
     parts = name.split(".")
     return not parts[0].isdigit() and parts[-1] not in _slots()
 

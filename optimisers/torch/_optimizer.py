@@ -138,7 +138,7 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
 
     def _forget(self) -> None:
         self._rules: dict[int, tuple[Any, Rule]] = {}
-        self._lengths: dict[int, int] = {}  # of the groups, when their entries were looked at
+        self._lengths: dict[int, int] = {}  # the entries of the groups when they were last checked
         self._start: tuple[Rule, Group] | None = None  # the rule, and what groups start with
         self._fillers: dict[tuple[str, ...], Callable[[dict[str, Any]], Any]] = {}
 
@@ -204,7 +204,7 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
         return group
 
     def _numbers(self, group: Group) -> dict[str, Any]:
-        """Return what a group has in place of the rule's fields, as numbers of Python."""
+        """Return the entries of a group that replace fields of the rule, as numbers of Python."""
         return {
             name: _number(name, value) if isinstance(value, torch.Tensor) else value
             for name, value in group.items()
@@ -224,7 +224,7 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
 
     def _rule_of(self, number: int, group: Group) -> Rule:
         """Return the rule of a group; the same object as long as its numbers are the same."""
-        if self._lengths.get(number) != len(group):  # somebody has added an entry
+        if self._lengths.get(number) != len(group):  # other code has added an entry
             self._look_at(self.param_groups)
             self._warn_of_unused()
         numbers = self._numbers(group)
@@ -285,7 +285,7 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
         engine.advance(leaves, xs, gs, (), lambda k: self._path(xs[k]), True, beside=keep)
 
     def _state(self, p: Tensor, rule: Rule, kept: dict[str, Any] | None) -> Any:
-        """Return the state of the rule for a parameter, from what is kept under its names."""
+        """Return the state of the rule for a parameter, from the entries with its names."""
         if kept is None:
             return rule.init(p.detach())
         names = tuple(kept)
@@ -293,7 +293,7 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
         if fill is None:
             start = rule.init(p.detach())
             if not kept and not _is_empty(start):
-                return start  # somebody has read it, which leaves an empty dictionary behind
+                return start  # other code has read it, which leaves an empty dictionary behind
             expected = dict(_named(start))
             if not expected.keys() <= kept.keys():  # others may keep entries of their own
                 _check_names(expected, kept, rule, self._path(p))
@@ -352,7 +352,7 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
             for group in final["param_groups"]:
                 _groups.refuse_misspelt(group, self._names, self.rule)
 
-        def restore(_: Any) -> None:  # what was cast to the dtypes of the parameters
+        def restore(_: Any) -> None:  # PyTorch has cast these to the dtypes of the parameters
             for index, p in self._indexed(given):
                 if index in given["state"]:
                     kept = given["state"][index]
@@ -373,7 +373,7 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
         self._warn_of_unused()
 
     def _look_at(self, groups: list[Group]) -> None:
-        """Refuse numbers with misspelt names, and warn once of those that are somebody else's."""
+        """Refuse numbers with misspelt names, and warn once of those that other code owns."""
         for group in groups:
             _groups.refuse_misspelt(group, self._names, self.rule)
         for group in groups:
@@ -508,7 +508,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def _named(state: Any) -> Iterator[tuple[str, Any]]:
-    """Yield what a rule remembers, under names such as ``m``, or ``1.m`` in a chain."""
+    """Yield the parts of a state with names such as ``m``, or ``1.m`` in a chain."""
     for names, part in named_parts(state, tuple):
         yield ".".join(map(str, names)) or "state", part
 
@@ -518,13 +518,13 @@ def _is_empty(state: Any) -> bool:
 
 
 def _form_of(state: Any) -> Any:
-    """Return a state with the names of `_named` in place of what they stand for."""
+    """Return a state with the names of `_named` in place of its parts."""
     names = (name for name, _ in _named(state))
     return map_state(lambda _: next(names), state, into=tuple)
 
 
 def _filler(form: Any, names: tuple[str, ...]) -> Callable[[dict[str, Any]], Any]:
-    """Return what makes a state of this form from a dictionary that has `names` in this order."""
+    """Return a function that makes a state of this form from a dictionary with these names."""
     if getattr(form, "_fields", None) == names:
         make = form._make
         return lambda kept: make(kept.values())
