@@ -17,7 +17,6 @@ import functools
 import importlib
 import math
 import operator
-import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -525,7 +524,11 @@ def _found(cls: type) -> Library | None:
 @functools.cache
 def _names() -> list[str]:
     """Return the names of the files of this folder, each perhaps that of a library."""
-    return sorted({name.partition(".")[0] for name in os.listdir(os.path.dirname(__file__))})
+    # Late, since it would be a hundredth of `import optimisers`. It also lists bundled programs.
+    import pkgutil
+
+    path = importlib.import_module(__package__).__path__
+    return [found.name for found in pkgutil.iter_modules(path)]
 
 
 _ANY = Library()
