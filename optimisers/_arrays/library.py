@@ -17,6 +17,7 @@ import functools
 import importlib
 import math
 import operator
+import pkgutil  # not late: a fork during its import would leave the child with a broken lock
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -524,9 +525,6 @@ def _found(cls: type) -> Library | None:
 @functools.cache
 def _names() -> list[str]:
     """Return the names of the files of this folder, each perhaps that of a library."""
-    # Late, since it would be a hundredth of `import optimisers`. It also lists bundled programs.
-    import pkgutil
-
     path = importlib.import_module(__package__).__path__
     return [found.name for found in pkgutil.iter_modules(path)]
 
