@@ -36,6 +36,9 @@ language = sys.modules["grammar"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(language)
 Step, StepError, Word = language.Step, language.StepError, language.Word
 
+FLAGS = "leads", "follows"
+"""Fields of a step that the class of its rule says, with an underscore ahead."""
+
 HEADER = """\
 # Written by tools/emit_steps.py from words.py and the steps of the rules. Do not edit.
 
@@ -98,17 +101,19 @@ def read_steps(source: str, words: Mapping[str, Word]) -> list[Step]:
         for node in cls.body:
             if isinstance(node, ast.FunctionDef) and node.name == "step":
                 step = language.take_apart(language.Source(cls.name, lines), node, words)
-                found.append(dataclasses.replace(step, leads=leads(cls)))
+                flags = {name: says(cls, f"_{name}", getattr(step, name)) for name in FLAGS}
+                found.append(dataclasses.replace(step, **flags))
     return found
 
 
-def leads(cls: ast.ClassDef) -> bool:
-    """Tell whether the class of a rule says ``_leads = True``."""
+def says(cls: ast.ClassDef, name: str, default: bool) -> bool:
+    """Return what the class of a rule says in a line like ``_leads = True``."""
     for node in cls.body:
         match node:
-            case ast.Assign(targets=[ast.Name(id="_leads")], value=ast.Constant(value=bool(said))):
-                return said
-    return False
+            case ast.Assign(targets=[ast.Name(id=told)], value=ast.Constant(value=bool(said))):
+                if told == name:
+                    return said
+    return default
 
 
 def find_leads(steps: Iterable[Step]) -> list[tuple[Step, ...]]:
@@ -202,7 +207,7 @@ def generate(vocabulary: str, *sources: str) -> str:
     """Return the text of _steps.pxi for the texts of words.py and of the files of rules."""
     words = language.read_words(vocabulary)
     steps = [step for source in sources for step in read_steps(source, words)]
-    followers = [step for step in steps if not step.leads]
+    followers = [step for step in steps if step.follows and not step.leads]
     loops, table = [], ["cdef int fill_table() except -1:"]
     for step in steps:
         name = step.rule

@@ -68,6 +68,7 @@ NAMES = """\
 | `COCOB` | – | `cocob` | – | – |
 | `Muon` | `Muon` | `muon` | `Muon` | – |
 | `Scion` | – | – | – | – |
+| `Sophia` | – | `sophia` | – | – |
 | `SOAP` | – | – | – | – |
 | `Shampoo` | `DistributedShampoo` | – | – | – |
 | `AdaGrad` | `Adagrad` | `adagrad`, `scale_by_rss` | `Adagrad` | `AdaGrad` |

@@ -118,6 +118,8 @@ class Step:
     """The lines that unpack state and coefs."""
     leads: bool = False
     """Whether it shares a loop with the step behind it: `ElementwiseRule._leads`."""
+    follows: bool = True
+    """Whether it shares a loop with those ahead of it that lead: `ElementwiseRule._follows`."""
 
     def reads(self, name: str) -> bool:
         """Tell whether its formula mentions a name."""

@@ -20,6 +20,7 @@ from .accumulate import *
 from .precision import *
 from .matrices import *
 from .preconditioners import *
+from .curvature import *
 
 if not TYPE_CHECKING:  # type checkers know what there is
 

@@ -406,9 +406,13 @@ class ElementwiseRule(Rule):
 
     slots: ClassVar[tuple[str, ...]] = ()
     _leads: ClassVar[bool] = False
-    """Whether users put it ahead of many rules, so that each of the library's is also compiled in
+    """Whether users put it ahead of many rules, so that those with `_follows` are also compiled in
     one loop with it; it keeps no slots. tools/emit_steps.py reads this where the class has a line
     ``_leads = True``, and says which pairs are compiled."""
+
+    _follows: ClassVar[bool] = True
+    """Whether users put it behind those that lead. Where not, as where a clip ahead changes
+    nothing, the loops run one after another; a class says so by ``_follows = False``."""
 
     counts: ClassVar[bool]
     """Whether `coefs` takes `t`, so that the state counts steps."""

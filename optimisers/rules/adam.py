@@ -517,6 +517,7 @@ class ADOPT(ElementwiseRule):
 
     slots = ("m", "v")
     fixed = ("clip",)
+    _follows = False
 
     @property
     def real_only(self) -> bool:  # type: ignore[override]

@@ -166,6 +166,8 @@ class ZeroNaN(ElementwiseRule):
     ((), array([ 0.5,  0. , -inf]))
     """
 
+    _follows = False
+
     def coefs(self) -> Numbers:
         return (0.0,)
 
@@ -214,6 +216,7 @@ class Grokfast(ElementwiseRule):
     lambda_: NonNegative = 2.0
 
     slots = ("e",)
+    _follows = False
 
     def coefs(self, t: Any) -> Numbers:
         alpha = where(t > 1, self.alpha, 0.0)

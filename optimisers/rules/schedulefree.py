@@ -296,6 +296,7 @@ class COCOB(ElementwiseRule):
     slots = ("L", "a", "r", "th", "x0")
     real_only = True
     _owns_parameter = True
+    _follows = False
 
     def coefs(self, t: Any) -> Numbers:
         return where(t <= 1, 1.0, 0.0), 0.0, 1e-8, self.alpha

@@ -46,6 +46,8 @@ class SignDescent(ElementwiseRule):
 
     eta: NonNegative = 0.001
 
+    _follows = False
+
     def coefs(self) -> Numbers:
         return (self.eta,)
 

@@ -29,6 +29,7 @@ from optimisers import (
     ScheduleFreeAdamW,
     ScheduleFreeDescent,
     Shampoo,
+    Sophia,
     functor,
     setup,
     update,
@@ -322,7 +323,7 @@ REAL_ONLY = [c for c in PUBLIC if c.real_only]
 
 
 def test_which_rules_compare_numbers():
-    assert set(REAL_ONLY) == {ADOPT, COCOB, ClipGrad, Rprop, Shampoo, SOAP}
+    assert set(REAL_ONLY) == {ADOPT, COCOB, ClipGrad, Rprop, Shampoo, SOAP, Sophia}
 
 
 @parametrize("cls", REAL_ONLY)
@@ -438,6 +439,8 @@ def test_limits_are_named(cls):
                 text = "[0, 1]"
             elif (cls, name) in DIVIDING:
                 text = "(0, 1)"
+            elif (cls, name) == (Sophia, "rho"):  # no decay rate, but a factor
+                wrong, text = LIMITS["epsilon"]
             with pytest.raises(ValueError, match=rf"{re.escape(text)}; got {wrong}") as caught:
                 example(cls, **fields(wrong))
             assert f"{cls.__name__}: {name}" in str(caught.value)

@@ -47,20 +47,22 @@ def test_every_class_with_a_step_is_found():
     assert len(expected) > 15
 
 
-def test_each_lead_is_fused_with_every_step_that_does_not_lead():
+def test_each_lead_is_fused_with_every_step_that_follows_it():
     text = (ROOT / "optimisers" / "_steps.pxi").read_text()
     leading = {step.rule for step in STEPS if step.leads}
     assert leading
     for lead in emit_steps.find_leads(STEPS):
         name = "_".join(step.rule for step in lead)
         fused = {s.rule for s in STEPS if f" {name}_{s.rule}_float_finish_loop(" in text}
-        assert fused == {step.rule for step in STEPS} - leading
+        assert fused == {step.rule for step in STEPS if step.follows} - leading
 
 
 def test_leads_are_the_rules_that_say_so_and_keep_nothing():
     """The generator reads the text of a class, where a rule would inherit the attribute."""
     assert {s.rule for s in STEPS if s.leads} == {c.__name__ for c in ELEMENTWISE if c._leads}
     assert not any(step.slots for step in STEPS if step.leads)
+    apart = {c.__name__ for c in ELEMENTWISE if not c._follows}
+    assert {s.rule for s in STEPS if not s.follows} == apart != set()
 
 
 def test_clips_lead_decays_and_longer_leads_come_first():
