@@ -25,6 +25,7 @@ from typing import Any
 import array_api_compat
 import numpy as np
 
+from .. import _fork
 from . import dtypes
 from .dtypes import FLOAT32, is_complex_dtype, is_narrow
 from .layout import Memory, Span, View, c_strides
@@ -516,7 +517,8 @@ def _found(cls: type) -> Library | None:
         return None
     for name in _names():
         if sys.modules.get(name) is not None and name not in _libraries:
-            module = importlib.import_module(f"{__package__}.{name}")
+            with _fork.compiling:
+                module = importlib.import_module(f"{__package__}.{name}")
             _libraries[name] = getattr(module, "LIBRARY", None)
     owners = (library for library in [*_libraries.values()] if library and library.owns(cls))
     return next(owners, _ANY if _ANY.owns(cls) else None)

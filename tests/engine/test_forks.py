@@ -127,6 +127,46 @@ def test_forks_while_rules_are_compiled(late: str, tmp_path: Path, forks: int) -
     assert said.split() == ["0"] * forks
 
 
+def test_forks_while_the_file_of_an_array_library_is_imported(tmp_path: Path) -> None:
+    said = run(
+        tmp_path,
+        """
+        import importlib.machinery, types
+        from optimisers._arrays import library
+
+        started = threading.Event()
+
+        class Finder:
+            def find_spec(name, path, target=None):
+                if name == "optimisers._arrays.slow":
+                    return importlib.machinery.ModuleSpec(name, Finder)
+
+            def create_module(spec):
+                return None
+
+            def exec_module(module):
+                started.set()
+                time.sleep(0.3)  # the fork comes meanwhile
+                module.LIBRARY = None
+
+        sys.meta_path.insert(0, Finder)
+        sys.modules["slow"] = types.ModuleType("slow")
+        names = library._names()
+        library._names = lambda: [*names, "slow"]
+
+        def ask():
+            assert library.library_of_class(type("New", (), {})) is None
+
+        thread = threading.Thread(target=ask)
+        thread.start()
+        started.wait()
+        print(forked(ask))
+        thread.join()
+        """,
+    )
+    assert said == "0\n"
+
+
 def test_a_rule_or_a_handler_may_fork_while_its_thread_compiles(tmp_path: Path) -> None:
     said = run(
         tmp_path,
