@@ -249,6 +249,45 @@ def chains(plan: Plan) -> Section:
     )
 
 
+def measuring(plan: Plan) -> Section:
+    """Put rules that measure beside the limit of the bytes that they read and write."""
+    by_torch = "PyTorch, `clip_grad_norm_`, then fused"
+    section = Section(
+        f"Rules that measure, one array of {counted(plan.large)}",
+        f"{IN_BRACKETS} What a measure mentions is read once more.",
+        ["rule", OURS, by_torch, OPTAX, "bandwidth", "of the memory limit"],
+    )
+    clipped = "`ClipGlobalNorm → Adam`"
+    works: dict[str, tuple[opt.Rule, int, Callable[[Any], Any]]] = {
+        clipped: (
+            opt.OptimiserChain(opt.ClipGlobalNorm(1.0), opt.Adam()),
+            32,
+            lambda optax: optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3)),
+        ),
+        "`LAMB`": (opt.LAMB(), 44, lambda optax: optax.lamb(1e-3)),
+    }
+    for name, (rule, nbytes, in_optax) in works.items():
+        x, g = normal(plan.large), normal(plan.large)
+        limit = Limit(16 * plan.large)
+        peers = {OPTAX: if_installed(optax_step, [x], [g], in_optax)}
+        if name == clipped:
+            peers[by_torch] = if_installed(torch_step, "Adam", [x], [g], clip_norm=1.0, fused=True)
+        took = plan.alternate({OURS: update_of(rule, x.copy(), g), **peers, **limit.steps})
+        share = limit.share(took, OURS, nbytes * plan.large)
+        section.rows.append(
+            [
+                name,
+                duration(took[OURS]),
+                beside(by_torch, took) if name == clipped else "–",
+                beside(OPTAX, took),
+                per_second(nbytes * plan.large / took[OURS]),
+                percent(share),
+            ]
+        )
+        section.goals.append(limit_goal(name, share, 0.9))
+    return section
+
+
 def rules(plan: Plan) -> Section:
     """Put every elementwise rule beside its twin in PyTorch, in all modes, and the limit."""
     section = Section(
@@ -258,7 +297,7 @@ def rules(plan: Plan) -> Section:
         ["rule", OURS, "PyTorch", "its class and mode", "bandwidth", "of the memory limit"],
     )
     for name, rule in RULES.items():
-        if not isinstance(rule, opt.ElementwiseRule):
+        if not isinstance(rule, opt.ElementwiseRule) or rule.measure is not None:
             continue
         x, g = normal(plan.large), normal(plan.large)
         arrays = 2 + len(rule.slots)
@@ -522,7 +561,7 @@ def main() -> None:
     say("Adam")
     arrays = sweep(plan)
     sections = [adam(plan, arrays), memory_limit(plan, arrays)]
-    for section in (chains, rules, precision, pure, finite, threads, files, footprint):
+    for section in (chains, measuring, rules, precision, pure, finite, threads, files, footprint):
         say(section.__name__)
         sections.append(section(plan))
 

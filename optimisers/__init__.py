@@ -31,6 +31,9 @@ from ._flat.restructure import destructure as destructure
 from ._fork import compiling as _compiling
 from ._info import show_versions as show_versions
 from ._leaf import Leaf as Leaf
+from ._norms import all_finite as all_finite
+from ._norms import norm as norm
+from ._norms import norms as norms
 from ._state import adjust as adjust
 from ._state import adjust_ as adjust_
 from ._state import evaluation as evaluation
@@ -70,6 +73,7 @@ else:
     globals().update({rule.__name__: rule for rule in _registry()})
 
     _LATE = ("io", "optax", "scipy", "torch")  # modules that not everybody needs
+    _MOVED = {"_numba": "_steps.compiled"}  # files that programs know by the name they had before
 
     def __dir__():
         from importlib.util import find_spec
@@ -79,11 +83,11 @@ else:
         return sorted({n for n in public if n[0] != "_" or n[:2] == "__"} | late | {"__version__"})
 
     def __getattr__(name):
-        if name in _LATE:
+        if name in _LATE or name in _MOVED:
             from importlib import import_module
 
             with _compiling:
-                return import_module(f"{__name__}.{name}")
+                return import_module(f"{__name__}.{_MOVED.get(name, name)}")
         if name[0] == "_" and name != "__version__":
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         if name != "__version__":

@@ -15,13 +15,15 @@ d) Every segment is cut into blocks. `Batch.run` runs the whole chain on a block
    array through memory once. The last step of the chain subtracts as it goes, in one loop with the
    clips and decays right ahead of it (`leads`). Threads (team.h) share the blocks out among them.
    Blocks are independent, so the bits depend neither on their size nor on the number of threads.
-e) A *barrier* (a norm) needs all of a leaf before its step can run. The steps ahead of it are then
-   evaluated on copies of their slots, block by block, only to be reduced; the barrier itself
-   becomes an ordinary step with the number found. Partial sums belong to fixed stretches of the
-   leaf, so a norm too has the same bits for any number of threads.
+e) A *measure* needs all of a leaf, or of all leaves, before its step can run. The steps ahead of it
+   are then evaluated on copies of their slots, block by block, only to be reduced, with the terms
+   of the measure if it has a formula of its own. `measure` does that for each leaf in turn, and
+   stops at numbers of the tree, which are known when all leaves have reached theirs (`receive`).
+   The stage then is an ordinary step, with the coefs that its rule made of the numbers. Partial sums
+   belong to fixed stretches of the leaf, so they have the same bits for any number of threads.
 f) *Code of users.* Between the taking of a leaf and the run, code of users may run: a
    rule's `coefs` and `__float__` of what it returns, `lower` (which reads a rule), `blank` and the
-   truth of `frozen` in `gather` and `take`; a barrier's `factor` in `run`; and all that a
+   truth of `frozen` in `gather` and `take`; the `coefs` of rules that measure; and all that a
    gradient's conversion and a rule's `apply` do in the engine between the calls of a batch. A
    signal, the collection of garbage, and other threads come wherever Python runs, the last also
    while the kernels run without the GIL. So a batch *holds* every array whose address it has: it
@@ -72,6 +74,6 @@ include "_cpu/leaves.pxi"     # questions to a leaf and its arrays
 include "_cpu/batch.pxi"      # leaves gathered, kept apart, run
 include "_cpu/one.pxi"        # a leaf on its own, the whole way
 include "_cpu/run.pxi"        # blocks shared out among threads, and the chain of steps on a block
-include "_cpu/norms.pxi"      # reductions whose bits do not depend on the threads
+include "_cpu/measures.pxi"   # reductions whose bits do not depend on the threads
 include "_cpu/finite.pxi"     # gradients that hold infinity or NaN
 include "_cpu/loops.pxi"      # copies, conversions, subtraction

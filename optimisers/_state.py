@@ -29,6 +29,7 @@ from ._trees.paths import KeyPath
 from ._trees.untrained import refuse_no_tree, tell
 from ._trees.walks import fmap, fold, walk
 from .rules._base import Rule, adjusted, refuse_unknown, started
+from .rules._measure import Pass, passing
 
 Array = Any
 Tree = Any
@@ -99,9 +100,12 @@ def setup(rule: Rule, model: Tree) -> Tree:
     tell(model, bool(arrays), unknown)
     made: list[Leaf] = []
     index = 0  # of the parameter, which ties make one of several places
-    for k, owner in enumerate(owners):
-        made.append(_new_leaf(rule, index, *arrays[k]) if owner == k else made[owner])
-        index += owner == k
+    whole = Pass()  # in which leaves share the numbers that belong to the tree
+    with passing(whole):
+        for k, owner in enumerate(owners):
+            whole.begin(k)
+            made.append(_new_leaf(rule, index, *arrays[k]) if owner == k else made[owner])
+            index += owner == k
     for owner, times in Counter(owners).items():
         if times > 1:
             places = (str(arrays[k][0]) for k, first in enumerate(owners) if first == owner)
@@ -130,7 +134,12 @@ def _new_leaf(rule: Rule, index: int, path: KeyPath, x: Array) -> Leaf:
 
 
 def update(
-    state: Tree, model: Model, grad: Tree, *higher: Tree, on_nonfinite: OnNonfinite = "ignore"
+    state: Tree,
+    model: Model,
+    grad: Tree,
+    *higher: Tree,
+    value: Any = None,
+    on_nonfinite: OnNonfinite = "ignore",
 ) -> tuple[Tree, Model]:
     """Take one step; nothing given is written to.
 
@@ -146,6 +155,8 @@ def update(
         dictionary or namespace of its attributes.
     *higher : tree
         Higher derivatives, for rules that use them.
+    value : float, optional
+        The value of the loss here, a number or a 0-d array, for rules that ask for it (`Polyak`).
     on_nonfinite : {"ignore", "skip", "raise"}
         What to do about a gradient with NaN or infinity in it: let it through; pass by its
         parameter, whose state stays too, and count that in the `skipped` of its `Leaf`; or raise.
@@ -176,11 +187,16 @@ def update(
     >>> model
     {'w': array([0.9, 1.9]), 'b': array([0.])}
     """
-    return _step(state, model, grad, higher, False, on_nonfinite)
+    return _step(state, model, grad, higher, False, value, on_nonfinite)
 
 
 def update_(
-    state: Tree, model: Model, grad: Tree, *higher: Tree, on_nonfinite: OnNonfinite = "ignore"
+    state: Tree,
+    model: Model,
+    grad: Tree,
+    *higher: Tree,
+    value: Any = None,
+    on_nonfinite: OnNonfinite = "ignore",
 ) -> tuple[Tree, Model]:
     """Take one step in place.
 
@@ -193,7 +209,7 @@ def update_(
 
     Parameters
     ----------
-    state, model, grad, *higher, on_nonfinite
+    state, model, grad, *higher, value, on_nonfinite
         As in `update`.
 
     Returns
@@ -231,7 +247,7 @@ def update_(
         _pytree.announce(Leaf)
         if engine.advance_one(state, model, grad, on_nonfinite):
             return state, model
-    return _step(state, model, grad, higher, True, on_nonfinite)
+    return _step(state, model, grad, higher, True, value, on_nonfinite)
 
 
 def _step(
@@ -240,11 +256,12 @@ def _step(
     grad: Tree,
     higher: Sequence[Tree],
     in_place: bool,
+    value: Any,
     on_nonfinite: OnNonfinite,
 ) -> tuple[Tree, Model]:
     _pytree.announce(Leaf)
     with cpu.kernels.UsualEnvironment():
-        return _stepped(state, model, grad, higher, in_place, on_nonfinite)
+        return _stepped(state, model, grad, higher, in_place, value, on_nonfinite)
 
 
 def _stepped(
@@ -253,6 +270,7 @@ def _stepped(
     grad: Tree,
     higher: Sequence[Tree],
     in_place: bool,
+    value: Any,
     on_nonfinite: OnNonfinite,
 ) -> tuple[Tree, Model]:
     held, xs, gs = gather(Leaf, state, model, grad)
@@ -264,11 +282,11 @@ def _stepped(
 
     if len(leaves) == 1 or are_distinct(leaves):
         new_x, new_state, skipped = engine.advance(
-            leaves, xs, gs, higher, where, in_place, on_nonfinite
+            leaves, xs, gs, higher, where, in_place, on_nonfinite, value=value
         )
     else:
         tied = Tied(leaves, held, xs, where)
-        new_x, new_state, skipped = tied.advance(gs, higher, in_place, on_nonfinite)
+        new_x, new_state, skipped = tied.advance(gs, higher, in_place, on_nonfinite, value)
 
     if in_place and not new_x:
         return state, model
@@ -377,7 +395,7 @@ def evaluation(state: Tree, model: Model) -> Model:
 # --- adjust, freeze, thaw --------------------------------------------------------------------
 
 
-def _leaves(state: Tree) -> list[Leaf]:
+def leaves_of(state: Tree) -> list[Leaf]:
     """Return the leaves of a state tree, each once."""
     _pytree.announce(Leaf)
     if isinstance(state, Rule) or not (isinstance(state, Leaf) or is_node(state)):
@@ -448,7 +466,7 @@ def adjust(state: Tree, eta: float | None = None, /, **fields: Any) -> Tree:
     >>> adjust(state, 0.5, rho=0.8)
     Leaf(Momentum(eta=0.5, rho=0.8), MomentumState(v=array([0., 0.])))
     """
-    leaves = _leaves(state)
+    leaves = leaves_of(state)
     rules = _adjusted(leaves, eta, fields)
     made = {id(leaf): _with_rule(leaf, rules[id(leaf)]) for leaf in leaves}
     return fmap(lambda x: made.get(id(x), x), state)
@@ -478,7 +496,7 @@ def adjust_(state: Tree, eta: float | None = None, /, **fields: Any) -> None:
     >>> state
     {'encoder': Leaf(Descent(eta=0.1), ()), 'decoder': Leaf(Descent(eta=0.5), ())}
     """
-    leaves = _leaves(state)
+    leaves = leaves_of(state)
     rules = _adjusted(leaves, eta, fields)
     at_once([(setattr, leaf, "rule", rules[id(leaf)]) for leaf in leaves])
 
@@ -502,9 +520,9 @@ def freeze_(state: Tree) -> None:
     >>> state
     {'encoder': Leaf(Descent(eta=0.1), (), frozen=True), 'decoder': Leaf(Descent(eta=0.1), ())}
     """
-    at_once([(setattr, leaf, "frozen", True) for leaf in _leaves(state)])
+    at_once([(setattr, leaf, "frozen", True) for leaf in leaves_of(state)])
 
 
 def thaw_(state: Tree) -> None:
     """Undo `freeze_` for the parameters below a state tree, or a part of one."""
-    at_once([(setattr, leaf, "frozen", False) for leaf in _leaves(state)])
+    at_once([(setattr, leaf, "frozen", False) for leaf in leaves_of(state)])

@@ -211,7 +211,7 @@ def minimize(
                     stacklevel=3,
                 )
                 break
-            state, model = update_(state, model, gradient)
+            state, model = update_(state, model, gradient, value=value)
     return Minimized(model, state, History(np.array(losses), np.array(times), message))
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -26,6 +27,7 @@ from ._engine.gradients import checked_gradient
 from ._messages.calls import no_name
 from ._messages.text import short, warn_caller
 from .rules._base import Rule, started
+from .rules._measure import Pass, measures, one_round
 from .rules._numbers import applied, as_like, for_step, moved
 
 __all__ = ["RuleState", "from_optax", "to_optax"]
@@ -118,11 +120,23 @@ def to_optax(rule: Rule) -> Any:
         places, structure = jax.tree_util.tree_flatten_with_path(params)
         gs = structure.flatten_up_to(grads)
         states = structure.flatten_up_to(state.leaves)
-        stepped = [
-            _step(rule, path, x, g, s) for (path, x), g, s in zip(places, gs, states, strict=True)
-        ]
-        updates = structure.unflatten([u for u, _ in stepped])
-        return updates, RuleState(structure.unflatten([s for _, s in stepped]))
+        stepped: dict[int, Any] = {}
+
+        def evaluate(k: int) -> None:
+            path, x = places[k]
+            stepped[k] = _step(rule, path, x, gs[k], states[k])
+
+        def path_of(k: int) -> str:
+            return str(jax.tree_util.keystr(places[k][0]))
+
+        whole = Pass(lambda: states, extra.get("value"), path_of)
+        waiting: Sequence[int] = range(len(places))
+        while waiting := one_round(whole, waiting, evaluate):
+            rules_of = dict.fromkeys(waiting, measures(rule))
+            whole.combine(rules_of.copy)
+        made = [stepped[k] for k in range(len(places))]
+        updates = structure.unflatten([u for u, _ in made])
+        return updates, RuleState(structure.unflatten([s for _, s in made]))
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -180,7 +180,7 @@ class Method:
                 status, message = 1, REACHED_LIMIT
             else:
                 f_before, x_before = f, x.copy()
-                update_(state, x, g)
+                update_(state, x, g, value=f)
                 np.clip(x, low, high, out=x)
                 f, g = problem(x)
                 nit += 1

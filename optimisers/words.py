@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -28,8 +28,10 @@ __all__ = [
     "absolute",
     "clip",
     "ema_weight",
+    "largest",
     "maximum",
     "minimum",
+    "norm",
     "sign",
     "sqrt",
     "where",
@@ -166,6 +168,26 @@ def where(condition: Any, x: Any, y: Any) -> Any:
 def zeros_like(x: Any) -> Any:
     """Zeros in the shape of `x`."""
     return namespace(x).zeros_like(x)
+
+
+class Reduced(NamedTuple):
+    """What a measure says of one of its terms, unless that is to be summed."""
+
+    kind: str
+    values: Any
+
+
+def largest(x: Any) -> Reduced:
+    """Of a term of `measure`, the largest number: ``return largest(absolute(dx)),``."""
+    return Reduced("largest", x)
+
+
+def norm(x: Any) -> Reduced:
+    """Of a term of `measure`, the norm, which neither overflows nor underflows on the way.
+
+    It is the 2-norm, or that of the rule's `order`.
+    """
+    return Reduced("norm", x)
 
 
 def ema_weight(beta: Any, t: Any) -> Any:

@@ -37,19 +37,34 @@ from optimisers._arrays.library import isnumeric
 from optimisers._engine import advance as engine
 from optimisers._trees.walks import fmap, walk
 from optimisers.rules import _base, _fields, _numbers
+from optimisers.rules._measure import needs_value
 
 Tree = Any
 Array = Any
 
 # --- rules -----------------------------------------------------------------------------------
 
-PUBLIC: list[Any] = _base.registry()
+REGISTERED: list[Any] = _base.registry()
+NEEDING_VALUE: list[Any] = [
+    cls for cls in REGISTERED if issubclass(cls, ElementwiseRule) and needs_value(cls)
+]
+PUBLIC: list[Any] = [cls for cls in REGISTERED if cls not in NEEDING_VALUE]
+"""Public rules, but for those that no update steps without the value of the loss."""
+UNMEASURED: list[Any] = [
+    cls for cls in PUBLIC if cls is ClipNorm or getattr(cls, "measure", None) is None
+]
+"""Those of them whose bits do not depend on the order in which a library sums, if none is clipped
+by `ClipNorm`."""
+ALONE: list[Any] = [cls for cls in PUBLIC if getattr(cls, "over", "") != "tree"]
+"""Those of them whose step of an array does not depend on other arrays."""
 # The registry hides what begins with an underscore, but the kernels run it all the same.
 ELEMENTWISE: list[Any] = [
     cls
     for cls in _base._registry
-    if issubclass(cls, ElementwiseRule) and not inspect.isabstract(cls)
+    if issubclass(cls, ElementwiseRule) and not inspect.isabstract(cls) and cls.measure is None
 ]
+MEASURING: list[Any] = [cls for cls in REGISTERED if getattr(cls, "measure", None) is not None]
+"""Rules whose step needs numbers that are found over an array, axes of it, or the tree."""
 
 REQUIRED: dict[str, Any] = {
     "n": 3,
@@ -113,7 +128,7 @@ EVERY_ELEMENTWISE: list[Any] = [rule for cls in ELEMENTWISE for rule in variants
 # What one loop does together with the rule that follows.
 _LEADING: dict[str, Any] = {
     "ClipGrad": ClipGrad(0.7),
-    "_Scale": ClipNorm(1.0, np.inf),
+    "Scaling": ClipNorm(1.0, np.inf),
     "WeightDecay": WeightDecay(0.1),
 }
 _WORDS, *_RULES = [file.read_text() for file in emit_steps.FORMULAS]

@@ -47,7 +47,8 @@ HEADER = """\
 STEPS = """\
 # A block step: x, g and the old slots are read, dx and the new slots written, n numbers each.
 # One that finishes a chain finds x in place of dx, and leaves there x - dx. Where it is fused with
-# others ahead of it, coefs are those of all, one after another."""
+# others ahead of it, coefs are those of all, one after another.
+# A measure reads x, g and the old slots, and writes its terms where further slots would stand."""
 
 
 class Typed(ast.NodeTransformer):
@@ -92,14 +93,14 @@ def emit_word(word: Word) -> str:
     return "\n".join(lines)
 
 
-def read_steps(source: str, words: Mapping[str, Word]) -> list[Step]:
-    """Return the steps of every class in `source`, in order."""
+def read_steps(source: str, words: Mapping[str, Word], method: str = "step") -> list[Step]:
+    """Return the steps, or the measures, of every class in `source`, in order."""
     lines = source.splitlines()
     classes = [node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)]
     found = []
     for cls in classes:
         for node in cls.body:
-            if isinstance(node, ast.FunctionDef) and node.name == "step":
+            if isinstance(node, ast.FunctionDef) and node.name == method:
                 step = language.take_apart(language.Source(cls.name, lines), node, words)
                 flags = {name: says(cls, f"_{name}", getattr(step, name)) for name in FLAGS}
                 found.append(dataclasses.replace(step, **flags))
@@ -198,6 +199,50 @@ def emit_loop(step: Step, real: str, finish: bool) -> str:
     return "\n".join(lines)
 
 
+def is_gradient(measure: Step) -> bool:
+    """Tell whether the one term of a measure is what reaches the rule, as it is."""
+    return not measure.body and [ast.unparse(term) for term in measure.terms] == ["dx"]
+
+
+def emit_measure(measure: Step, real: str) -> str:
+    """Return the Cython function of one measure for one type: its terms, number by number."""
+    name = f"{measure.rule}_measure_{real}"
+    assigned = {statement.targets[0].id for statement in measure.body}
+    local = sorted({"x", "dx", *measure.slots, *assigned})
+    terms = [f"term_{k}" for k in range(len(measure.terms))]
+    arrays = [*(f"slot_{slot}" for slot in measure.slots), *terms]
+    lines = [
+        f"cdef void {name}_loop(",
+        f"    const_{real}_p x_in, const_{real}_p dx_in,",
+        *(f"    {real}_p {array}," for array in arrays),
+        f"    const_{real}_p coefs, Py_ssize_t length,",
+        ") noexcept nogil:",
+        "    cdef Py_ssize_t index",
+        f"    cdef {real} {', '.join(local)}",
+        *(f"    cdef {real} {coef} = coefs[{k}]" for k, coef in enumerate(measure.coefs)),
+        "    for index in range(length):",
+        "        x = x_in[index]",
+        "        dx = dx_in[index]",
+        *(f"        {slot} = slot_{slot}[index]" for slot in measure.slots),
+        *(f"        {ast.unparse(statement)}" for statement in measure.body),
+        *(
+            f"        {term}[index] = {ast.unparse(value)}"
+            for term, value in zip(terms, measure.terms, strict=True)
+        ),
+        "",
+        "",
+        f"cdef void {name}(",
+        "    const void* x, const void* g, void* dx, void** slots, const void* coefs, Py_ssize_t n",
+        ") noexcept nogil:",
+        f"    {name}_loop(",
+        f"        <const {real}*> x, <const {real}*> g,",
+        *(f"        <{real}*> slots[{k}]," for k in range(len(arrays))),
+        f"        <const {real}*> coefs, n,",
+        "    )",
+    ]
+    return "\n".join(lines)
+
+
 def emit_loops(step: Step, finish: bool) -> list[str]:
     """Return the functions of one step for each type."""
     return [emit_loop(step, real, finish) for real in ("float", "double")]
@@ -208,6 +253,7 @@ def generate(vocabulary: str, *sources: str) -> str:
     words = language.read_words(vocabulary)
     steps = [step for source in sources for step in read_steps(source, words)]
     followers = [step for step in steps if step.follows and not step.leads]
+    measures = [m for source in sources for m in read_steps(source, words, "measure")]
     loops, table = [], ["cdef int fill_table() except -1:"]
     for step in steps:
         name = step.rule
@@ -226,6 +272,16 @@ def generate(vocabulary: str, *sources: str) -> str:
                 f"    add_fused({step.rule!r},",
                 f"              {whole.rule}_float_finish, {whole.rule}_double_finish)",
             ]
+    for measure in measures:
+        name = f"{measure.rule}_measure"
+        made = not is_gradient(measure)
+        if made:
+            loops += [emit_measure(measure, real) for real in ("float", "double")]
+        table += [
+            f"    add_measure({measure.rule!r}, {len(measure.slots)}, {len(measure.coefs)},",
+            f"                {tuple(measure.kinds)!r},",
+            f"                {f'{name}_float, {name}_double' if made else 'NULL, NULL'})",
+        ]
     functions = [emit_functions(words.values()), *map(emit_word, words.values())]
     table.append("    return 0")
     return "\n\n\n".join([HEADER, *functions, STEPS, *loops, "\n".join(table)]) + "\n"

@@ -105,8 +105,8 @@ def table_of_rules() -> str:
     """Return a table of the registry: elementwise rules, and those that are not."""
     text = ""
     for elementwise, heading in (
-        (True, "Elementwise rules"),
-        (False, "Rules of rules, of norms and of matrices"),
+        (True, "Elementwise rules, and those that measure"),
+        (False, "Rules of rules and of matrices"),
     ):
         text += f"{heading}\n{'-' * len(heading)}\n\n"
         text += ".. list-table::\n   :header-rows: 1\n   :widths: auto\n\n"
@@ -116,7 +116,7 @@ def table_of_rules() -> str:
                 text += f"   * - :py:obj:`{rule.__name__} <optimisers.{rule.__name__}>`\n"
                 text += f"     - {summary(rule)}\n"
                 if issubclass(rule, ElementwiseRule):
-                    slots = ", ".join(f"``{slot}``" for slot in rule.slots)
+                    slots = ", ".join(f"``{name}``" for name in (*rule.slots, *rule.kept))
                     text += f"     - {slots or 'nothing'}\n"
         text += "\n"
     return text

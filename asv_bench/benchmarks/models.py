@@ -106,5 +106,6 @@ RULES: dict[str, opt.Rule] = {
     and isinstance(rule, type)
     and issubclass(rule, opt.Rule)
     and not inspect.isabstract(rule)
+    and not any("value" in asked for asked in getattr(rule, "asks", {}).values())
 }
-"""An example of every rule there is, by its name."""
+"""An example of every rule there is, by its name, but for those that need the value of the loss."""

@@ -77,6 +77,14 @@ class Autograd(Library):
             x = autograd.numpy.array(x)
         return super().cast(x, dtype)
 
+    # --- measured numbers --------------------------------------------------------------------
+
+    def vector_like(self, x: Array, values: Sequence[float]) -> np.ndarray:
+        return np.array([*values], np.float64)
+
+    def stacked(self, values: Sequence[Any], like: Array) -> Array:
+        return autograd.numpy.stack([*values])
+
     # --- words of steps ----------------------------------------------------------------------
 
     def sqrt(self, x: Array) -> Array:

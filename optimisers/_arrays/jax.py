@@ -73,6 +73,11 @@ class Jax(Library):
     def number(self, traced: Any, real: Any) -> Any:
         return traced.astype(real)
 
+    # --- measured numbers --------------------------------------------------------------------
+
+    def vector_like(self, x: Array, values: Sequence[float]) -> Array:
+        return self.namespace(x).asarray([*values], dtype=float)
+
     # --- words of steps ----------------------------------------------------------------------
 
     def sqrt(self, x: Array) -> Array:

@@ -369,6 +369,28 @@ class Library:
             return xp.sum(x != 0)
         return xp.sum(xp.astype(x != 0, x.dtype))
 
+    # --- measured numbers --------------------------------------------------------------------
+
+    def measured(self, value: Array) -> Any:
+        """Return a measured number as a float, unless it is traced or waits on a device."""
+        if value.ndim or self.is_traced(value) or self.is_on_device(value):
+            return value
+        return complex(value) if is_complex_dtype(value.dtype) else float(value)
+
+    def vector_like(self, x: Array, values: Sequence[float]) -> Array:
+        """Return a vector of numbers beside `x`, in double or in the widest dtype there is."""
+        xp = self.namespace(x)
+        return xp.asarray([*values], dtype=xp.float64)
+
+    def items(self, vector: Array) -> tuple[Any, ...]:
+        """Return the numbers of a vector."""
+        return tuple(self.measured(vector[k]) for k in range(vector.shape[0]))
+
+    def stacked(self, values: Sequence[Any], like: Array) -> Array:
+        """Return numbers as a vector, in the dtype of another one or of one of them."""
+        xp = self.namespace(like)
+        return xp.stack([xp.asarray(v, dtype=like.dtype) for v in values])
+
     # --- gradients ---------------------------------------------------------------------------
 
     def gradient(self, g: Any, x: Array, where: Callable[[], str]) -> Array:

@@ -188,9 +188,20 @@ class Numpy(Library):
     def sign(self, x: Array) -> Any:
         return np.sign(x)
 
+    def measured(self, value: Array) -> Any:
+        return value if value.ndim else value.item()
+
+    def stacked(self, values: Sequence[Any], like: Array) -> Any:
+        for value in values:
+            if is_traced(value):
+                return library_for(value).stacked(values, value)
+        return np.array(values, like.dtype)
+
     def for_sums(self, x: Array) -> Any:
         dtype = x.dtype if x.dtype.kind in "fc" else 0
-        return np.astype(x, np.result_type(np.float64, dtype), copy=False)
+        # In one order, on which the bits of sums depend.
+        wide = np.astype(x, np.result_type(np.float64, dtype), copy=False)
+        return wide if wide.flags.c_contiguous else np.ascontiguousarray(wide)
 
     # --- gradients ---------------------------------------------------------------------------
 

@@ -188,6 +188,35 @@ class Torch(DeviceLibrary):
     def number(self, traced: Tensor, real: Any) -> Tensor:
         return traced.to(real)
 
+    def numbers(self, x: Tensor, values: Sequence[Any]) -> tuple[Any, ...]:
+        tensors = {k: n.to(x.real.dtype) for k, n in enumerate(values) if self._stays(n)}
+        if not tensors:
+            return super().numbers(x, values)
+        others = super().numbers(x, [0.0 if k in tensors else n for k, n in enumerate(values)])
+        return tuple(tensors.get(k, n) for k, n in enumerate(others))
+
+    def _stays(self, n: Any) -> bool:
+        """Tell whether a number stays a tensor: it is recorded, or the host would wait for it."""
+        return is_tensor(n) and (n.requires_grad or self.is_on_device(n))
+
+    # --- measured numbers --------------------------------------------------------------------
+
+    def for_sums(self, x: Tensor) -> Tensor:
+        if x.device.type == "mps":  # which has no double
+            return super().for_sums(x)
+        return x.to(torch.complex128 if x.is_complex() else torch.float64)
+
+    def measured(self, value: Tensor) -> Any:
+        return value if value.requires_grad else super().measured(value)
+
+    def vector_like(self, x: Tensor, values: Sequence[float]) -> Tensor:
+        dtype = torch.float32 if x.device.type == "mps" else torch.float64
+        return torch.tensor([*values], dtype=dtype, device=x.device)
+
+    def stacked(self, values: Sequence[Any], like: Tensor) -> Tensor:
+        made = [torch.as_tensor(v, dtype=like.dtype, device=like.device) for v in values]
+        return torch.stack(made)
+
     # --- a step ------------------------------------------------------------------------------
 
     def bare(self, x: Tensor) -> Tensor:

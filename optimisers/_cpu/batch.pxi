@@ -8,7 +8,7 @@ from cpython.tuple cimport (
     PyTuple_Check, PyTuple_GET_ITEM, PyTuple_GET_SIZE, PyTuple_New, PyTuple_SET_ITEM,
 )
 from libc.stdint cimport INT64_MAX, int64_t, uintptr_t
-from libc.string cimport memcpy
+from libc.string cimport memcpy, memset
 
 
 @cython.freelist(2)
@@ -35,10 +35,11 @@ cdef class Batch:
     cdef bint settled
     cdef bint widens            # whether a leaf has narrow numbers, but for gradient and master
     cdef object clash           # the answer of `settle`
-    cdef list norm_rules
+    cdef list measuring         # for each stage that waits for numbers, its `Told`
     cdef list storages          # storages of tensors that are held; None if there are none
     cdef Keeper keeper          # keeps memory during runs without the GIL; None before the first
     cdef cnp.ndarray like       # the parameter that is taken at the moment
+    cdef public object told     # the value of the loss, and the function that gives paths
     cdef readonly dict new_x
     """By index, the new array of each parameter that was not written in place."""
     cdef readonly dict new_state
@@ -51,7 +52,7 @@ cdef class Batch:
     def __cinit__(self, blank=None):
         self.work = borrow()
         self.blank = blank
-        self.norm_rules = []
+        self.measuring = []
         self.new_x, self.new_state = {}, {}
         self.failed = self.fused.last = -1
         self.busy = self.ran = self.settled = self.widens = False
@@ -241,19 +242,21 @@ cdef class Batch:
         leaf.is_bad = 0
         leaf.first = self.work.stages.length
         leaf.held = self.work.held.length
-        norms, counts, spans = (
-            self.work.norms.length, self.work.counts.length, self.work.spans.length
+        measures, counts, spans = (
+            self.work.measures.length, self.work.counts.length, self.work.spans.length
         )
+        keepings = self.work.keepings.length
         if not plan.stack(self, &leaf, state, made):
             self.work.stages.length = leaf.first
-            self.work.norms.length = norms
+            self.work.measures.length = measures
+            self.work.keepings.length = keepings
             self.work.counts.length = counts
             self.work.spans.length = spans
             let_go(&self.work.held, leaf.held)
-            del self.norm_rules[norms:]
+            del self.measuring[measures:]
             return False
         if self.work.stages.length > leaf.first + 1:
-            self.fuse(&leaf, norms)
+            self.fuse(&leaf, measures)
         leaf.stages = self.work.stages.length - leaf.first
         if self.blank is not None:
             self.new_state[place] = made
@@ -372,18 +375,18 @@ cdef class Batch:
                 self.asked = self.work.held.length      # Python may run: a dtype's name is its own
         return of
 
-    cdef int fuse(self, Segment* leaf, Py_ssize_t norms) except -1:
+    cdef int fuse(self, Segment* leaf, Py_ssize_t measures) except -1:
         """Fuse the last step with those ahead of it, if there is a loop that does them all.
 
-        A barrier may begin such a loop, since all it waits for comes before. The leaf's own are
-        those after the first `norms`.
+        One that measures may begin such a loop, since all it waits for comes before. The leaf's own
+        are those after the first `measures`.
         """
         cdef Stage* stages = <Stage*> self.work.stages.data
         cdef Py_ssize_t last = self.work.stages.length - 1, start = leaf.first, first
         if leaf.withheld or stages[last].index < 0:
             return 0
-        if self.work.norms.length > norms:
-            start = (<Norm*> self.work.norms.data)[self.work.norms.length - 1].stage
+        if self.work.measures.length > measures:
+            start = (<Measured*> self.work.measures.data)[self.work.measures.length - 1].stage
         first = last - self.fused.ahead
         if (
             first < start
@@ -441,11 +444,38 @@ cdef class Batch:
                 (<float*> cells)[k] = <float> number
         return at
 
-    cdef int add_norm(self, rule, double p) except -1:
-        cdef Norm* norm = <Norm*> push(&self.work.norms, sizeof(Norm))
-        norm.segment, norm.stage, norm.p = self.work.segments.length, self.work.stages.length - 1, p
-        self.norm_rules.append(rule)
-        return 0
+    cdef bint add_measured(self, Segment* leaf, Task* task, Told told, old, new, int64_t t) except -1:
+        """Note that the last stage waits for numbers; tell whether the state fits."""
+        cdef Measured* measured
+        cdef cnp.ndarray a, b
+        if task.keeps:
+            if not cnp.PyArray_CheckExact(item(old, task.step.slots)):
+                return False
+            a = <cnp.ndarray> item(old, task.step.slots)
+            b = <cnp.ndarray> item(new, task.step.slots)
+            if cnp.PyArray_NDIM(a) != 1 or cnp.PyArray_SIZE(a) != task.keeps + task.of_tree:
+                return False
+            if not ready(a, cnp.NPY_DOUBLE, True) or not ready(b, cnp.NPY_DOUBLE, True):
+                return False
+            if not cnp.PyArray_ISWRITEABLE(b):
+                return False
+            reserve(&self.work.held, sizeof(Held), 2)
+            hold(self.work, a, cnp.PyArray_SIZE(a) * sizeof(double))
+            if b is not a:
+                hold(self.work, b, cnp.PyArray_SIZE(a) * sizeof(double))
+        measured = <Measured*> push(&self.work.measures, sizeof(Measured))
+        memset(measured, 0, sizeof(Measured))
+        measured.segment, measured.stage = self.work.segments.length, self.work.stages.length - 1
+        measured.rule, measured.coefs = len(self.measuring), task.before[leaf.is_double]
+        measured.of_step, measured.info, measured.order = (
+            task.step.coefs, task.measure, task.order
+        )
+        measured.t, measured.keeps, measured.of_tree = t, task.keeps, task.of_tree
+        if task.keeps:
+            measured.kept = <double*> cnp.PyArray_DATA(b)
+            measured.changes = (<double*> cnp.PyArray_DATA(a))[task.keeps] if task.of_tree else 0
+        self.measuring.append(told)
+        return True
 
     cdef int64_t read_count(self, a) except? -1:
         """Return the count in the 0-d array `a`; -1 if it is no such thing, or cannot go on."""
@@ -615,21 +645,162 @@ cdef class Batch:
                 team_leave()
         return run.is_bad
 
+    def measure(self):
+        """Find the numbers for which stages wait, up to those of the tree.
+
+        Returns groups of the leaves that wait for numbers of the tree, one for each rule: a list of
+        the rule, the rule of the leaves, the how manieth of its class it is there, how its terms
+        are reduced, the count of steps, the places, and the numbers found in each of these.
+        """
+        cdef list groups = []
+        self.asked = self.work.held.length
+        if self.work.measures.length:
+            self.find_numbers(groups)
+        return groups
+
+    def receive(self, list answers):
+        """Take ``(coefs, kept)`` for each group that `measure` has returned; None: wait longer."""
+        cdef Measured* measured
+        cdef Py_ssize_t k
+        self.asked = self.work.held.length
+        for k in range(self.work.measures.length):
+            measured = <Measured*> self.work.measures.data + k
+            if measured.waits:
+                answer = answers[measured.group]
+                if answer is not None:
+                    measured.waits = False
+                    coefs, kept = answer
+                    self.set_numbers(measured, coefs, kept)
+
     def run(self):
         """Update every leaf. Raises, if at all, before anything is written."""
         self.asked = self.work.held.length
         self.finish()
 
+    cdef int find_numbers(self, list groups) except -1:
+        """Measure in turn what can be; add to `groups` the leaves that wait for others."""
+        cdef Run run
+        cdef float_environment before = environment_enter()
+        cdef Py_ssize_t k, blocked = -1
+        cdef Measured* measured
+        cdef Segment* leaf
+        cdef dict known = {}
+        cdef bint keeps
+        run.members = 1
+        try:
+            self.begin()
+            self.prepare(&run)
+            run.members = take_team(run.bytes)
+            self.lend_scratch(&run)
+            keeps = self.keeps_gil(&run, run.bytes)
+            for k in range(self.work.measures.length):
+                measured = <Measured*> self.work.measures.data + k
+                if measured.is_done or measured.segment == blocked:
+                    continue
+                leaf = run.segments + measured.segment
+                self.failed = leaf.place
+                if not measured.is_known:
+                    self.check_held(leaf.held, min(leaf.held_end, self.asked))
+                    if keeps:
+                        measure(&run, measured)
+                    else:
+                        with nogil:
+                            measure(&run, measured)
+                    measured.is_known = True
+                    if not is_finite_row(measured):
+                        (<Told> self.measuring[measured.rule]).rule.accept(row_of(measured))
+                        self.asked = self.work.held.length
+                if measured.of_tree:
+                    blocked = measured.segment
+                    self.wait(measured, leaf.place, groups, known)
+                else:
+                    self.find_own(measured, leaf.n)
+                    self.asked = self.work.held.length
+            self.failed = -1
+            self.busy = False
+            return 0
+        finally:
+            self.give_memory_back()
+            if run.members > 1:
+                team_leave()
+            environment_leave(before)
+
+    cdef int wait(self, Measured* measured, Py_ssize_t place, list groups, dict known) except -1:
+        """Put a leaf into the group of those that wait with the same rule."""
+        cdef Told told = self.measuring[measured.rule]
+        key = id(told), measured.t
+        measured.waits = True
+        if key not in known:
+            known[key] = len(groups)
+            groups.append([told.rule, told.outer, told.rank, kinds_of(measured), measured.t, [], []])
+        measured.group = known[key]
+        group = groups[measured.group]
+        group[5].append(place)
+        group[6].append(row_of(measured))
+        return 0
+
+    cdef int find_own(self, Measured* measured, Py_ssize_t size) except -1:
+        """Give a stage the numbers that its rule makes of what was found in its own array."""
+        cdef Told told = self.measuring[measured.rule]
+        rule, row = told.rule, row_of(measured)
+        if told.form == ASKS_SUMS:
+            coefs, kept = rule.coefs(row), ()
+        elif told.form == ASKS_BOTH:
+            coefs, kept = rule.coefs(told.before, row), ()
+        else:
+            coefs, kept = numbers_of(rule, row, measured.t, size)
+        self.set_numbers(measured, coefs, kept)
+        return 0
+
+    cdef int set_numbers(self, Measured* measured, coefs, kept) except -1:
+        """Give a stage its numbers, and note what its rule keeps."""
+        cdef tuple numbers = floats(coefs), keeps = floats(kept)
+        cdef Segment* leaf = <Segment*> self.work.segments.data + measured.segment
+        cdef Py_ssize_t at = (<Stage*> self.work.stages.data)[measured.stage].coefs
+        cdef void* cells = <double*> self.work.numbers.data + at
+        cdef Keeping* keeping
+        cdef Py_ssize_t k
+        if len(numbers) != measured.of_step or len(keeps) != measured.keeps:
+            rule = (<Told> self.measuring[measured.rule]).rule
+            raise ValueError(
+                f"{type(rule).__name__}.coefs returned {len(numbers)} numbers and keeps "
+                f"{len(keeps)}; its step takes {measured.of_step}, and `kept` names "
+                f"{measured.keeps}"
+            )
+        for k in range(len(numbers)):
+            if leaf.is_double:
+                (<double*> cells)[k] = numbers[k]
+            else:
+                (<float*> cells)[k] = <float> <double> numbers[k]
+        for k in range(measured.keeps + measured.of_tree if measured.keeps else 0):
+            keeping = <Keeping*> push(&self.work.keepings, sizeof(Keeping))
+            keeping.where = measured.kept + k
+            keeping.value = keeps[k] if k < measured.keeps else measured.changes + 1
+        measured.is_done = True
+        return 0
+
+    cdef int ask_tree(self) except -1:
+        """Find all numbers for which stages wait, where no other batch has leaves."""
+        groups = self.measure()
+        if not groups:
+            return 0
+        asked = tree_of(self.told)
+        while groups:
+            self.receive(asked.answers(groups))
+            groups = self.measure()
+        return 0
+
     @cython.boundscheck(True)
     cdef int finish(self) except -1:
         cdef Run run
-        cdef float_environment before = environment_enter()
+        cdef float_environment before
         cdef Py_ssize_t k
-        cdef Segment* leaf
-        cdef Norm* norm
         cdef Count* count
-        cdef double value
+        cdef Keeping* keeping
         cdef bint keeps
+        if self.work.measures.length and not self.is_measured():
+            self.ask_tree()
+        before = environment_enter()
         run.members = 1
         try:
             self.begin()
@@ -638,24 +809,14 @@ cdef class Batch:
             run.pieces = min(run.blocks, run.bytes // PIECE + 1, run.members * PIECES)
             self.lend_scratch(&run)
             keeps = self.keeps_gil(&run, run.bytes)
-            for k in range(self.work.norms.length):
-                norm = <Norm*> self.work.norms.data + k
-                leaf = run.segments + norm.segment
-                self.failed = leaf.place
-                self.check_held(leaf.held, min(leaf.held_end, self.asked))
-                if keeps:
-                    value = norm_of(&run, leaf, norm.stage, norm.p)
-                else:
-                    with nogil:
-                        value = norm_of(&run, leaf, norm.stage, norm.p)
-                self.set_number(leaf, norm.stage, self.norm_rules[k].factor(value))
-                self.asked = self.work.held.length
-            self.failed = -1
             self.check_held(0, self.asked)
             work_on(&run, update_piece, run.bytes, keeps)
             for k in range(self.work.counts.length):
                 count = <Count*> self.work.counts.data + k
                 count.where[0] = count.value
+            for k in range(self.work.keepings.length):
+                keeping = <Keeping*> self.work.keepings.data + k
+                keeping.where[0] = keeping.value
             self.busy = False
             return 0
         finally:
@@ -663,6 +824,14 @@ cdef class Batch:
             if run.members > 1:
                 team_leave()
             environment_leave(before)
+
+    cdef bint is_measured(self) noexcept:
+        """Tell whether no stage waits for a number."""
+        cdef Py_ssize_t k
+        for k in range(self.work.measures.length):
+            if not (<Measured*> self.work.measures.data)[k].is_done:
+                return False
+        return True
 
     cdef int check_held(self, Py_ssize_t first, Py_ssize_t end) except -1:
         """Raise if an array no longer has the memory that is in use of it."""
@@ -743,7 +912,9 @@ cdef class Batch:
 
         This memory is not on the stacks of the threads, which users of Python may make small.
         """
-        cdef Py_ssize_t blocks = WIDENING if self.work.norms.length or self.widens else RUNNING
+        cdef Py_ssize_t blocks = (
+            MEASURING if self.work.measures.length else WIDENING if self.widens else RUNNING
+        )
         cdef uintptr_t start
         run.room = blocks * self.longest
         self.work.scratch.length = 0
@@ -751,11 +922,42 @@ cdef class Batch:
         run.scratch = <double*> ((start + 63) & ~<uintptr_t> 63)
         return 0
 
-    cdef int set_number(self, Segment* leaf, Py_ssize_t stage, double value) except -1:
-        cdef Py_ssize_t at = (<Stage*> self.work.stages.data)[stage].coefs
-        cdef void* cell = <double*> self.work.numbers.data + at
-        if leaf.is_double:
-            (<double*> cell)[0] = value
-        else:
-            (<float*> cell)[0] = <float> value
-        return 0
+
+cdef tuple row_of(Measured* measured):
+    """Return what was found for the terms of a measure."""
+    cdef list row = []
+    cdef int j
+    for j in range(measured.info.terms):
+        row.append(measured.row[j])
+    return tuple(row)
+
+
+cdef bint is_finite_row(Measured* measured) noexcept:
+    cdef int j
+    for j in range(measured.info.terms):
+        if not isfinite(measured.row[j]):
+            return False
+    return True
+
+
+cdef tuple kinds_of(Measured* measured):
+    """Return how the terms of a measure are reduced."""
+    cdef list kinds = []
+    cdef int j
+    for j in range(measured.info.terms):
+        kinds.append(KINDS[measured.info.how[j]])
+    return tuple(kinds)
+
+
+numbers_of = tree_of = None
+
+
+def know_measures(numbers, tree):
+    """Learn what makes coefs of measured numbers, and what combines those of the tree.
+
+    ``numbers(rule, row, t, size)`` returns the coefs of a rule that measures an array, and what it
+    keeps; ``tree(told)`` an object whose ``answers(groups)`` returns these for each group that
+    `Batch.measure` returns.
+    """
+    global numbers_of, tree_of
+    numbers_of, tree_of = numbers, tree

@@ -4,7 +4,7 @@ from libc.stdint cimport uint16_t
 from libc.string cimport memcpy
 
 cdef inline double joined(Reduction kind, double a, double b) noexcept nogil:
-    if kind == LARGEST:
+    if kind == LARGEST or kind == MOST:
         return maximum(a, b)
     if kind == SMALLEST:
         return minimum(a, b)
@@ -119,12 +119,20 @@ cdef void accumulate(const void* g_, Py_ssize_t n, double* lanes, Reduction kind
         for i in range(whole):
             for j in range(LANES):
                 sums[j] = maximum(sums[j], fabs(<double> g[LANES * i + j]))
+    elif kind == PLAIN:
+        for i in range(whole):
+            for j in range(LANES):
+                sums[j] += g[LANES * i + j]
     else:
         whole = 0
     for i in range(LANES * whole, n):
         j = i % LANES
         v = fabs(<double> g[i])
-        if kind == SQUARES:
+        if kind == PLAIN:
+            sums[j] += g[i]
+        elif kind == MOST:
+            sums[j] = maximum(sums[j], <double> g[i])
+        elif kind == SQUARES:
             sums[j] += v * v
         elif kind == ABSOLUTE:
             sums[j] += v

@@ -9,7 +9,7 @@ from libc.string cimport memset
 
 cdef enum Does:             # kinds of stages
     STEP
-    MEASURED                # a step whose one number is measured
+    MEASURED                # a step whose numbers are found by a measure
     HOLD
     PARTS
 
@@ -18,23 +18,49 @@ cdef struct Task:           # a stage of a program made ready
     Py_ssize_t first        # position of the first index of its place, among those of the plan
     Py_ssize_t end          # position after the last one
     Py_ssize_t parts        # how many parts its state must have
-    StepInfo step           # used by STEP and MEASURED, as are the next four
-    bint is_late            # whether the step is compiled when it first meets a dtype
+    StepInfo step           # used by STEP and MEASURED, as are the next five
+    bint is_late            # whether step or measure are compiled when they first meet a dtype
+    bint is_made[2]         # whether they are compiled, for float and for double
     bint counts             # whether coefs takes t
     int64_t known_t[2]      # the count whose coefs the batch holds, for float and for double
     Py_ssize_t known[2]     # their position among the numbers of the batch; -1 if it holds none
     int64_t n               # used by HOLD, whose `add` and `release` are the next two tasks
-    double p                # used by MEASURED
+    MeasureInfo measure     # used by MEASURED, as are the rest
+    double order            # the order of its norms
+    int keeps               # how many numbers its rule keeps, in a vector behind the slots
+    bint of_tree            # whether it measures the tree
+    int64_t before_t[2]     # the count whose numbers of measure_coefs the batch holds
+    Py_ssize_t before[2]    # their position among the numbers of the batch; -1 if it holds none
 
 cdef enum:
     TASKS_OF_HOLD = 3
 
 
+cdef enum Form:             # in which coefs of a rule that measures asks
+    ASKS_SUMS               # coefs(sums)
+    ASKS_BOTH               # coefs(before, sums), after the numbers of measure_coefs
+    ASKS_ELSE
+
+
+cdef class Told:
+    """What stays known of a rule that measures, while its program runs."""
+
+    cdef object rule
+    cdef object outer           # the rule of the leaf
+    cdef int rank               # the how manieth of its class it is there
+    cdef Form form
+    cdef bint takes_t           # measure_coefs takes the count of steps
+    cdef object before          # what it returned last
+
+
+FORMS = {(("sums",), False): ASKS_SUMS, (("before", "sums"), False): ASKS_BOTH}
+
+
 cdef class Plan:
     """A program made ready for the kernels: its stages side by side.
 
-    `find(rule, is_double)` returns the address of a late step (see `Step`) and how many coefs that
-    takes, or None.
+    `find(rule, is_double)` returns the address of a late step (see `Step`), how many coefs that
+    takes, and the address of its measure or None; or None.
     """
 
     cdef readonly object rule
@@ -66,10 +92,30 @@ cdef class Plan:
         task.is_late, task.counts = index < 0, counts
         self.coefs[self.tasks.length - 1] = rule.coefs
 
-    def add_measured(self, rule, at, int index, double p):
-        """Add a step without slots, whose number ``rule.factor`` makes of a p-norm."""
-        cdef Task* task = self.add(MEASURED, rule, at, 0)
-        task.step, task.p = step_table[index], p
+    def add_measured(self, rule, at, int index, int measure, bint of_tree, int rank, late=None):
+        """Add a step whose numbers `coefs` makes of what a measure finds.
+
+        `measure` is its index in their table, or -1 for a late one; then `late` says how many coefs
+        it takes, and how its terms are reduced. Of a rule of the tree, `rank` says the how manieth
+        of its class it is.
+        """
+        cdef Told told = Told()
+        cdef int slots = len(rule.slots), keeps = len(rule.kept)
+        cdef Task* task = self.add(MEASURED, rule, at, slots + (keeps > 0) + rule.counts)
+        if index >= 0:
+            task.step = step_table[index]
+        task.step.index, task.step.slots = index, slots
+        if measure >= 0:
+            task.measure = measure_table[measure]
+        else:
+            describe(&task.measure, slots, late[0], late[1])
+        task.is_late, task.counts, task.of_tree = index < 0 or measure < 0, rule.counts, of_tree
+        task.keeps, task.order = keeps, rule.order
+        task.before[0] = task.before[1] = -1
+        told.rule, told.outer, told.rank, told.before = rule, self.rule, rank, ()
+        told.takes_t = "t" in rule.asks["measure_coefs"]
+        told.form = FORMS.get((rule.asks["coefs"], keeps > 0), ASKS_ELSE)
+        self.coefs[self.tasks.length - 1] = told
 
     def add_hold(self, at, int64_t n, add, release):
         """Add a stage that holds n - 1 gradients back; `add` and `release` are rule and index."""
@@ -111,6 +157,7 @@ cdef class Plan:
         cdef Py_ssize_t k
         for k in range(self.tasks.length):
             tasks[k].known[0] = tasks[k].known[1] = -1
+            tasks[k].before[0] = tasks[k].before[1] = -1
 
     cdef bint stack(self, Batch batch, Segment* leaf, old, new) except -1:
         """Add stages that read the state `old` and write `new`; tell whether they can."""
@@ -153,14 +200,15 @@ cdef class Plan:
         cdef int kind = leaf.is_double
         cdef int64_t t = 0
         cdef Stage* stage
-        if task.is_late and task.step.run[kind] is NULL and not self.compile(batch, k, kind):
+        if task.is_late and not task.is_made[kind] and not self.compile(batch, k, kind):
             return False
         if task.counts:
-            t = batch.read_count(item(old, task.step.slots)) + 1
+            t = batch.read_count(item(old, task.parts - 1)) + 1
             if t == 0:
                 return False
-        if task.does == MEASURED:           # each leaf has a number of its own
-            task.known[kind] = batch.add_numbers((1.0,), kind)
+        if task.does == MEASURED:
+            if not self.ask_for_measure(batch, k, kind, t):
+                return False
         elif task.known[kind] < 0 or task.known_t[kind] != t:
             # Code of users: first, while no address of this leaf's state has been read.
             coefs = <object> PyList_GET_ITEM(self.coefs, k)
@@ -175,9 +223,30 @@ cdef class Plan:
             return False
         stage.coefs = task.known[kind]
         if task.does == MEASURED:
-            batch.add_norm(self.rules[k], task.p)
+            if not batch.add_measured(leaf, task, self.coefs[k], old, new, t):
+                return False
         if task.counts:
-            batch.store_count(new, task.step.slots, t, leaf)
+            batch.store_count(new, task.parts - 1, t, leaf)
+        return True
+
+    cdef bint ask_for_measure(self, Batch batch, Py_ssize_t k, int kind, int64_t t) except -1:
+        """Ask for the numbers of a measure, and make room for those of its step."""
+        cdef Task* task = <Task*> self.tasks.data + k
+        cdef bint is_new = task.before[kind] < 0 or task.before_t[kind] != t
+        if is_new and task.measure.coefs:
+            rule = self.rules[k]
+            takes_t = (<Told> self.coefs[k]).takes_t
+            numbers = floats(rule.measure_coefs(t) if takes_t else rule.measure_coefs())
+            batch.asked = batch.work.held.length
+            if len(numbers) != task.measure.coefs:
+                return False
+            (<Told> self.coefs[k]).before = numbers
+            task.before[kind] = batch.add_numbers(numbers, kind)
+        elif is_new:
+            task.before[kind] = 0
+        task.before_t[kind] = t
+        if is_new or not task.of_tree:          # leaves have numbers of their own
+            task.known[kind] = batch.add_numbers((1.0,) * task.step.coefs, kind)
         return True
 
     cdef bint compile(self, Batch batch, Py_ssize_t k, int kind) except -1:
@@ -189,8 +258,13 @@ cdef class Plan:
         if found is None:
             self.find = None
             return False
-        address, task.step.coefs = found
-        task.step.run[kind] = <Step> <void*> address
+        address, task.step.coefs, measure = found
+        if task.step.index < 0:
+            task.step.run[kind] = <Step> <void*> address
+        task.is_made[kind] = True
+        if measure is not None:
+            address = measure
+            task.measure.run[kind] = <Step> <void*> address
         return True
 
     cdef bint hold(self, Batch batch, Task* task, Segment* leaf, old, new) except -1:

@@ -126,9 +126,11 @@ ctypedef void (*Step)(
 cdef enum:
     MAX_BLOCK = 4096        # numbers; more would not fit the first cache
     MAX_SLOTS = 8
+    MAX_TERMS = 4           # of a measure
     RUNNING = 3             # blocks of scratch memory that `chain` needs
     WIDENING = 4 + MAX_SLOTS    # the same in a dry run, and for narrow numbers
-    STRETCHES = 256         # most partial sums of a norm
+    MEASURING = WIDENING + MAX_TERMS    # the same with the terms of a measure
+    STRETCHES = 256         # most partial sums of a measure
     STRETCH = 16384         # fewest numbers in one of them
     LINE = 64               # bytes in a line of the caches
     LANES = 32              # running sums side by side, so that a reduction fills a vector

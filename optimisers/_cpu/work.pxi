@@ -52,10 +52,24 @@ cdef struct Fused:          # a last stage whose loop does the stages ahead of i
     Py_ssize_t last         # its own coefs
     Py_ssize_t coefs        # the coefs of all of them, joined
 
-cdef struct Norm:           # a barrier that waits for its number
+cdef struct Measured:       # a stage that waits for numbers
     Py_ssize_t segment
     Py_ssize_t stage
-    double p
+    Py_ssize_t rule         # position of its `Told` in the list of the batch
+    Py_ssize_t group        # position of its group among those that wait for the tree
+    Py_ssize_t coefs        # position of the coefs of its measure among the numbers of the batch
+    int of_step             # how many coefs its step takes
+    MeasureInfo info
+    double order            # the order of its norms
+    int64_t t               # the count of steps; 0 if coefs takes none
+    double* kept            # where the numbers that its rule keeps are written
+    int keeps               # how many these are, without the count behind them
+    double changes          # the count behind them, before this step
+    bint of_tree            # whether it measures the tree
+    bint waits              # whether it waits for other leaves
+    bint is_known           # whether the numbers in `row` are known
+    bint is_done            # whether its step has its coefs
+    double row[MAX_TERMS]   # the reduced terms
 
 cdef struct Count:          # a count of steps to be stored
     int64_t* where
@@ -67,13 +81,21 @@ cdef struct Span:           # memory that the run writes
     Py_ssize_t place
 
 
+cdef struct Keeping:        # a number to be stored
+    double* where
+    double value
+
+
 cdef enum Reduction:
-    LARGEST
+    PLAIN                   # the sum of the numbers
+    MOST                    # the largest number
+    LARGEST                 # the largest absolute value
     SMALLEST
     NONZERO
     ABSOLUTE
     SQUARES
     POWERS
+    NOTHING                 # the result is known already
 
 
 cdef struct Held:           # an array whose address is in use
@@ -94,8 +116,9 @@ cdef struct Work:           # the memory of a batch, lent from one to the next
     Vector segments
     Vector stages
     Vector numbers          # coefs, cast to the dtype of their leaf, one in eight bytes
-    Vector norms
+    Vector measures
     Vector counts
+    Vector keepings
     Vector spans            # of slots, then of all that is written
     Vector parameters       # spans of parameters
     Vector scratch          # blocks for each thread: see Batch.lend_scratch
@@ -107,7 +130,7 @@ cdef struct Work:           # the memory of a batch, lent from one to the next
     int64_t batch           # number of the batch among those to which this memory was lent
 
 cdef enum:
-    VECTORS = 9
+    VECTORS = 10
 
 cdef Work* spare = NULL
 

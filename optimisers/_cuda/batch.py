@@ -263,7 +263,7 @@ class Rows:
         limits = [float(rule.omega) for job in jobs for rule in job.norms]
         launch.prepare(rows, numbers, limits)
 
-    def measure(self) -> None:
+    def measure(self, whole: Any) -> dict[int, list[type]]:
         """Find the norms; wait for them only where one that is not finite has to be refused.
 
         Raises
@@ -278,7 +278,7 @@ class Rows:
                 if any(rule.throw for job in group.jobs for rule in job.norms):
                     strict.append((key, group))
         if not strict:
-            return
+            return {}
         found: list[tuple[Job, list[float]]] = []
         for key, group in strict:
             norms = iter(self.on(key.device, group.launch.norms))
@@ -286,8 +286,9 @@ class Rows:
         for job, norms_of_job in sorted(found, key=lambda pair: pair[0].index):
             self.failed = job.index
             for rule, norm in zip(job.norms, norms_of_job, strict=True):
-                rule.factor(norm)
+                rule.accept((norm,))
         self.failed = -1
+        return {}
 
     # --- running -----------------------------------------------------------------------------
 

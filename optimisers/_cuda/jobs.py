@@ -81,6 +81,8 @@ def plan_of(rule: Any) -> Plan | None:
     program = program_of(rule)
     if program is None or any(isinstance(stage, Master) for stage in program[1:]):
         return None
+    if any(isinstance(stage, Measure) and not stage.rule._measured_by_cuda for stage in program):
+        return None
     return Plan(program)
 
 
@@ -169,7 +171,9 @@ class Job:
     def _add_step(self, step: ReadyStep, measure: Measure | None, old: Any, new: Any) -> bool:
         """Add a step; tell whether the states fit it."""
         if measure is not None:
-            self.kernel_steps.append(KernelStep(step.step, step.slots, 1, float(measure.rule.p)))
+            self.kernel_steps.append(
+                KernelStep(step.step, step.slots, 1, float(measure.rule.order))
+            )
             self.norms.append(measure.rule)
             return not (step.slots or step.counts)
         count, t = None, 0

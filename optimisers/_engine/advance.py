@@ -24,6 +24,7 @@ from .. import _fork
 from .._arrays import devices
 from .._arrays.library import library_for
 from .._messages.text import short
+from ..rules._measure import Pass
 from . import cpu
 from .arrays import ArrayBatch, at_once, blank
 from .batch import Batch, Call, Update
@@ -75,6 +76,7 @@ def advance(
     in_place: bool,
     on_nonfinite: str = "ignore",
     beside: Beside | None = None,
+    value: Any = None,
 ) -> Results:
     """Update every leaf that has a gradient and is not frozen; all of them or none.
 
@@ -96,6 +98,8 @@ def advance(
         Given, by index, the parameters that are not written in place and the states that are new,
         and the indices that are skipped, returns what else is to be written when the rest has its
         values.
+    value : optional
+        The value of the loss, for rules that ask for it.
 
     Returns
     -------
@@ -118,6 +122,7 @@ def advance(
     begun = None
     if on_nonfinite == "ignore" and beside is None:
         batch = cpu.kernels.Batch(None if in_place else blank)
+        batch.told = value, path_of
         try:
             rest = batch.gather(leaves, xs, gs, cpu.lower, True)
         except Exception as error:
@@ -130,7 +135,7 @@ def advance(
                 _tell_watchers("kernels", batch.places())
             return batch.new_x, batch.new_state, []
         begun = batch, rest
-    update = Update(leaves, xs, gs, higher, path_of, in_place)
+    update = Update(leaves, xs, gs, higher, path_of, in_place, value)
     batches = _gathered(update, begun)
     skipped: list[int] = []
     if on_nonfinite != "ignore":
@@ -140,7 +145,8 @@ def advance(
     if skipped:
         for k in skipped:
             gs[k] = None
-        batches = _gathered(Update(leaves, xs, gs, higher, path_of, in_place), None)
+        update = Update(leaves, xs, gs, higher, path_of, in_place, value)
+        batches = _gathered(update, None)
     return *_made(update, batches, skipped, beside), skipped
 
 
@@ -177,12 +183,11 @@ def _made(
 ) -> tuple[dict[int, Array], dict[int, Any]]:
     """Make the update at one stroke; return what was not written in place."""
     path_of = update.path_of
-    for number, batch in enumerate(batches):
-        if clash := batch.settle(batches[:number]):
-            raise overlapping(*map(path_of, clash))
     try:
-        for batch in batches:
-            batch.measure()
+        _measure(update, batches)
+        for number, batch in enumerate(batches):
+            if clash := batch.settle(batches[:number]):
+                raise overlapping(*map(path_of, clash))
         new_x: dict[int, Array] = {}
         new_state: dict[int, Any] = {}
         calls: list[Call] = []
@@ -208,6 +213,15 @@ def _made(
         for batch in batches:
             _tell_watchers(batch.name, batch.indices())
     return new_x, new_state
+
+
+def _measure(update: Update, batches: list[Batch]) -> None:
+    """Find the numbers that steps need; those of the tree when all batches have come to theirs."""
+    whole = Pass(update.states, update.value, update.path_of)
+    while waiting := {
+        k: rules for batch in batches[::-1] for k, rules in batch.measure(whole).items()
+    }:
+        whole.combine(waiting.copy)
 
 
 def _tell_watchers(backend: str, taken: Sequence[int]) -> None:

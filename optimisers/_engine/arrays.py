@@ -31,6 +31,7 @@ from .._arrays.traced import Number, with_attributes
 from .._pytree import Crossed
 from .._trees.nodes import children, rebuild
 from ..rules._base import ANEW, ElementwiseRule, Rule
+from ..rules._measure import Pass, measures, one_round, shared_in
 from ..rules._numbers import moved, read_only
 from .batch import Batch, Call, Update, note
 from .gradients import checked, named
@@ -55,11 +56,15 @@ class ArrayBatch:
         """Indices, arrays of their parameters or states, and the values to write into these."""
         self.new_x: dict[int, Array] = {}
         self.new_state: dict[int, Any] = {}
+        self.written_once: set[int] = set()
+        """The ids of vectors that leaves share, which are stored already."""
+        self.waiting: list[int] = []
 
     def gather(self, ks: Sequence[int]) -> list[int]:
         for k in ks:
             if (g := self.update.gradient(k)) is not None:
                 self.gs[k] = g
+        self.waiting = [*self.gs]
         return []
 
     def indices(self) -> list[int]:
@@ -69,18 +74,22 @@ class ArrayBatch:
         gradients = [self.update.gs, *self.update.higher]
         return [k for k in self.gs if self.update.is_bad(k, gradients)]
 
+    def measure(self, whole: Pass) -> dict[int, list[type]]:
+        """Evaluate the leaves that can be: all that a rule measures is found with its step."""
+        self.waiting = one_round(whole, self.waiting, self._evaluate)
+        return {k: measures(self.update.leaves[k].rule) for k in self.waiting}
+
     def settle(self, before: Sequence[Batch]) -> tuple[int, int] | None:
-        for k, g in self.gs.items():
-            self._evaluate(k, g)
         if not self.stored:
             return None
         own = self.written()
         others = [batch.written() for batch in before if batch.may_write([x for _, x in own])]
         return overlap(sorted(itertools.chain(own, *others), key=operator.itemgetter(0)))
 
-    def _evaluate(self, k: int, g: Array) -> None:
+    def _evaluate(self, k: int) -> None:
         """Evaluate a leaf, and note the arrays to write and their values; write nothing."""
-        update, leaf, x = self.update, self.update.leaves[k], self.update.xs[k]
+        g, update = self.gs[k], self.update
+        leaf, x = update.leaves[k], update.xs[k]
         made, new = _evaluated(self.steps, update, k, g)
         library = library_for(x)
         if update.in_place:
@@ -93,11 +102,13 @@ class ArrayBatch:
         if update.in_place:
             made = made.state() if type(made) is Crossed else made
             made, writes = rewritten(leaf.state, made)
-            self.stored += [(k, *write) for write in writes]
+            shared = {id(vector) for _, vector in shared_in(leaf.state)} if writes else ()
+            for old, new in writes:
+                if id(old) not in self.written_once:  # else another leaf that shares it writes it
+                    self.stored.append((k, old, new))
+                if id(old) in shared:
+                    self.written_once.add(id(old))
         self.new_state[k] = made
-
-    def measure(self) -> None:
-        """Do nothing: rules have been evaluated, with their norms."""
 
     def calls(self) -> list[Call]:
         calls = [writing(x, values) for _, x, values in self.stored]

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from .._arrays.library import Call, isnumeric, library_for, refuse_masked_parameter
 from .._messages.text import short
+from ..rules._measure import Pass
 from .gradients import checked, holds_nonfinite
 
 Array = Any
@@ -29,14 +30,19 @@ class Update:
         higher: Sequence[list[Any]],
         path_of: Callable[[int], str],
         in_place: bool,
+        value: Any = None,
     ) -> None:
         self.leaves, self.xs, self.gs, self.higher = leaves, xs, gs, higher
-        self.path_of, self.in_place = path_of, in_place
+        self.path_of, self.in_place, self.value = path_of, in_place, value
         self._gradients: dict[int, Array | None] = {}
 
     def path(self, k: int) -> Callable[[], str]:
         """Return a function that returns the path of index `k`."""
         return partial(self.path_of, k)
+
+    def states(self) -> list[Any]:
+        """Return the states of all leaves."""
+        return [leaf.state for leaf in self.leaves]
 
     def gradient(self, k: int) -> Array | None:
         """Return a gradient, checked once; None says that there is none.
@@ -88,12 +94,18 @@ class Batch(Protocol):
     def settle(self, before: Sequence[Batch]) -> tuple[int, int] | None:
         """Copy gradients and parameters that would be read after they are written.
 
+        It is called after `measure`.
+
         Returns two indices that would write the same memory, one of them of this batch and the
         other of this or of the batches before; else None.
         """
 
-    def measure(self) -> None:
-        """Compute the numbers over whole arrays that steps need; raise if one is refused."""
+    def measure(self, whole: Pass) -> dict[int, list[type]]:
+        """Compute the numbers that steps need, up to those of the tree; raise if one is refused.
+
+        Returns, for each index that waits for numbers of the tree, the classes of its rules that
+        measure the tree. It is called again after `whole` has combined numbers.
+        """
 
     def calls(self) -> list[Call]:
         """Return the calls that make the update, all of C functions (see `at_once`)."""

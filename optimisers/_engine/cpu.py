@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from numbers import Real
 from typing import Any
@@ -17,6 +18,7 @@ from .._arrays.sharing import host_span
 from .._arrays.states import parts_of_state
 from .._messages.text import short
 from ..rules._base import _registry
+from ..rules._measure import Pass, after_measure, measures
 from ..rules._program import (
     Hold,
     Master,
@@ -26,9 +28,10 @@ from ..rules._program import (
     Step,
     check_language,
     compiler,
+    measure_form,
     program_of,
+    told_numbers,
 )
-from ..rules.norms import _Scale
 from .arrays import blank
 from .batch import Batch, Call, Update, note
 from .tensors import sights
@@ -97,6 +100,7 @@ def get_num_threads() -> int:
 
 _rules: dict[str, Any] = {cls.__name__: cls for cls in _registry}
 _steps = {_rules[name].step: index for name, index in kernels.step_index.items()}
+_measures = {_rules[name].measure: index for name, index in kernels.measure_index.items()}
 
 
 def lower(rule: Any) -> Any:
@@ -109,14 +113,20 @@ def _ready(rule: Any, program: Program) -> Any:
     """Return the plan of a program, or None if the CPU kernels cannot run one of its stages."""
     plan = kernels.Plan(rule, _compiled)
     measure: Measure | None = None
+    ranks: Counter[type] = Counter()
     for k, stage in enumerate(program):
-        if measure is not None or isinstance(stage, Step):
-            if not isinstance(stage, Step) or not _add_step(plan, stage, measure):
+        if measure is not None:
+            cls = type(measure.rule)
+            if not isinstance(stage, Step) or not _add_measured(plan, measure, stage, ranks[cls]):
                 return None
+            ranks[cls] += 1
             measure = None
+        elif isinstance(stage, Step):
+            if not _add_step(plan, stage):
+                return None
         elif isinstance(stage, Parts):
             plan.add_parts(stage.at, stage.n)
-        elif isinstance(stage, Measure) and stage.over == "array":
+        elif isinstance(stage, Measure):
             measure = stage
         elif isinstance(stage, Hold):
             if not _add_hold(plan, stage):
@@ -128,18 +138,31 @@ def _ready(rule: Any, program: Program) -> Any:
     return plan if measure is None else None
 
 
-def _add_step(plan: Any, step: Step, measure: Measure | None) -> bool:
-    """Add a step, with the measure whose result it takes, if any; tell whether it can be run."""
+def _add_step(plan: Any, step: Step) -> bool:
+    """Add a step; tell whether it can be run."""
     cls = type(step.rule)
     index = _index_of(step.rule)
     if index is None:
         return False
-    if measure is None:
-        plan.add_step(step.rule, step.at, index, len(cls.slots), cls.counts)
-        return True
-    if cls is not _Scale or measure.at != step.at:
+    plan.add_step(step.rule, step.at, index, len(cls.slots), cls.counts)
+    return True
+
+
+def _add_measured(plan: Any, measure: Measure, step: Step, rank: int) -> bool:
+    """Add a step that takes what `measure` finds; tell whether it can be."""
+    rule, cls = step.rule, type(step.rule)
+    if measure.rule is not rule or measure.at != step.at or cls.measure is None:
         return False
-    plan.add_measured(measure.rule, step.at, index, measure.rule.p)
+    index, found, late = _index_of(rule), _measures.get(cls.measure, -1), None
+    known = {*cls.asks["measure_coefs"]} <= {"t"} and "kept" not in cls.asks["coefs"]
+    if index is None or measure.over == "axes" or not known:
+        return False
+    if found < 0:
+        compiler().check(cls, len(told_numbers(rule, "measure_coefs", {"t": 1})[0]), "measure")
+        late = measure_form(rule)
+        if len(late[1]) > kernels.max_terms:
+            return False
+    plan.add_measured(rule, step.at, index, found, measure.over == "tree", rank, late)
     return True
 
 
@@ -161,7 +184,7 @@ def _index_of(rule: Any) -> int | None:
     return None if len(cls.slots) > kernels.max_slots else -1
 
 
-def _compiled(rule: Any, is_double: bool) -> tuple[int, int] | None:
+def _compiled(rule: Any, is_double: bool) -> tuple[int, int, int | None] | None:
     """Return the address of a user's step as machine code and the number of its coefs, or None.
 
     Raises
@@ -171,8 +194,53 @@ def _compiled(rule: Any, is_double: bool) -> tuple[int, int] | None:
     """
     cls, coefs = type(rule), check_language(rule)
     dtype = "float64" if is_double else "float32"
-    address = compiler().block_step(cls.__name__, cls.step, len(cls.slots), coefs, dtype)
-    return None if address is None else (address, coefs)
+    slots = len(cls.slots)
+    address = compiler().block_step(cls.__name__, cls.step, slots, coefs, dtype)
+    measure = None
+    if address is not None and cls.measure is not None and cls.measure not in _measures:
+        before, kinds = measure_form(rule)
+        measure = compiler().block_step(cls.__name__, cls.measure, slots, before, dtype, len(kinds))
+        if measure is None:
+            return None
+    return None if address is None else (address, coefs, measure)
+
+
+# --- measures --------------------------------------------------------------------------------
+
+
+class TreeMeasures:
+    """Numbers of the tree for the leaves of compiled batches."""
+
+    def __init__(self, told: Any = None, whole: Pass | None = None) -> None:
+        value, path_of = told or (None, str)
+        self.whole = Pass(tuple, value, path_of) if whole is None else whole
+
+    def add(self, groups: Sequence[Any]) -> dict[int, list[type]]:
+        """Add what was measured of leaves; return for each the classes of its rules of the tree."""
+        for rule, _, rank, kinds, _, places, rows in groups:
+            self.whole.add(rule, rank, kinds, places, rows)
+        return self.waiting(groups)
+
+    def waiting(self, groups: Sequence[Any]) -> dict[int, list[type]]:
+        return {k: measures(outer) for _, outer, _, _, _, places, _ in groups for k in places}
+
+    def found(self, groups: Sequence[Any]) -> list[Any]:
+        """Return for each group the coefs and the numbers kept; None if it waits longer."""
+        return [
+            (sums := self.whole.found(rule, rank)) and after_measure(rule, sums, t, 0, self.whole)
+            for rule, _, rank, _, t, _, _ in groups
+        ]
+
+    def answers(self, groups: Sequence[Any]) -> list[Any]:
+        """Return `found` where no other batch has leaves."""
+        for rule, _, rank, kinds, _, places, rows in groups:
+            self.whole.add(rule, rank, kinds, places, rows)
+        self.whole.combine(lambda: self.waiting(groups))
+        return self.found(groups)
+
+
+for twin in available.values():
+    twin.know_measures(after_measure, TreeMeasures)
 
 
 # --- leaves ----------------------------------------------------------------------------------
@@ -193,6 +261,7 @@ class KernelBatch:
         """A compiled batch that has gathered already, and the indices that it left."""
         self.batch: Any = begun[0] if begun else kernels.Batch(None if update.in_place else blank)
         self.tensors: list[int] = []
+        self.waiting: list[Any] = []
         self.late: list[int] = []
         """The indices that were taken after their gradients were checked."""
 
@@ -251,8 +320,11 @@ class KernelBatch:
         clash: tuple[int, int] | None = self.batch.settle()
         return clash
 
-    def measure(self) -> None:
-        """Do nothing: a run computes norms before it writes."""
+    def measure(self, whole: Pass) -> dict[int, list[type]]:
+        if self.waiting:
+            self.batch.receive(TreeMeasures(whole=whole).found(self.waiting))
+        self.waiting = self.batch.measure()
+        return TreeMeasures(whole=whole).add(self.waiting)
 
     def calls(self) -> list[Call]:
         return [(self.batch.run,)]

@@ -53,6 +53,7 @@ class Tied:
         higher: Sequence[list[Any]],
         in_place: bool,
         on_nonfinite: str,
+        value: Any = None,
     ) -> tuple[dict[int, Array], dict[int, Any], list[int]]:
         """Update all places, as `_engine.advance` updates leaves."""
         groups = [*zip(self.leaves, self.groups, strict=True)]
@@ -71,6 +72,7 @@ class Tied:
             in_place,
             on_nonfinite,
             partial(self._beside, summed) if in_place else None,
+            value,
         )
         new_x: dict[int, Array] = {}
         for j, group in enumerate(self.groups):

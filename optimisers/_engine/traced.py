@@ -10,6 +10,7 @@ from typing import Any, cast
 from .._arrays.traced import of_jax
 from .._pytree import Crossed, classes_in
 from ..rules._base import OURS, ElementwiseRule, Rule
+from ..rules._measure import needs_value
 
 Array = Any
 
@@ -83,6 +84,8 @@ def _can_be_called(kind: Any) -> bool:
 
 
 def _is_pure(cls: type[Rule]) -> bool:
+    if issubclass(cls, ElementwiseRule) and (cls.over == "tree" or needs_value(cls)):
+        return False  # it depends on more than its leaf
     if cls.__module__.startswith(OURS):
         return True
     is_elementwise = issubclass(cls, ElementwiseRule)

@@ -79,7 +79,15 @@ NAMES = """\
 | `Grokfast` ahead of a rule | – | – | – | – |
 | `ClipGrad` ahead of a rule | `clip_grad_value_` | `clip`, `clip_by_value` | `SGD(clipvalue=)` | `ClipGrad` |
 | `ClipNorm` ahead of a rule | – | `clip_by_block_rms` | `SGD(clipnorm=)` | `ClipNorm` |
-| `ClipNorm` over the flat vector of `destructure` | `clip_grad_norm_`, `clip_grad_norm` | `clip_by_global_norm` | `SGD(global_clipnorm=)`, `ClipGlobalNorm` | – |
+| `ClipGlobalNorm` ahead of a rule | `clip_grad_norm_`, `clip_grad_norm` | `clip_by_global_norm` | `SGD(global_clipnorm=)` | – |
+| `norm(tree)`, `norms(state)` | `get_total_norm` | `global_norm`, `tree_norm` | – | – |
+| `all_finite(tree)` | – | `apply_if_finite` | – | – |
+| `Centralise` ahead of a rule | – | `centralize` | – | – |
+| `ClipAdaptive` ahead of a rule | – | `adaptive_grad_clip` | – | – |
+| `TrustRatio` behind a rule | – | `scale_by_trust_ratio` | – | – |
+| `LAMB` | – | `lamb` | `Lamb` | – |
+| `Prodigy` | – | `prodigy` | – | – |
+| `Polyak` | – | `polyak_sgd`, `scale_by_polyak` | – | – |
 | `AccumGrad(n)` | several `backward()` | `MultiSteps`, `apply_every` | `SGD(gradient_accumulation_steps=)` | `AccumGrad(n)` |
 | `MixedPrecision(rule)` | `torch.amp`, `GradScaler` | – | `LossScaleOptimizer` | `MixedPrecision(rule)` |
 | a gradient from `jax.value_and_grad` or another library | `opt.zero_grad()`, `backward()` | `value_and_grad` | `GradientTape` | `gradient(loss, model)` |
@@ -104,9 +112,10 @@ FIELDS = """\
 | `ell` of `Rprop`, the pair of both factors | – | `etas` | `eta_minus`, `eta_plus` | – | `ℓ` |
 | `gamma` of `Rprop`, the smallest and the largest step | – | `step_sizes` | `min_step_size`, `max_step_size` | – | `Γ` |
 | `delta` of `ClipGrad` | `delta` of `ClipGrad` ahead of the rule in an `OptimiserChain` | `clip_grad_value_(clip_value=)` | `clip(max_delta=)` | `clipvalue` | `δ` |
-| `omega` of `ClipNorm` | `omega` of `ClipNorm` ahead of the rule in an `OptimiserChain` | `clip_grad_norm_(max_norm=)` | `clip_by_global_norm(max_norm=)` | `clipnorm`, `global_clipnorm` | `ω` |
-| `p` of `ClipNorm` | – | `clip_grad_norm_(norm_type=)` | – | – | `ord` |
-| `throw` of `ClipNorm` | – | `clip_grad_norm_(error_if_nonfinite=)` | – | – | – |
+| `omega` of `ClipGlobalNorm` | `omega` of `ClipGlobalNorm` ahead of the rule in an `OptimiserChain` | `clip_grad_norm_(max_norm=)` | `clip_by_global_norm(max_norm=)` | `global_clipnorm` | `ω` |
+| `omega` of `ClipNorm` | `omega` of `ClipNorm` ahead of the rule in an `OptimiserChain` | – | – | `clipnorm` | – |
+| `p` of `ClipNorm`, `ClipGlobalNorm` | – | `clip_grad_norm_(norm_type=)` | – | – | `ord` |
+| `throw` of `ClipNorm`, `ClipGlobalNorm` | – | `clip_grad_norm_(error_if_nonfinite=)` | – | – | – |
 | `n` of `AccumGrad` | `n` of `AccumGrad` ahead of the rule in an `OptimiserChain` | – | `MultiSteps(every_k_schedule=)`, `apply_every(k=)` | `gradient_accumulation_steps` | `accumulation_steps`, `every`, `steps` |
 | write the rule `Nesterov` | – | `nesterov` | `nesterov` | `nesterov` | `nesterovs_momentum` |
 | write the rule `AMSGrad` | – | `amsgrad` | – | `amsgrad` | – |

@@ -41,20 +41,22 @@ WORDS = grammar.words_of(words.TEXTS)
 DEVICE_WORDS = grammar.words_of(words.TEXTS | words.DEVICE_TEXTS)
 
 
-def check(cls: Any, coefs: int) -> None:
+def check(cls: Any, coefs: int, name: str = "step") -> None:
     """Check the step of a user's rule, which takes so many coefs: `grammar.check`, asked once.
+
+    Or its measure, if that is the name.
 
     Raises
     ------
     StepError
         If it is not in the language of steps.
     """
-    _check(cls, cls.step, coefs)
+    _check(cls, getattr(cls, name), coefs, name)
 
 
 @functools.lru_cache(maxsize=1024)
-def _check(cls: Any, step: FunctionType, coefs: int) -> None:
-    grammar.check(cls, coefs, WORDS)
+def _check(cls: Any, step: FunctionType, coefs: int, name: str) -> None:
+    grammar.check(cls, coefs, WORDS, name)
 
 
 def scalar_words(
@@ -105,8 +107,11 @@ def rebound(step: FunctionType, meanings: Mapping[str, object]) -> FunctionType:
 # --- the loop over a block -------------------------------------------------------------------
 
 
-def block_text(slots: int, coefs: int) -> str:
-    """Return the text of a function with the C signature of a block step."""
+def block_text(slots: int, coefs: int, terms: int = 0) -> str:
+    """Return the text of a function with the C signature of a block step.
+
+    Of a measure, which has terms, if there are any: these stand where further slots would.
+    """
 
     def tuple_of(items: list[str]) -> str:
         return f"({''.join(f'{item}, ' for item in items)})"
@@ -116,11 +121,20 @@ def block_text(slots: int, coefs: int) -> str:
         "def block(x, g, dx, slots, coefs, n):",
         *(f"    {name} = slots[{k}]" for k, name in enumerate(slot)),
         f"    numbers = {tuple_of([f'coefs[{k}]' for k in range(coefs)])}",
+        *(f"    term{k} = slots[{slots + k}]" for k in range(terms)),
         "    for i in range(n):",
         f"        old = {tuple_of([f'{name}[i]' for name in slot])}",
-        "        dx[i], new = step(x[i], g[i], old, numbers)",
-        *(f"        {name}[i] = new[{k}]" for k, name in enumerate(slot)),
     ]
+    if terms:
+        lines += [
+            "        new = step(x[i], g[i], old, numbers)",
+            *(f"        term{k}[i] = new[{k}]" for k in range(terms)),
+        ]
+    else:
+        lines += [
+            "        dx[i], new = step(x[i], g[i], old, numbers)",
+            *(f"        {name}[i] = new[{k}]" for k, name in enumerate(slot)),
+        ]
     return "\n".join(lines) + "\n"
 
 
@@ -131,7 +145,9 @@ remembers them: classes with the same step share one, for as long as the process
 DTYPES = "float32", "float64"
 
 
-def block_step(rule: str, step: FunctionType, slots: int, coefs: int, dtype: str) -> int | None:
+def block_step(
+    rule: str, step: FunctionType, slots: int, coefs: int, dtype: str, terms: int = 0
+) -> int | None:
     """Return the address of a compiled block step, None where it has to stay array code.
 
     Parameters
@@ -144,38 +160,40 @@ def block_step(rule: str, step: FunctionType, slots: int, coefs: int, dtype: str
         How many of each it takes.
     dtype : str
         "float32" or "float64".
+    terms : int
+        Of a measure, how many terms it has.
 
     Warns
     -----
     RuntimeWarning
         Once, if Numba is there but cannot compile it.
     """
-    key = _digest(step, slots, coefs, dtype)
+    key = _digest(step, slots, coefs, dtype, terms)
     if key not in _made:
         with _fork.compiling:
             if key not in _made:  # another thread has compiled it meanwhile
-                _make(rule, step, slots, coefs, dtype)
+                _make(rule, step, slots, coefs, dtype, terms)
     made = _made[key]
     return None if made is None else int(made.address)
 
 
-def _make(rule: str, step: FunctionType, slots: int, coefs: int, dtype: str) -> None:
-    key = _digest(step, slots, coefs, dtype)
+def _make(rule: str, step: FunctionType, slots: int, coefs: int, dtype: str, terms: int) -> None:
+    key = _digest(step, slots, coefs, dtype, terms)
     try:
-        _made[key] = _compile(step, slots, coefs, dtype, key)
+        _made[key] = _compile(step, slots, coefs, dtype, terms, key)
     except Exception as error:
         for name in DTYPES:  # not tried for the other one, so that this is told once
-            _made.setdefault(_digest(step, slots, coefs, name), None)
+            _made.setdefault(_digest(step, slots, coefs, name, terms), None)
         reason = str(error).strip() or type(error).__name__
         warnings.warn(
-            f"Numba cannot compile {rule}.step, so it runs as array code: same numbers, "
+            f"Numba cannot compile {rule}.{step.__name__}, so it runs as array code: same numbers, "
             f"slower. The reason: {reason}",
             RuntimeWarning,
             stacklevel=8,  # the caller of `update`
         )
 
 
-def _compile(step: FunctionType, slots: int, coefs: int, dtype: str, key: str) -> Any:
+def _compile(step: FunctionType, slots: int, coefs: int, dtype: str, terms: int, key: str) -> Any:
     """Return the compiled block step, None where Numba is not installed or switched off."""
     try:
         import numba
@@ -188,7 +206,8 @@ def _compile(step: FunctionType, slots: int, coefs: int, dtype: str, key: str) -
     options = {"error_model": "numpy"}  # x / 0 is inf or nan
     jit = numba.njit(**options)
     meanings = {name: jit(word) for name, word in scalar_words(WORDS, getattr(np, dtype)).items()}
-    text = block_text(slots, coefs)
+    meanings |= dict.fromkeys(grammar.REDUCTIONS, jit(_term))
+    text = block_text(slots, coefs, terms)
 
     numbers = numba.types.CPointer(numba.from_dtype(np.dtype(dtype)))
     signature = numba.types.void(
@@ -215,11 +234,16 @@ def _compile(step: FunctionType, slots: int, coefs: int, dtype: str, key: str) -
     return made("<step>", False)
 
 
+def _term(x: Any) -> Any:
+    """Stand for a word that says how a term is reduced, which is done behind the loop."""
+    return x
+
+
 # --- its name -------------------------------------------------------------------------------
 
 
 @functools.lru_cache(maxsize=1024)
-def _digest(step: FunctionType, slots: int, coefs: int, dtype: str) -> str:
+def _digest(step: FunctionType, slots: int, coefs: int, dtype: str, terms: int) -> str:
     """Return a name for the machine code: everything that changes the code changes the name.
 
     The processor is not in it: Numba keeps the code for each apart.
@@ -229,7 +253,7 @@ def _digest(step: FunctionType, slots: int, coefs: int, dtype: str) -> str:
         platform.python_implementation(),
         sys.version_info[:3],
         dtype,
-        block_text(slots, coefs),
+        block_text(slots, coefs, terms),
         *map(_code_facts, codes),
     ]
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:24]

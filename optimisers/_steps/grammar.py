@@ -33,6 +33,12 @@ NEARBY = {
 }
 """Advice for functions that are no words, by their last names."""
 
+REDUCTIONS = "largest", "norm"
+"""Words that stand around a whole term of a measure, and nowhere else."""
+
+WORDS_MODULE = "optimisers.words"
+
+MEASURED = "a measure ends with `return term, ...`, for each number one term"
 ASSIGN = "a step is made of lines `name = formula`"
 RETURN = "a step ends with `return dx, (slots...)`"
 CHOOSE = "`where(condition, v, w)` chooses, element by element"
@@ -114,6 +120,10 @@ class Step:
     new: list[ast.expr] = field(default_factory=list)
     words: dict[str, int] = field(default_factory=dict)
     """The words in it, each with the first line that has it."""
+    terms: list[ast.expr] = field(default_factory=list)
+    """The terms that a measure returns; a step has none."""
+    kinds: list[str] = field(default_factory=list)
+    """How each term is reduced: "sum", or one of `REDUCTIONS`."""
     unpacked: dict[str, int] = field(default_factory=dict)
     """The lines that unpack state and coefs."""
     leads: bool = False
@@ -123,7 +133,7 @@ class Step:
 
     def reads(self, name: str) -> bool:
         """Tell whether its formula mentions a name."""
-        formulas = [*self.body, self.dx, *self.new]
+        formulas = [*self.body, self.dx, *self.new, *self.terms]
         names = (n for node in formulas for n in ast.walk(node) if isinstance(n, ast.Name))
         return any(n.id == name and isinstance(n.ctx, ast.Load) for n in names)
 
@@ -131,12 +141,14 @@ class Step:
 class Source:
     """The source that contains a step, for messages."""
 
-    def __init__(self, rule: str, lines: Sequence[str], file: str | None = None) -> None:
-        self.rule, self.lines, self.file = rule, lines, file
+    def __init__(
+        self, rule: str, lines: Sequence[str], file: str | None = None, name: str = "step"
+    ) -> None:
+        self.rule, self.lines, self.file, self.name = rule, lines, file, name
 
     def refuse(self, advice: str, line: int, column: int | None = None) -> NoReturn:
         """Raise a `StepError` that shows a line and says what to write."""
-        message = f"{self.rule}.step, line {line}: {advice}"
+        message = f"{self.rule}.{self.name}, line {line}: {advice}"
         if self.file is not None:
             message += f'\n  File "{self.file}", line {line}'
         if 0 < line <= len(self.lines):
@@ -177,12 +189,45 @@ class _Reader:
         args = function.args
         names = [a.arg for a in (*args.posonlyargs, *args.args, *args.kwonlyargs)]
         if names != ARGUMENTS or args.kwonlyargs or args.vararg or args.kwarg or args.defaults:
-            self.refuse(function, f"write `def step({', '.join(ARGUMENTS)})` below @staticmethod")
+            self.refuse(
+                function,
+                f"write `def {function.name}({', '.join(ARGUMENTS)})` below @staticmethod",
+            )
         *statements, last = function.body
         for statement in statements:
             self.statement(statement)
-        self.ending(last)
+        if function.name == "measure":
+            self.terms(last)
+        else:
+            self.ending(last)
         return self.step
+
+    def terms(self, node: ast.stmt) -> None:
+        match node:
+            case ast.Return(value=ast.Tuple(elts=[_, *_] as terms)):
+                pass
+            case _:
+                self.refuse(node, f"{MEASURED}: `return norm(dx),` has one")
+        for term in terms:
+            kind = "sum"
+            match term:
+                case ast.Call(func=ast.Name(id=word), args=[value], keywords=[]):
+                    if word in REDUCTIONS:
+                        self.step.words.setdefault(word, term.lineno)
+                        kind, term = word, value
+            self.of_arrays(term)
+            self.step.kinds.append(kind)
+            self.step.terms.append(term)
+
+    def of_arrays(self, value: ast.expr) -> None:
+        """Refuse what is no formula of arrays."""
+        self.formula(value)
+        if not self.arrays & {n.id for n in ast.walk(value) if isinstance(n, ast.Name)}:
+            number = ast.unparse(value)
+            self.refuse(
+                value,
+                f"`{number}` is one number, not an array: `zeros_like(x) + {number}` is one",
+            )
 
     def statement(self, node: ast.stmt) -> None:
         match node:
@@ -240,13 +285,7 @@ class _Reader:
             case _:
                 self.refuse(node, f"{RETURN}, or `return dx, ()` if it keeps nothing")
         for value in (dx, *new):
-            self.formula(value)
-            if not self.arrays & {n.id for n in ast.walk(value) if isinstance(n, ast.Name)}:
-                number = ast.unparse(value)
-                self.refuse(
-                    value,
-                    f"`{number}` is one number, not an array: `zeros_like(x) + {number}` is one",
-                )
+            self.of_arrays(value)
         if len(new) != len(self.step.slots):
             self.refuse(
                 node,
@@ -354,8 +393,8 @@ class _Reader:
 # --- steps of live classes -------------------------------------------------------------------
 
 
-def check(rule: Any, coefs: int, words: Mapping[str, Word]) -> None:
-    """Check the step of a user's rule.
+def check(rule: Any, coefs: int, words: Mapping[str, Word], name: str = "step") -> None:
+    """Check the step, or the measure, of a user's rule.
 
     Where the text of the step is not to be had, its code is looked at as far as that goes.
 
@@ -364,21 +403,23 @@ def check(rule: Any, coefs: int, words: Mapping[str, Word]) -> None:
     rule : type
         A class with `slots` and a `step` that is a function.
     coefs : int
-        How many numbers its `coefs` returns.
+        How many numbers its `coefs`, or `measure_coefs`, returns.
     words : mapping
         The words; the step must not mean something else by one.
+    name : {"step", "measure"}
+        Which of them.
 
     Raises
     ------
     StepError
         If it is not in the language.
     """
-    step = rule.step
+    step = getattr(rule, name)
     code = step.__code__
     lines = linecache.getlines(code.co_filename, step.__globals__)
-    source = Source(rule.__name__, lines, code.co_filename)
+    source = Source(rule.__name__, lines, code.co_filename, name)
     first = code.co_firstlineno
-    if not isinstance(inspect.getattr_static(rule, "step"), staticmethod):
+    if not isinstance(inspect.getattr_static(rule, name), staticmethod):
         source.refuse("write @staticmethod above it", first)
     function = _find(lines, code)
     if function is None:
@@ -393,11 +434,16 @@ def check(rule: Any, coefs: int, words: Mapping[str, Word]) -> None:
         ):
             line = taken.unpacked.get(whole, function.lineno)
             if len(names) != given and (names or whole == "state"):
-                giver = "`slots` names" if whole == "state" else "`coefs` returns"
+                of = "coefs" if name == "step" else "measure_coefs"
+                giver = "`slots` names" if whole == "state" else f"`{of}` returns"
                 source.refuse(f"it unpacks {len(names)} from {whole}, but {giver} {given}", line)
     known = visible(step)
     for word, line in said.items():
-        if known.get(word) is not words[word].meaning:
+        if word in REDUCTIONS:
+            is_ours = getattr(known.get(word), "__module__", None) == WORDS_MODULE
+        else:
+            is_ours = known.get(word) is words[word].meaning
+        if not is_ours:
             what = f"is {known[word]!r:.60}" if word in known else "means nothing"
             source.refuse(
                 f"{word} {what} here: write `from optimisers.words import {word}` above", line
@@ -459,7 +505,7 @@ def _check_code(source: Source, code: CodeType, words: Mapping[str, Word]) -> No
         ):
             source.refuse(f"the number {instruction.argval!r} belongs into coefs", line)
     for name in _outer_names(code):
-        if name not in words:
+        if name not in words and not (source.name == "measure" and name in REDUCTIONS):
             source.refuse(
                 f"{name} is no word; there are {', '.join(sorted(words))}. What else a step needs, "
                 "`coefs` returns",

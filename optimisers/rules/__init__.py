@@ -16,6 +16,8 @@ from .signs import *
 from .ahead import *
 from .chain import *
 from .norms import *
+from .trust import *
+from .tree import *
 from .accumulate import *
 from .precision import *
 from .matrices import *

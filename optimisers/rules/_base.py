@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-import itertools
 import typing
 from abc import ABC, abstractmethod
 from collections import namedtuple
@@ -13,34 +12,17 @@ from collections.abc import Collection, Iterable, Iterator
 from types import FunctionType
 from typing import Any, ClassVar, Self
 
-import numpy as np
-
-from .._arrays.library import is_abstract, library_for, namespace
-from .._arrays.traced import (
-    Maybe,
-    Packed,
-    at,
-    attaching,
-    chosen,
-    common_vector,
-    detached,
-    differentiated_in_double,
-    double,
-    lifted_count,
-    lifting,
-    needs_double,
-    promoting,
-    settled,
-    with_attributes,
-)
+from .._arrays.library import library_for
+from .._arrays.traced import Maybe, chosen, promoting
 from .._messages.calls import refuse, takes
 from .._messages.text import short
 from ..words import is_complex
+from ._coefs import coefs_for
 from ._fields import _checked, _limits, unsaid
+from ._measure import first_kept, measured
 from ._numbers import (
     as_count,
     as_like,
-    cast_like,
     count_like,
     counted,
     full_like,
@@ -48,7 +30,7 @@ from ._numbers import (
     read_only,
     widened,
 )
-from ._program import Program, Step, numbers
+from ._program import Measure, Program, Step, asked_by
 
 Array = Any
 Numbers = tuple[Any, ...]
@@ -110,6 +92,9 @@ _FIRST_ORDER = 4
 _registry: list[type[Rule]] = []
 
 _new_object = object.__new__
+
+OVER = "array", "axes", "tree"
+"""Over what a measure may be reduced."""
 
 
 def registry() -> list[type[Rule]]:
@@ -414,31 +399,84 @@ class ElementwiseRule(Rule):
     """Whether users put it behind those that lead. Where not, as where a clip ahead changes
     nothing, the loops run one after another; a class says so by ``_follows = False``."""
 
+    measure: ClassVar[Any] = None
+    """A static method ``measure(x, dx, state, coefs)`` whose terms are reduced for `coefs`."""
+    over: ClassVar[str] = "array"
+    """Over what a measure is reduced: "array", "axes" (see `axes`) or "tree"."""
+    order: Any = 2.0
+    """The order of `words.norm`; a rule with a field for it has a property here."""
+    kept: ClassVar[tuple[str, ...]] = ()
+    """Numbers, in double, that `coefs` hands on to the next step; over the tree, all leaves share
+    them. `keep` says how they begin."""
+    keeps_wide: ClassVar[bool] = False
+    """Whether its slots are in float32 beside narrower parameters, whose range is too small."""
+    common: ClassVar[tuple[str, ...]] = ()
+    """Fields in which all leaves of a tree that is measured must agree."""
+
+    _measured_by_cuda: ClassVar[bool] = False
+    """Whether the CUDA kernels know its measure; else arrays of Numba, which no array code takes,
+    are refused."""
+
+    asks: ClassVar[dict[str, tuple[str, ...]]]
+    """What `coefs` and `measure_coefs` ask for, by the names of their parameters."""
+    is_told: ClassVar[bool]
+    """Whether they take more than `t`, so that they are called after what is told is known."""
     counts: ClassVar[bool]
-    """Whether `coefs` takes `t`, so that the state counts steps."""
+    """Whether one of them takes `t`, so that the state counts steps."""
     State: ClassVar[Any]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        cls.counts = "t" in inspect.signature(cls.coefs).parameters
-        names = (*cls.slots, "t") if cls.counts else cls.slots
+        cls.asks = {name: asked_by(getattr(cls, name)) for name in ("coefs", "measure_coefs")}
+        cls.counts = any("t" in asked for asked in cls.asks.values())
+        if cls.kept and cls.over == "tree":
+            cls.counts = False  # the tree has one count, among the numbers that it keeps
+        cls.is_told = cls.measure is not None or any({*a} - {"t"} for a in cls.asks.values())
+        cls._measured_by_cuda = bool(vars(cls).get("_measured_by_cuda"))
+        if cls.over not in OVER:
+            raise TypeError(f"{cls.__name__}: over must be one of {OVER}; got {short(cls.over)}")
+        names = (*cls.slots, *(("kept",) if cls.kept else ()), *(("t",) if cls.counts else ()))
         state = namedtuple(f"{cls._shown_as}State", names)  # type: ignore[misc]
         if cls.counts:
             setattr(state, "keeps_count", True)  # noqa: B010 (in its last part; see `_pytree`)
+        if cls.kept and cls.over == "tree":
+            setattr(state, "shared_by", cls)  # noqa: B010 (see `_measure`)
+        if cls.keeps_wide:
+            setattr(state, "is_wide", staticmethod(lambda: True))  # noqa: B010 (see `moved`)
+        for k, name in enumerate(cls.kept):
+            setattr(state, name, property(functools.partial(_kept_number, k)))
         state.__module__, state.__qualname__ = cls.__module__, f"{cls.__qualname__}.State"
         cls.State = state
 
     def coefs(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
-        """Return the numbers that `step` needs."""
+        """Return the numbers that `step` needs; with those to be kept, ``(coefs, kept)``."""
         return ()
+
+    def measure_coefs(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        """Return the numbers that `measure` needs, which may ask for `t`, `kept` and `value`."""
+        return ()
+
+    def keep(self) -> tuple[float, ...]:
+        """Return how the numbers of `kept` begin."""
+        return (0.0,) * len(self.kept)
+
+    def axes(self, ndim: int) -> tuple[int, ...] | None:
+        """Return over which axes of an array the measure is reduced, if it is over axes.
+
+        None means that the rule hands such an array's gradient on as it is.
+        """
+        return tuple(range(ndim))
+
+    def accept(self, sums: tuple[Any, ...]) -> None:
+        """Raise `FloatingPointError` if the numbers measured of one array are refused."""
 
     @staticmethod
     @abstractmethod
     def step(x: Any, dx: Any, state: Any, coefs: Any) -> tuple[Any, tuple[Any, ...]]:
         """Return the step and the new slots."""
 
-    def start(self) -> tuple[float, ...]:
-        """Return the numbers that the slots are filled with at first."""
+    def start(self) -> tuple[float | str, ...]:
+        """Return the numbers that the slots are filled with at first; "x" for a copy of `x`."""
         return (0.0,) * len(self.slots)
 
     def init(self, x: Any) -> Any:
@@ -448,7 +486,20 @@ class ElementwiseRule(Rule):
                 f"{self._shown_as} compares numbers, so it takes real parameters only; "
                 f"got {x.dtype}"
             )
-        made: list[Any] = [full_like(x, v) for v in self.start()]
+        if self.is_told and not self._measured_by_cuda and not library_for(x).computes:
+            raise TypeError(
+                f"{self._shown_as} measures, for which there is no kernel for arrays of Numba; "
+                "make the parameters arrays of CuPy or JAX, or tensors of PyTorch"
+            )
+        like = widened(x) if self.keeps_wide else x
+        made: list[Any] = [
+            library_for(x).copied(as_like(full_like(like, 0.0), x))
+            if isinstance(value, str)
+            else full_like(like, value)
+            for value in self.start()
+        ]
+        if self.kept:
+            made.append(first_kept(self, x))
         if self.counts:
             made.append(count_like(x))
         return self.State(*made) if made else ()
@@ -470,60 +521,35 @@ class ElementwiseRule(Rule):
         t = counted(state.t) if self.counts else None
         held = {*map(id, (x, dx, *slots))}
         with promoting():
-            dx, new = self.step(x, dx, tuple(slots), self._coefs_for(x, t))
-        made = []
+            if self.is_told:
+                coefs, vector = measured(self, x, dx, tuple(slots), state, t)
+            else:
+                coefs, vector = coefs_for(self, x, t), None
+            if coefs is None:
+                new = tuple(slots)
+            else:
+                dx, new = self.step(x, dx, tuple(slots), coefs)
+        made: list[Any] = []
         for old, value in zip(kept, new, strict=True):
             made.append(
                 kept_as(old, library_for(value).copied(value) if id(value) in held else value)
             )
             held.add(id(value))
+        if self.kept:
+            made.append(vector)
         if self.counts:
             made.append(as_like(state.t, t))
         return (self.State(*made) if made else ()), as_like(given, dx)
 
     def program(self) -> Program | None:
-        step = type(self).step
+        cls = type(self)
         # A decorated one is another function than its text says.
-        is_plain = isinstance(step, FunctionType) and not hasattr(step, "__wrapped__")
-        return (Step(self),) if is_plain else None
-
-    def _coefs_for(self, x: Any, t: Any) -> tuple[Any, ...]:
-        """Return the numbers that the step needs at count `t`, computed in double, cast once."""
-        if needs_double(self, t):
-            if (packed := common_vector(self, x)) is not None:
-                return self._coefs_of(packed, x, t)
-            with double():
-                rule, t = with_attributes(self, lifting()), lifted_count(t)
-                return cast_like(x, numbers(rule, t))
-        rule = with_attributes(self, settled)
-        t = None if t is None else library_for(t).number_of(t)
-        return cast_like(x, numbers(rule, t))
-
-    def _coefs_of(self, packed: Packed, x: Any, t: Any) -> tuple[Any, ...]:
-        """Return the numbers of the step where those of the rule are in the vector of a leaf."""
-        # What JAX keeps of this function must not hold a tracer.
-        real, xp, length = np.empty(0, x.dtype).real.dtype, namespace(x), packed.length
-        places = with_attributes(self, detached)
-        known: list[Any] = []
-
-        def traced(vector: Any, *counts: Any) -> Any:
-            with double():
-                rule = with_attributes(places, attaching(vector, length))
-                t = counts[0].astype(np.int64) if counts else None
-                coefs = numbers(rule, t)
-                known[:] = [None if is_abstract(n) else float(n) for n in coefs]
-                # In one vector they are one function of what XLA compiles, and not one each.
-                made = [n.astype(np.float64) for n in coefs if is_abstract(n)]
-                return (xp.stack(made) if made else xp.zeros(0)).astype(real)
-
-        if t is None:
-            found = differentiated_in_double(traced)(packed.vector)
-        else:
-            with double():  # a count of floats, since whole numbers have no derivatives
-                wide = xp.asarray(t).astype(np.float64)
-            found = differentiated_in_double(traced)(packed.vector, wide)
-        order = itertools.count()
-        return tuple(at(found, next(order)) if n is None else n for n in known)
+        texts = [cls.step] if cls.measure is None else [cls.step, cls.measure]
+        if not all(isinstance(f, FunctionType) and not hasattr(f, "__wrapped__") for f in texts):
+            return None
+        if cls.measure is not None:
+            return Measure(self, over=self.over), Step(self)
+        return None if self.is_told else (Step(self),)
 
 
 def class_names(rule: Rule) -> Iterator[str]:
@@ -537,6 +563,11 @@ def class_names(rule: Rule) -> Iterator[str]:
 
 ANEW = "call setup anew with this model"
 """How errors about a state that does not fit end: updates put the path before them."""
+
+
+def _kept_number(k: int, state: Any) -> Any:
+    """Return a number that a state keeps, by its position."""
+    return state.kept[..., k]
 
 
 def misfit(rule: Rule, name: str, slot: Any, x: Any) -> str:

@@ -60,6 +60,7 @@ Order = Annotated[float, Limit("a number, inf or -inf", lambda v: not math.isnan
 
 Count = Annotated[int, Limit("a whole number, at least 1", lambda v: v >= 1 and v.is_integer())]
 
+Positive = Annotated[float, Limit("finite and above 0", lambda v: 0 < v < math.inf)]
 
 Steps = Annotated[int, Limit("a whole number, at least 0", lambda v: v >= 0 and v.is_integer())]
 

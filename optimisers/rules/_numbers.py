@@ -19,7 +19,7 @@ from .._arrays.library import (
     widened,
 )
 from .._arrays.states import map_state
-from .._arrays.traced import inverse_root
+from .._arrays.traced import inverse_root, root
 from ..words import ema_weight, maximum, minimum
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ __all__ = [
     "largest_count",
     "moved",
     "read_only",
+    "root",
     "widened",
 ]
 

@@ -7,7 +7,7 @@ own (`placed`).
     rule                            program
     Adam()                          Step(adam)
     OptimiserChain(clip, adam)      Parts(2), Step(clip, (0,)), Step(adam, (1,))
-    ClipNorm()                      Measure(clip_norm), Step(scale)
+    ClipNorm()                      Measure(clip_norm), Step(clip_norm)
     AccumGrad(n)                    Hold(n, add, release)
     MixedPrecision("f4", adam)      Master("f4"), Step(adam, (1,))
 """
@@ -15,7 +15,8 @@ own (`placed`).
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+import inspect
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -44,12 +45,12 @@ class Step(NamedTuple):
 
 
 class Measure(NamedTuple):
-    """A number found over a whole array, which the step that follows takes in place of coefs.
+    """Numbers found over an array, axes of it, or the tree, for the coefs of the step that follows.
 
-    `rule.p` is the order of the norm that is taken, and ``rule.factor(norm)`` is the number.
+    Both are of one rule: its `measure` is evaluated and reduced, then its `coefs` is asked.
     """
 
-    rule: Any
+    rule: ElementwiseRule
     at: Place = ()
     over: str = "array"
 
@@ -142,9 +143,32 @@ def _is_python(value: Any) -> bool:
 def numbers(rule: ElementwiseRule, t: Any = None) -> tuple[Any, ...]:
     """Return the numbers that a step takes at count `t`; coefs are asked for here alone.
 
-    And by the CPU kernels, which ask without a call of Python in between.
+    And by the CPU kernels, which ask without a call of Python in between; and by `told_numbers`.
     """
     return tuple(rule.coefs(t) if rule.counts else rule.coefs())
+
+
+TOLD = "t", "before", "sums", "kept", "value", "size"
+"""The names by which `coefs` and `measure_coefs` ask for what they need, beside self."""
+
+
+def asked_by(method: Any) -> tuple[str, ...]:
+    """Return for which of `TOLD` a method asks, in its order."""
+    return tuple(name for name in inspect.signature(method).parameters if name in TOLD)
+
+
+def told_numbers(
+    rule: ElementwiseRule, method: str, told: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """Return the numbers that `coefs` or `measure_coefs` makes of what is known, and those kept."""
+    asked = {name: told[name] for name in rule.asks[method] if name != "before"}
+    if len(asked) < len(rule.asks[method]):
+        asked["before"] = told_numbers(rule, "measure_coefs", told)[0]
+    made = getattr(rule, method)(**asked)
+    if method != "coefs" or not rule.kept:
+        return tuple(made), ()
+    coefs, kept = made
+    return tuple(coefs), tuple(kept)
 
 
 def is_ours(cls: type[ElementwiseRule]) -> bool:
@@ -158,11 +182,25 @@ def check_language(rule: ElementwiseRule) -> int:
     Raises
     ------
     StepError
-        If the step is not in the language of steps.
+        If the step, or the measure, is not in the language of steps.
     """
-    coefs = len(numbers(rule, 1))
+    if rule.measure is None:
+        coefs = len(numbers(rule, 1))
+    else:
+        before, kinds = measure_form(rule)
+        compiler().check(type(rule), before, "measure")
+        some = {"t": 1, "sums": (1.0,) * len(kinds), "kept": (), "value": 1.0, "size": 1}
+        coefs = len(told_numbers(rule, "coefs", some)[0])
     compiler().check(type(rule), coefs)
     return coefs
+
+
+def measure_form(rule: ElementwiseRule) -> tuple[int, tuple[str, ...]]:
+    """Return how many coefs a measure takes, and how its terms are reduced."""
+    before = told_numbers(rule, "measure_coefs", {"t": 1})[0]
+    one = np.ones(1)
+    terms = rule.measure(one, one, (one,) * len(rule.slots), before)
+    return len(before), tuple(getattr(term, "kind", "sum") for term in terms)
 
 
 @functools.cache

@@ -11,6 +11,7 @@ from .._arrays.states import parts_of_state
 from .._arrays.traced import Maybe, chosen
 from .._messages.text import short
 from ._base import ANEW, Array, Rule, adjusted, refuse_strange, started
+from ._measure import only_if
 from ._numbers import (
     applied,
     as_like,
@@ -85,7 +86,8 @@ class OptimiserChain(Rule):
         new = list(state)
         made: Any = None
         for k, rule in enumerate(self.rules):
-            new[k], dx = rule.apply(state[k], x, dx, *higher)
+            with only_if(made):
+                new[k], dx = rule.apply(state[k], x, dx, *higher)
             if made is not None:
                 new[k] = chosen(made, new[k], state[k])
             if isinstance(dx, Maybe):

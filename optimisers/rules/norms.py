@@ -3,29 +3,56 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
-from .._arrays.library import bare, for_sums, library_for, namespace
-from .._arrays.traced import promoting
-from ..words import absolute, where
-from ._base import (
-    Array,
-    Arrays,
-    ElementwiseRule,
-    Numbers,
-    Rule,
-    Stepped,
-)
+from .._arrays.library import bare
+from ..words import norm, where
+from ._base import Array, Arrays, ElementwiseRule, Numbers, Stepped
 from ._fields import Order, Upper
-from ._numbers import (
-    is_traced,
-)
-from ._program import Measure, Program, Step
+from ._numbers import is_traced
+
+
+class Scaling(ElementwiseRule):
+    """A rule that multiplies a gradient with a number, for which it looks at many."""
+
+    _leads = True
+
+    @abstractmethod
+    def coefs(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        """Return the number, and what the rule keeps."""
+
+    @staticmethod
+    def step(x: Array, dx: Array, state: Arrays, coefs: Numbers) -> Stepped:
+        (factor,) = coefs
+        return factor * dx, ()
+
+
+def clipping(found: Any, omega: Any) -> Any:
+    """Return by what a gradient of this norm is multiplied, so that it is at most omega."""
+    if type(found) is float and type(omega) is float:  # asked for each array
+        return 1.0 if found <= omega or omega == math.inf else omega / found
+    passes = (found <= omega) | (omega == math.inf)
+    return where(passes, 1.0, omega / where(passes, 1.0, found))
+
+
+def is_unlimited(omega: Any) -> bool:
+    """Tell whether a norm of any size passes, as far as that is known."""
+    return not is_traced(omega) and omega == math.inf
+
+
+def refuse_norm(rule: Any, found: Any) -> None:
+    """Raise if a norm is not finite, where it is known."""
+    if not is_traced(found) and not math.isfinite(bare(found)):
+        raise FloatingPointError(
+            f"{rule._shown_as}: the gradient has {rule.p:g}-norm {found}; "
+            f"{rule._shown_as}(..., throw=False) lets such gradients through"
+        )
 
 
 @dataclass(frozen=True)
-class ClipNorm(Rule):
+class ClipNorm(Scaling):
     """The gradient of each array scaled down to a norm: put it ahead of another rule.
 
     ::
@@ -73,75 +100,25 @@ class ClipNorm(Rule):
     throw: bool = True
 
     static = ("p",)
+    _measured_by_cuda = True
 
-    def apply(self, state: tuple[()], x: Array, dx: Array, *higher: Array) -> tuple[Any, Array]:
-        with promoting():
-            factor = self.factor(norm(dx, self.p))
-        _, dx = _Scale(factor).apply((), x, dx)
-        return state, dx
+    @property
+    def order(self) -> float:
+        return self.p
 
     @property
     def _is_idle(self) -> bool:  # type: ignore[override]
-        return not is_traced(self.omega) and self.omega == math.inf
-
-    def program(self) -> Program:
-        return Measure(self), Step(_Scale(1.0))
-
-    def factor(self, norm: Any) -> Any:
-        """Return what a gradient of this norm is multiplied with."""
-        if is_traced(norm) or is_traced(self.omega):
-            passes = (norm <= self.omega) | (self.omega == math.inf)
-            return where(passes, 1.0, self.omega / where(passes, 1.0, norm))
-        if self.throw and not math.isfinite(bare(norm)):
-            raise FloatingPointError(
-                f"ClipNorm: the gradient has {self.p:g}-norm {norm}; "
-                "ClipNorm(..., throw=False) lets such gradients through"
-            )
-        if norm <= self.omega or self.omega == math.inf:
-            return 1.0
-        return self.omega / norm
-
-
-def norm(x: Array, p: float) -> Any:
-    """Return the p-norm of all elements of `x`, at least in double for NumPy arrays.
-
-    Numbers are divided by the largest before they are raised to a power (by the smallest, if `p`
-    is negative), so that no norm of representable size overflows or underflows on the way.
-    """
-    if math.prod(x.shape) == 0:
-        return 0.0
-    xp = namespace(x)
-    x = for_sums(x)
-    size = absolute(x)
-    if p == 0:
-        return library_for(x).count_nonzero(size)
-    extreme = xp.max(size) if p > 0 else xp.min(size)
-    if math.isinf(p):
-        return extreme
-    scales = (extreme > 0) & xp.isfinite(extreme)  # else the norm is the extreme: 0, inf or nan
-    unit = xp.where(scales, extreme, xp.ones_like(extreme))
-    part = size / unit
-    some = part > 0  # a power of 0 may have no derivative
-    total = xp.where(scales, xp.sum(xp.where(some, xp.where(some, part, 1.0) ** p, 0.0)), 1.0)
-    if abs(p) >= 1:
-        found = unit * total ** (1 / p)
-    else:  # by halves: for tiny p the whole root alone would overflow
-        found = unit * total ** (0.5 / p) * total ** (0.5 / p)
-    return xp.where(scales, found, extreme)
-
-
-@dataclass(frozen=True)
-class _Scale(ElementwiseRule):
-    """A gradient times a number: what `ClipNorm` does once it knows the norm."""
-
-    factor: float
-
-    _leads = True
-
-    def coefs(self) -> Numbers:
-        return (self.factor,)
+        return is_unlimited(self.omega)
 
     @staticmethod
-    def step(x: Array, dx: Array, state: Arrays, coefs: Numbers) -> Stepped:
-        (factor,) = coefs
-        return factor * dx, ()
+    def measure(x: Array, dx: Array, state: Arrays, coefs: Numbers) -> Numbers:
+        return (norm(dx),)
+
+    def accept(self, sums: Numbers) -> None:
+        (found,) = sums
+        if self.throw:
+            refuse_norm(self, found)
+
+    def coefs(self, sums: Numbers) -> Numbers:
+        (found,) = sums
+        return (clipping(found, self.omega),)

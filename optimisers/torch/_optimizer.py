@@ -254,10 +254,10 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
             with torch.enable_grad():
                 loss = closure()
         with cpu.kernels.UsualEnvironment():
-            self._advance()
+            self._advance(loss)
         return loss
 
-    def _advance(self) -> None:
+    def _advance(self, loss: Any) -> None:
         leaves: list[Item] = []
         xs: list[Tensor] = []
         gs: list[Tensor] = []
@@ -282,7 +282,9 @@ class Optimizer(torch.optim.Optimizer):  # type: ignore[misc]
             # One call of C; to enter them one by one would ask each tensor for its hash.
             return [(self.state.update, {xs[k]: state for k, state in made.items()})]
 
-        engine.advance(leaves, xs, gs, (), lambda k: self._path(xs[k]), True, beside=keep)
+        engine.advance(
+            leaves, xs, gs, (), lambda k: self._path(xs[k]), True, beside=keep, value=loss
+        )
 
     def _state(self, p: Tensor, rule: Rule, kept: dict[str, Any] | None) -> Any:
         """Return the state of the rule for a parameter, from the entries with its names."""

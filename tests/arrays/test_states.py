@@ -102,6 +102,8 @@ EXCEPTIONS = {
     "io._rule_reader._is_state": "compares a state with the nodes of a file",
     "io._rule_reader._value": "goes through the nodes of a file",
     "rules._base.class_names": "goes through the rules in a rule",
+    "rules._measure.measures": "goes through the rules in a rule",
+    "rules._measure.shared_in": "asks each state for the class of its rule",
 }
 """Functions that call themselves and ask for tuples, and what else they do than walk."""
 

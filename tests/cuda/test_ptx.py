@@ -22,7 +22,7 @@ from util import ELEMENTWISE, example, parametrize  # noqa: E402
 from optimisers import rules  # noqa: E402
 from optimisers._cuda import launch as _launch  # noqa: E402
 from optimisers._cuda.texts import KernelSpec, KernelStep, sums_of_norm  # noqa: E402
-from optimisers.rules.norms import _Scale  # noqa: E402
+from optimisers.rules.norms import Scaling  # noqa: E402
 
 if config.ENABLE_CUDASIM:
     pytest.skip("the simulator compiles nothing", allow_module_level=True)
@@ -50,7 +50,7 @@ def stage(rule: Any) -> KernelStep:
 
 
 def barrier(p: float) -> KernelStep:
-    return KernelStep(_Scale.step, 0, 1, p)
+    return KernelStep(Scaling.step, 0, 1, p)
 
 
 def ptx_of(parts: tuple[str, dict[str, Any], list[str]], cc: tuple[int, int]) -> str:

@@ -43,10 +43,12 @@ START = """
         optimisers.update_(optimisers.setup(Mine(), x), x, np.ones(5))
         assert x[0] == 0.9
 
+    _fork._LONGEST = 1000.0     # a fork that gave up to wait would hide who holds the lock
+
     def forked(call):
         child = os.fork()
         if child == 0:
-            signal.alarm(25)
+            signal.alarm(300)
             try:
                 call()
                 os._exit(0)
@@ -56,7 +58,7 @@ START = """
 """
 
 
-def run(tmp_path: Path, code: str, seconds: float = 120) -> str:
+def run(tmp_path: Path, code: str, seconds: float = 600) -> str:
     """Run START and more in a new interpreter; return what it prints."""
     script = tmp_path / "script.py"
     script.write_text(textwrap.dedent(START) + textwrap.dedent(code))
@@ -114,15 +116,13 @@ def test_forks_while_rules_are_compiled(late: str, tmp_path: Path, forks: int) -
             thread = threading.Thread(target=train)
             thread.start()
             time.sleep(k % 10 * 0.03)  # while the language is imported, Numba, while it compiles
-            before = time.perf_counter()
             print(forked(train), end=" ")
-            assert time.perf_counter() - before < 25, "the fork has given up to wait"
             thread.join()
             os.environ["NUMBA_CACHE_DIR"] = f"/nowhere/{{k}}"  # so that the next compiles too
             from optimisers._steps import compiled
             compiled._made.clear()
         """,
-        seconds=120 + 20 * forks,
+        seconds=600 + 60 * forks,
     )
     assert said.split() == ["0"] * forks
 

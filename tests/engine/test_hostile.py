@@ -54,12 +54,13 @@ def test_update_leaves_a_state_alone_that_is_a_tuple_by_another_name(wrap):
 
 
 @BOTH
-def test_a_norm_hands_on_a_state_that_is_not_its_own(call):
+def test_a_norm_refuses_a_state_that_is_not_its_own(call):
     rule = OptimiserChain(ClipNorm(), Descent(1.0))
-    state = Leaf(rule, ((np.full(3, 7.0),), ()))
-    new, x = call(state, np.ones(3), np.ones(3))
-    assert_same_bits(new.state, ((np.full(3, 7.0),), ()))
-    assert_same_bits(x, np.zeros(3))
+    state, x = Leaf(rule, ((np.full(3, 7.0),), ())), np.ones(3)
+    with pytest.raises(TypeError, match="ClipNorm keeps no state, got"):
+        call(state, x, np.ones(3))
+    assert_same_bits(state.state, ((np.full(3, 7.0),), ()))
+    assert_same_bits(x, np.ones(3))
 
 
 @BOTH

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from util import (
     LAYOUTS,
-    PUBLIC,
+    UNMEASURED,
     arrays_in,
     assert_near,
     assert_same_bits,
@@ -42,7 +42,7 @@ ml_dtypes = pytest.importorskip("ml_dtypes")
 
 DTYPES = [np.float32, np.float16, ml_dtypes.bfloat16, np.longdouble, np.complex128]
 RULES = [
-    *map(example, PUBLIC),
+    *map(example, UNMEASURED),
     OptimiserChain(ClipGrad(1.0), Momentum(), OptimiserChain(ClipNorm(1e6), Adam())),
     OptimiserChain(AccumGrad(2), Adam()),
     MixedPrecision("float64", OptimiserChain(AccumGrad(2), Momentum())),

@@ -81,7 +81,7 @@ def stepped(when, call, n, rule, code, **options):
 
 
 @quick
-@parametrize("when", ["__array__", "coefs", "factor", "apply"])
+@parametrize("when", ["__array__", "coefs", "sums", "apply"])
 @parametrize("part", ["state", "parameter", "gradient"])
 def test_tensors_that_get_other_memory_while_a_step_is_under_way(when, part):
     survives(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import copy
+import math
 import pickle
 
 import numpy as np
@@ -154,7 +155,7 @@ def test_repr_of_a_leaf():
 
 @parametrize("rule", [example(cls) for cls in PUBLIC])
 def test_repr_of_a_rule_can_be_pasted_back(rule):
-    names = {cls.__name__: cls for cls in PUBLIC}
+    names = {"inf": math.inf} | {cls.__name__: cls for cls in PUBLIC}
     assert eval(repr(rule), names) == rule
     leaf = setup(rule, np.zeros(2))
     assert repr(leaf).startswith(f"Leaf({rule!r}, ")

@@ -81,7 +81,7 @@ class Meddling:
 
 
 def meddling_rule(when, code):
-    """Return a rule that runs code when it is asked for its coefs, factor or step."""
+    """Return a rule that runs code when asked for its coefs, also after a measure, or its step."""
 
     @dataclass(frozen=True)
     class Asked(Momentum):
@@ -98,14 +98,17 @@ def meddling_rule(when, code):
 
     @dataclass(frozen=True)
     class Clip(ClipNorm):
-        def factor(self, norm):
+        def coefs(self, sums):
             code()
-            return 1.0
+            return (1.0,)
 
-    return OptimiserChain(Clip()) if when == "factor" else Asked()
+        def accept(self, sums):
+            code()
+
+    return OptimiserChain(Clip()) if when == "sums" else Asked()
 
 
-FORMS = ["__array__", "dtype", "coefs", "factor", "apply"]
+FORMS = ["__array__", "dtype", "coefs", "sums", "apply"]
 
 
 def meddled(when, call, n, rule, code):

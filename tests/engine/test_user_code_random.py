@@ -199,9 +199,12 @@ class Counting(Adam):
 class Clip(ClipNorm):
     """Runs code when it has seen a norm."""
 
-    def factor(self, norm: Any) -> Any:
+    def coefs(self, sums: Any) -> Any:
         run()
-        return super().factor(norm) if np.isfinite(norm) else 1.0
+        return super().coefs(sums)
+
+    def accept(self, sums: Any) -> None:
+        run()
 
 
 @dataclass(frozen=True)
@@ -596,7 +599,7 @@ def play(kind: type[Scenario], first: int, count: int) -> None:
     with np.errstate(all="ignore"):
         for seed in range(first, first + count):
             print(seed, end=" ", flush=True)
-            faulthandler.dump_traceback_later(60, exit=True)
+            faulthandler.dump_traceback_later(300, exit=True)
             kind(seed).play()
             set_num_threads(threads)
     faulthandler.cancel_dump_traceback_later()

@@ -24,6 +24,7 @@ from optimisers import (
     MixedPrecision,
     Momentum,
     OptimiserChain,
+    Prodigy,
     Rprop,
     Rule,
     ScheduleFreeAdamW,
@@ -323,7 +324,7 @@ REAL_ONLY = [c for c in PUBLIC if c.real_only]
 
 
 def test_which_rules_compare_numbers():
-    assert set(REAL_ONLY) == {ADOPT, COCOB, ClipGrad, Rprop, Shampoo, SOAP, Sophia}
+    assert set(REAL_ONLY) == {ADOPT, COCOB, ClipGrad, Prodigy, Rprop, Shampoo, SOAP, Sophia}
 
 
 @parametrize("cls", REAL_ONLY)
@@ -413,7 +414,7 @@ def test_numbers_are_checked_at_construction(cls):
                     example(cls, **fields(wrong))
 
 
-UPPER_LIMITS = ("delta", "gamma[1]", "omega")
+UPPER_LIMITS = ("delta", "gamma[1]", "growth", "limit", "omega")
 
 LIMITS = {
     "eta": (-1e-9, "at least 0"),

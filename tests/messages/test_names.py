@@ -275,8 +275,9 @@ def test_a_foreign_name_says_what_to_write(name):
         ("load", "it is optimisers.io.load(path)"),
         ("Checkpointer", "it is optimisers.io.Checkpointer"),
         ("Optimizer", "it is optimisers.torch.Optimizer(params, rule)"),
-        ("clip_by_global_norm", "ClipNorm over the flat vector of destructure"),
-        ("ClipGlobalNorm", "ClipNorm over the flat vector of destructure"),
+        ("clip_by_global_norm", "ClipGlobalNorm ahead of a rule"),
+        ("global_norm", "norm(tree)"),
+        ("clip_grad_norm_", "ClipGlobalNorm ahead of a rule"),
         ("adam", "Adam is Adam here".replace("Adam is", "adam is")),
         ("ADAM", "is Adam here"),
         ("Adam_W", "it is AdamW here"),
@@ -364,3 +365,8 @@ def test_the_tables_name_what_there_is():
     for code in re.findall(r"`optimisers\.(\w+)\.(\w+)", "".join(said)):
         pytest.importorskip({"io": "numpy"}.get(code[0], code[0]))
         assert hasattr(getattr(opt, code[0]), code[1])
+
+
+def test_a_file_that_moved_is_found_by_its_former_name():
+    found = importlib.import_module("optimisers")._numba
+    assert found is importlib.import_module("optimisers._steps.compiled")

@@ -17,7 +17,9 @@ from optimisers import ElementwiseRule
 from optimisers.rules._base import registry
 
 BENCH = Path(__file__).parents[2] / "asv_bench"
-ELEMENTWISE = [cls.__name__ for cls in registry() if issubclass(cls, ElementwiseRule)]
+ELEMENTWISE = [
+    cls.__name__ for cls in registry() if issubclass(cls, ElementwiseRule) and cls.measure is None
+]
 
 WITHOUT_PEERS = """
 import runpy, sys

@@ -42,7 +42,7 @@ FLOORS = [
     {"_cuda"},
     {"_engine"},
     {"_state", "_flat", "optax"},
-    {"_info", "_training", "scipy", "torch", "io"},
+    {"_info", "_norms", "_training", "scipy", "torch", "io"},
     {"__init__"},
     {"__main__"},
 ]

@@ -38,6 +38,7 @@ OUTSIDE = {
     "in [0, 1)": [1, 1.0, -1e-9, math.nan, math.inf],
     "in [0, 1]": [1 + 2**-52, 2, -1e-9, math.nan, math.inf],
     "a whole number": [0.5, math.nan, math.inf],
+    "finite and above 0": [0, -1e-300, math.nan, math.inf, 10**400],
     "a whole number, at least 0": [-1, 0.5, math.nan, math.inf],
     "in (0, 1)": [0, 1, 1.5, -0.5, math.nan, math.inf],
     "finite and above 1": [1, 0.5, -2, math.nan, math.inf, 10**400],

@@ -20,7 +20,7 @@ from optimisers import (
     setup,
     update,
 )
-from optimisers.rules.norms import norm
+from optimisers.rules._measure import norm
 
 pytestmark = [pytest.mark.elsewhere, pytest.mark.portable, pytest.mark.sanitized]
 

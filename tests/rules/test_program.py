@@ -94,7 +94,8 @@ def test_a_stage_finds_its_state_at_its_place(rule):
     for stage in program_of(rule):
         own = part(state, stage.at)
         if isinstance(stage, Step):
-            assert len(own) == len(stage.rule.slots) + stage.rule.counts
+            kept = bool(stage.rule.kept)
+            assert len(own) == len(stage.rule.slots) + kept + stage.rule.counts
         elif isinstance(stage, Hold):
             assert [own[0].shape, own[1].shape] == [(3,), ()]
         elif isinstance(stage, Master):
@@ -102,7 +103,7 @@ def test_a_stage_finds_its_state_at_its_place(rule):
         elif isinstance(stage, Parts):
             assert len(own) == stage.n
         else:
-            assert own == ()
+            assert stage.rule.State(*own) == own or own == ()
 
 
 def test_a_chain_joins_the_programs_of_its_rules():

@@ -37,6 +37,7 @@ INSIDE = {
     "in [0, 1)": [0, 0.0, 1 - 2**-53],
     "in [0, 1]": [0, 0.0, 1, 1.0],
     "a whole number": [0, -1, 3],
+    "finite and above 0": [5e-324, 1, 1e300],
     "a whole number, at least 0": [0, 1, 3],
     "in (0, 1)": [5e-324, 1 - 2**-53],
     "finite and above 1": [1 + 2**-52, 2, 1e300],

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 from public_rules import LIMITED, OUTSIDE, PUBLIC_RULES, built
-from util import ELEMENTWISE, PUBLIC, example, parametrize, snapshot, step, variants
+from util import ELEMENTWISE, REGISTERED, example, parametrize, snapshot, step, variants
 
 import optimisers
 from optimisers import (
@@ -66,13 +66,13 @@ def test_a_users_rule_stays_out_of_the_registry():
     assert _base.registry() == before
 
 
-@parametrize("cls", [*PUBLIC, Rule, ElementwiseRule])
+@parametrize("cls", [*REGISTERED, Rule, ElementwiseRule])
 def test_docstring_tells_all(cls):
     text = inspect.cleandoc(cls.__doc__)
-    has_fields = cls in PUBLIC and bool(inspect.signature(cls).parameters)
+    has_fields = cls in REGISTERED and bool(inspect.signature(cls).parameters)
     for section in ["Parameters"] * has_fields + ["Examples"]:
         assert f"\n{section}\n{'-' * len(section)}\n" in text
-    for name in inspect.signature(cls).parameters if cls in PUBLIC else []:
+    for name in inspect.signature(cls).parameters if cls in REGISTERED else []:
         if name not in ("centered", "rules"):
             assert re.search(rf"^{name} : ", text, re.MULTILINE), name
 
@@ -115,9 +115,7 @@ def test_rules_and_their_states_pickle_and_copy(rule):
 
 # --- what is remembered ----------------------------------------------------------------------
 
-ALL_ELEMENTWISE = [r for r in PUBLIC_RULES if isinstance(r, ElementwiseRule)] + [
-    RMSProp(centred=True)
-]
+ALL_ELEMENTWISE = [r for r in PUBLIC_RULES if type(r) in ELEMENTWISE] + [RMSProp(centred=True)]
 
 
 @pytest.mark.parametrize(

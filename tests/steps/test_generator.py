@@ -16,7 +16,7 @@ from pathlib import Path
 
 import emit_steps
 import pytest
-from util import ELEMENTWISE, STEPS
+from util import ELEMENTWISE, MEASURING, STEPS
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = Path(__file__).parent / "golden"
@@ -59,16 +59,19 @@ def test_each_lead_is_fused_with_every_step_that_follows_it():
 
 def test_leads_are_the_rules_that_say_so_and_keep_nothing():
     """The generator reads the text of a class, where a rule would inherit the attribute."""
-    assert {s.rule for s in STEPS if s.leads} == {c.__name__ for c in ELEMENTWISE if c._leads}
+    leading = {c.step for c in [*ELEMENTWISE, *MEASURING] if c._leads}
+    assert {s.rule for s in STEPS if s.leads} == {
+        step.__qualname__[: -len(".step")] for step in leading
+    }
     assert not any(step.slots for step in STEPS if step.leads)
-    apart = {c.__name__ for c in ELEMENTWISE if not c._follows}
+    apart = {c.__name__ for c in [*ELEMENTWISE, *MEASURING] if not c._follows}
     assert {s.rule for s in STEPS if not s.follows} == apart != set()
 
 
 def test_clips_lead_decays_and_longer_leads_come_first():
     """The first that fits is taken."""
     leads = [tuple(step.rule for step in lead) for lead in emit_steps.find_leads(STEPS)]
-    assert {*leads} >= {("ClipGrad", "WeightDecay"), ("_Scale", "WeightDecay"), ("WeightDecay",)}
+    assert {*leads} >= {("ClipGrad", "WeightDecay"), ("Scaling", "WeightDecay"), ("WeightDecay",)}
     assert ("WeightDecay", "ClipGrad") not in leads
     lengths = [*map(len, leads)]
     assert lengths == sorted(lengths, reverse=True)

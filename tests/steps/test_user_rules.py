@@ -174,8 +174,8 @@ def test_scalar_words_have_the_values_of_the_words(known, dtype):
 
 
 def test_the_language_knows_every_word():
-    elementwise = {name for name in words.__all__ if name != "ema_weight"}  # a word of coefs
-    assert {*_compiled.WORDS} == elementwise
+    of_coefs, of_measures = {"ema_weight"}, {*grammar.REDUCTIONS}
+    assert {*_compiled.WORDS} == {*words.__all__} - of_coefs - of_measures
     assert {name for name, word in _compiled.WORDS.items() if word.comparisons} == {"where"}
 
 

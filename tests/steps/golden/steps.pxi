@@ -59,6 +59,7 @@ cdef inline real zeros_like(real x) noexcept nogil:
 # A block step: x, g and the old slots are read, dx and the new slots written, n numbers each.
 # One that finishes a chain finds x in place of dx, and leaves there x - dx. Where it is fused with
 # others ahead of it, coefs are those of all, one after another.
+# A measure reads x, g and the old slots, and writes its terms where further slots would stand.
 
 
 cdef void _Scale_float_loop(
@@ -237,6 +238,122 @@ cdef void WeightDecay_double_finish(
     )
 
 
+cdef void Measured_float_loop(
+    const_float_p x_in, const_float_p dx_in, float_p dx_out,
+    float_p slot_m,
+    const_float_p coefs, Py_ssize_t length,
+) noexcept nogil:
+    cdef Py_ssize_t index
+    cdef float dx, m, x, new_m
+    cdef float rho = coefs[0]
+    cdef float factor = coefs[1]
+    for index in range(length):
+        x = x_in[index]
+        dx = dx_in[index]
+        m = slot_m[index]
+        m = rho * m + dx
+        new_m = m
+        dx_out[index] = factor * m
+        slot_m[index] = new_m
+
+
+cdef void Measured_float(
+    const void* x, const void* g, void* dx, void** slots, const void* coefs, Py_ssize_t n
+) noexcept nogil:
+    Measured_float_loop(
+        <const float*> x, <const float*> g, <float*> dx,
+        <float*> slots[0],
+        <const float*> coefs, n,
+    )
+
+
+cdef void Measured_double_loop(
+    const_double_p x_in, const_double_p dx_in, double_p dx_out,
+    double_p slot_m,
+    const_double_p coefs, Py_ssize_t length,
+) noexcept nogil:
+    cdef Py_ssize_t index
+    cdef double dx, m, x, new_m
+    cdef double rho = coefs[0]
+    cdef double factor = coefs[1]
+    for index in range(length):
+        x = x_in[index]
+        dx = dx_in[index]
+        m = slot_m[index]
+        m = rho * m + dx
+        new_m = m
+        dx_out[index] = factor * m
+        slot_m[index] = new_m
+
+
+cdef void Measured_double(
+    const void* x, const void* g, void* dx, void** slots, const void* coefs, Py_ssize_t n
+) noexcept nogil:
+    Measured_double_loop(
+        <const double*> x, <const double*> g, <double*> dx,
+        <double*> slots[0],
+        <const double*> coefs, n,
+    )
+
+
+cdef void Measured_float_finish_loop(
+    const_float_p dx_in, float_p x_out,
+    float_p slot_m,
+    const_float_p coefs, Py_ssize_t length,
+) noexcept nogil:
+    cdef Py_ssize_t index
+    cdef float dx, m, x, new_m
+    cdef float rho = coefs[0]
+    cdef float factor = coefs[1]
+    for index in range(length):
+        x = x_out[index]
+        dx = dx_in[index]
+        m = slot_m[index]
+        m = rho * m + dx
+        new_m = m
+        x_out[index] = x - (factor * m)
+        slot_m[index] = new_m
+
+
+cdef void Measured_float_finish(
+    const void* x, const void* g, void* dx, void** slots, const void* coefs, Py_ssize_t n
+) noexcept nogil:
+    Measured_float_finish_loop(
+        <const float*> g, <float*> dx,
+        <float*> slots[0],
+        <const float*> coefs, n,
+    )
+
+
+cdef void Measured_double_finish_loop(
+    const_double_p dx_in, double_p x_out,
+    double_p slot_m,
+    const_double_p coefs, Py_ssize_t length,
+) noexcept nogil:
+    cdef Py_ssize_t index
+    cdef double dx, m, x, new_m
+    cdef double rho = coefs[0]
+    cdef double factor = coefs[1]
+    for index in range(length):
+        x = x_out[index]
+        dx = dx_in[index]
+        m = slot_m[index]
+        m = rho * m + dx
+        new_m = m
+        x_out[index] = x - (factor * m)
+        slot_m[index] = new_m
+
+
+cdef void Measured_double_finish(
+    const void* x, const void* g, void* dx, void** slots, const void* coefs, Py_ssize_t n
+) noexcept nogil:
+    Measured_double_finish_loop(
+        <const double*> g, <double*> dx,
+        <double*> slots[0],
+        <const double*> coefs, n,
+    )
+
+
 cdef void TwoSlots_float_loop(
     const_float_p x_in, const_float_p dx_in, float_p dx_out,
     float_p slot_m,
@@ -381,6 +498,72 @@ cdef void TwoSlots_double_finish(
     )
 
 
+cdef void _Scale_WeightDecay_Measured_float_finish_loop(
+    const_float_p dx_in, float_p x_out,
+    float_p slot_m,
+    const_float_p coefs, Py_ssize_t length,
+) noexcept nogil:
+    cdef Py_ssize_t index
+    cdef float WeightDecay_m, dx, m, x, new_m
+    cdef float _Scale_eta = coefs[0]
+    cdef float rho = coefs[1]
+    cdef float factor = coefs[2]
+    for index in range(length):
+        x = x_out[index]
+        dx = dx_in[index]
+        m = slot_m[index]
+        dx = _Scale_eta * dx
+        WeightDecay_m = dx - x
+        dx = WeightDecay_m + dx
+        m = rho * m + dx
+        new_m = m
+        x_out[index] = x - (factor * m)
+        slot_m[index] = new_m
+
+
+cdef void _Scale_WeightDecay_Measured_float_finish(
+    const void* x, const void* g, void* dx, void** slots, const void* coefs, Py_ssize_t n
+) noexcept nogil:
+    _Scale_WeightDecay_Measured_float_finish_loop(
+        <const float*> g, <float*> dx,
+        <float*> slots[0],
+        <const float*> coefs, n,
+    )
+
+
+cdef void _Scale_WeightDecay_Measured_double_finish_loop(
+    const_double_p dx_in, double_p x_out,
+    double_p slot_m,
+    const_double_p coefs, Py_ssize_t length,
+) noexcept nogil:
+    cdef Py_ssize_t index
+    cdef double WeightDecay_m, dx, m, x, new_m
+    cdef double _Scale_eta = coefs[0]
+    cdef double rho = coefs[1]
+    cdef double factor = coefs[2]
+    for index in range(length):
+        x = x_out[index]
+        dx = dx_in[index]
+        m = slot_m[index]
+        dx = _Scale_eta * dx
+        WeightDecay_m = dx - x
+        dx = WeightDecay_m + dx
+        m = rho * m + dx
+        new_m = m
+        x_out[index] = x - (factor * m)
+        slot_m[index] = new_m
+
+
+cdef void _Scale_WeightDecay_Measured_double_finish(
+    const void* x, const void* g, void* dx, void** slots, const void* coefs, Py_ssize_t n
+) noexcept nogil:
+    _Scale_WeightDecay_Measured_double_finish_loop(
+        <const double*> g, <double*> dx,
+        <double*> slots[0],
+        <const double*> coefs, n,
+    )
+
+
 cdef void _Scale_WeightDecay_TwoSlots_float_finish_loop(
     const_float_p dx_in, float_p x_out,
     float_p slot_m,
@@ -461,6 +644,68 @@ cdef void _Scale_WeightDecay_TwoSlots_double_finish(
     )
 
 
+cdef void _Scale_Measured_float_finish_loop(
+    const_float_p dx_in, float_p x_out,
+    float_p slot_m,
+    const_float_p coefs, Py_ssize_t length,
+) noexcept nogil:
+    cdef Py_ssize_t index
+    cdef float dx, m, x, new_m
+    cdef float _Scale_eta = coefs[0]
+    cdef float rho = coefs[1]
+    cdef float factor = coefs[2]
+    for index in range(length):
+        x = x_out[index]
+        dx = dx_in[index]
+        m = slot_m[index]
+        dx = _Scale_eta * dx
+        m = rho * m + dx
+        new_m = m
+        x_out[index] = x - (factor * m)
+        slot_m[index] = new_m
+
+
+cdef void _Scale_Measured_float_finish(
+    const void* x, const void* g, void* dx, void** slots, const void* coefs, Py_ssize_t n
+) noexcept nogil:
+    _Scale_Measured_float_finish_loop(
+        <const float*> g, <float*> dx,
+        <float*> slots[0],
+        <const float*> coefs, n,
+    )
+
+
+cdef void _Scale_Measured_double_finish_loop(
+    const_double_p dx_in, double_p x_out,
+    double_p slot_m,
+    const_double_p coefs, Py_ssize_t length,
+) noexcept nogil:
+    cdef Py_ssize_t index
+    cdef double dx, m, x, new_m
+    cdef double _Scale_eta = coefs[0]
+    cdef double rho = coefs[1]
+    cdef double factor = coefs[2]
+    for index in range(length):
+        x = x_out[index]
+        dx = dx_in[index]
+        m = slot_m[index]
+        dx = _Scale_eta * dx
+        m = rho * m + dx
+        new_m = m
+        x_out[index] = x - (factor * m)
+        slot_m[index] = new_m
+
+
+cdef void _Scale_Measured_double_finish(
+    const void* x, const void* g, void* dx, void** slots, const void* coefs, Py_ssize_t n
+) noexcept nogil:
+    _Scale_Measured_double_finish_loop(
+        <const double*> g, <double*> dx,
+        <double*> slots[0],
+        <const double*> coefs, n,
+    )
+
+
 cdef void _Scale_TwoSlots_float_finish_loop(
     const_float_p dx_in, float_p x_out,
     float_p slot_m,
@@ -533,6 +778,68 @@ cdef void _Scale_TwoSlots_double_finish(
         <const double*> g, <double*> dx,
         <double*> slots[0],
         <double*> slots[1],
+        <const double*> coefs, n,
+    )
+
+
+cdef void WeightDecay_Measured_float_finish_loop(
+    const_float_p dx_in, float_p x_out,
+    float_p slot_m,
+    const_float_p coefs, Py_ssize_t length,
+) noexcept nogil:
+    cdef Py_ssize_t index
+    cdef float WeightDecay_m, dx, m, x, new_m
+    cdef float rho = coefs[0]
+    cdef float factor = coefs[1]
+    for index in range(length):
+        x = x_out[index]
+        dx = dx_in[index]
+        m = slot_m[index]
+        WeightDecay_m = dx - x
+        dx = WeightDecay_m + dx
+        m = rho * m + dx
+        new_m = m
+        x_out[index] = x - (factor * m)
+        slot_m[index] = new_m
+
+
+cdef void WeightDecay_Measured_float_finish(
+    const void* x, const void* g, void* dx, void** slots, const void* coefs, Py_ssize_t n
+) noexcept nogil:
+    WeightDecay_Measured_float_finish_loop(
+        <const float*> g, <float*> dx,
+        <float*> slots[0],
+        <const float*> coefs, n,
+    )
+
+
+cdef void WeightDecay_Measured_double_finish_loop(
+    const_double_p dx_in, double_p x_out,
+    double_p slot_m,
+    const_double_p coefs, Py_ssize_t length,
+) noexcept nogil:
+    cdef Py_ssize_t index
+    cdef double WeightDecay_m, dx, m, x, new_m
+    cdef double rho = coefs[0]
+    cdef double factor = coefs[1]
+    for index in range(length):
+        x = x_out[index]
+        dx = dx_in[index]
+        m = slot_m[index]
+        WeightDecay_m = dx - x
+        dx = WeightDecay_m + dx
+        m = rho * m + dx
+        new_m = m
+        x_out[index] = x - (factor * m)
+        slot_m[index] = new_m
+
+
+cdef void WeightDecay_Measured_double_finish(
+    const void* x, const void* g, void* dx, void** slots, const void* coefs, Py_ssize_t n
+) noexcept nogil:
+    WeightDecay_Measured_double_finish_loop(
+        <const double*> g, <double*> dx,
+        <double*> slots[0],
         <const double*> coefs, n,
     )
 
@@ -613,6 +920,74 @@ cdef void WeightDecay_TwoSlots_double_finish(
     )
 
 
+cdef void Measured_measure_float_loop(
+    const_float_p x_in, const_float_p dx_in,
+    float_p slot_m,
+    float_p term_0,
+    float_p term_1,
+    float_p term_2,
+    const_float_p coefs, Py_ssize_t length,
+) noexcept nogil:
+    cdef Py_ssize_t index
+    cdef float dx, m, x
+    cdef float rho = coefs[0]
+    for index in range(length):
+        x = x_in[index]
+        dx = dx_in[index]
+        m = slot_m[index]
+        m = rho * m + dx
+        term_0[index] = m * x
+        term_1[index] = absolute(dx)
+        term_2[index] = m
+
+
+cdef void Measured_measure_float(
+    const void* x, const void* g, void* dx, void** slots, const void* coefs, Py_ssize_t n
+) noexcept nogil:
+    Measured_measure_float_loop(
+        <const float*> x, <const float*> g,
+        <float*> slots[0],
+        <float*> slots[1],
+        <float*> slots[2],
+        <float*> slots[3],
+        <const float*> coefs, n,
+    )
+
+
+cdef void Measured_measure_double_loop(
+    const_double_p x_in, const_double_p dx_in,
+    double_p slot_m,
+    double_p term_0,
+    double_p term_1,
+    double_p term_2,
+    const_double_p coefs, Py_ssize_t length,
+) noexcept nogil:
+    cdef Py_ssize_t index
+    cdef double dx, m, x
+    cdef double rho = coefs[0]
+    for index in range(length):
+        x = x_in[index]
+        dx = dx_in[index]
+        m = slot_m[index]
+        m = rho * m + dx
+        term_0[index] = m * x
+        term_1[index] = absolute(dx)
+        term_2[index] = m
+
+
+cdef void Measured_measure_double(
+    const void* x, const void* g, void* dx, void** slots, const void* coefs, Py_ssize_t n
+) noexcept nogil:
+    Measured_measure_double_loop(
+        <const double*> x, <const double*> g,
+        <double*> slots[0],
+        <double*> slots[1],
+        <double*> slots[2],
+        <double*> slots[3],
+        <const double*> coefs, n,
+    )
+
+
 cdef int fill_table() except -1:
     add_step('_Scale', 0, 1,
              _Scale_float, _Scale_double,
@@ -620,16 +995,31 @@ cdef int fill_table() except -1:
     add_step('WeightDecay', 0, 0,
              WeightDecay_float, WeightDecay_double,
              WeightDecay_float_finish, WeightDecay_double_finish)
+    add_step('Measured', 1, 2,
+             Measured_float, Measured_double,
+             Measured_float_finish, Measured_double_finish)
     add_step('TwoSlots', 2, 3,
              TwoSlots_float, TwoSlots_double,
              TwoSlots_float_finish, TwoSlots_double_finish)
     add_lead(('_Scale', 'WeightDecay'))
+    add_fused('Measured',
+              _Scale_WeightDecay_Measured_float_finish, _Scale_WeightDecay_Measured_double_finish)
     add_fused('TwoSlots',
               _Scale_WeightDecay_TwoSlots_float_finish, _Scale_WeightDecay_TwoSlots_double_finish)
     add_lead(('_Scale',))
+    add_fused('Measured',
+              _Scale_Measured_float_finish, _Scale_Measured_double_finish)
     add_fused('TwoSlots',
               _Scale_TwoSlots_float_finish, _Scale_TwoSlots_double_finish)
     add_lead(('WeightDecay',))
+    add_fused('Measured',
+              WeightDecay_Measured_float_finish, WeightDecay_Measured_double_finish)
     add_fused('TwoSlots',
               WeightDecay_TwoSlots_float_finish, WeightDecay_TwoSlots_double_finish)
+    add_measure('Measured', 1, 1,
+                ('sum', 'largest', 'norm'),
+                Measured_measure_float, Measured_measure_double)
+    add_measure('OfGradient', 0, 0,
+                ('norm',),
+                NULL, NULL)
     return 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from optimisers.words import abs2, sqrt, where
+from optimisers.words import abs2, absolute, largest, norm, sqrt, where
 
 
 class _Scale:
@@ -34,6 +34,34 @@ class NoStep:
     """A class without a formula is passed by."""
 
     step = None
+
+
+class Measured:
+    """A sum, a largest number and a norm, of a slot that it moves on the way."""
+
+    slots = ("m",)
+
+    @staticmethod
+    def measure(x, dx, state, coefs):
+        (m,) = state
+        (rho,) = coefs
+        m = rho * m + dx
+        return m * x, largest(absolute(dx)), norm(m)
+
+    @staticmethod
+    def step(x, dx, state, coefs):
+        (m,) = state
+        rho, factor = coefs
+        m = rho * m + dx
+        return factor * m, (m,)
+
+
+class OfGradient:
+    """A measure of the gradient as it is, for which there is no loop."""
+
+    @staticmethod
+    def measure(x, dx, state, coefs):
+        return (norm(dx),)
 
 
 class TwoSlots:
