@@ -19,8 +19,8 @@ e) A *measure* needs all of a leaf, or of all leaves, before its step can run. T
    are then evaluated on copies of their slots, block by block, only to be reduced, with the terms
    of the measure if it has a formula of its own. `measure` does that for each leaf in turn, and
    stops at numbers of the tree, which are known when all leaves have reached theirs (`receive`).
-   The stage then is an ordinary step, with the coefs that its rule made of the numbers. Partial sums
-   belong to fixed stretches of the leaf, so they have the same bits for any number of threads.
+   The stage then is an ordinary step, with the coefs that its rule made of the numbers. Partial
+   sums belong to fixed stretches of the leaf, so they have the same bits for any number of threads.
 f) *Code of users.* Between the taking of a leaf and the run, code of users may run: a
    rule's `coefs` and `__float__` of what it returns, `lower` (which reads a rule), `blank` and the
    truth of `frozen` in `gather` and `take`; the `coefs` of rules that measure; and all that a

@@ -444,7 +444,8 @@ cdef class Batch:
                 (<float*> cells)[k] = <float> number
         return at
 
-    cdef bint add_measured(self, Segment* leaf, Task* task, Told told, old, new, int64_t t) except -1:
+    cdef bint add_measured(self, Segment* leaf, Task* task, Told told, old, new,
+                           int64_t t) except -1:
         """Note that the last stage waits for numbers; tell whether the state fits."""
         cdef Measured* measured
         cdef cnp.ndarray a, b
@@ -732,7 +733,8 @@ cdef class Batch:
         measured.waits = True
         if key not in known:
             known[key] = len(groups)
-            groups.append([told.rule, told.outer, told.rank, kinds_of(measured), measured.t, [], []])
+            kinds = kinds_of(measured)
+            groups.append([told.rule, told.outer, told.rank, kinds, measured.t, [], []])
         measured.group = known[key]
         group = groups[measured.group]
         group[5].append(place)

@@ -72,6 +72,8 @@ class Rows:
         self.new_x: dict[int, Array] = {}
         self.new_state: dict[int, Any] = {}
         """States that are not written in place, by index, as `new_x` has the parameters."""
+        self.is_measured = False
+        self.clash: tuple[int, int] | None = None
         self.last_rule: Any = None
         self.last_plan: Plan | None = None
         self.jobs: list[Job] = []
@@ -175,6 +177,10 @@ class Rows:
     # --- before anything is written ----------------------------------------------------------
 
     def settle(self, before: Sequence[Batch] = ()) -> tuple[int, int] | None:
+        """Return what `lay_out` found when `measure` needed the launches."""
+        return self.clash
+
+    def lay_out(self) -> tuple[int, int] | None:
         """Compile kernels, send tables, and see to it that nothing is written which is read.
 
         Gradients that lie in memory which the run writes are copied. Where two leaves would write
@@ -271,6 +277,12 @@ class Rows:
         FloatingPointError
             If such a norm is not finite; `failed` is the index.
         """
+        if self.is_measured:
+            return {}
+        self.is_measured = True
+        self.clash = self.lay_out()
+        if self.clash is not None:
+            return {}
         strict = []
         for key, group in self.groups.items():
             if key.has_norms:
@@ -391,7 +403,7 @@ def summed(a: Array, b: Array) -> Array:
     rows = Rows(lambda state: tuple(map(lib.blank, state)))
     was_taken = rows.take(0, Item(_Hold(), (a,)), a, b, str)
     assert was_taken, "gradients are checked before they are summed"
-    rows.settle()
+    rows.lay_out()
     _make(rows.calls())
     return rows.new_state[0][0]
 
