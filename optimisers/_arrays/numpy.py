@@ -199,9 +199,8 @@ class Numpy(Library):
 
     def for_sums(self, x: Array) -> Any:
         dtype = x.dtype if x.dtype.kind in "fc" else 0
-        # In one order, on which the bits of sums depend.
-        wide = np.astype(x, np.result_type(np.float64, dtype), copy=False)
-        return wide if wide.flags.c_contiguous else np.ascontiguousarray(wide)
+        # In C order, since the bits of a sum depend on the order.
+        return np.asarray(x, np.result_type(np.float64, dtype), order="C")
 
     # --- gradients ---------------------------------------------------------------------------
 
