@@ -154,7 +154,7 @@ class Muon(Rule):
     Keeps ``m``, with `rows` also ``v``; for other arrays the state of `other`. Same numbers as
     `torch.optim.Muon` in double, whose decay is 0.1 unless set, and as the author's. Embeddings and
     the last layer are matrices, and yet better left to another rule: give them one of their own.
-    `adjust` changes eta and lambda_ of this rule alone.
+    `adjust` changes `eta` and `lambda_` of this rule alone.
 
     References
     ----------
