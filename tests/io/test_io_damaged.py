@@ -48,6 +48,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, Any]:
     return path.read_bytes(), read(path, path.read_bytes())
 
 
+@pytest.mark.slow
 def test_a_change_of_any_byte_is_found_or_changes_nothing(
     small: tuple[bytes, Any], tmp_path: Path
 ) -> None:

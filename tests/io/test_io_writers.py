@@ -236,6 +236,7 @@ def open_files() -> int:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts open files as Linux shows them")
 @UNCLOSED
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["save", "load"])
 def test_an_interrupt_leaves_nothing_open(what: str, tmp_path: Path) -> None:
     path, tree = tmp_path / "run", {"w": np.ones(3)}

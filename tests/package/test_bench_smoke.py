@@ -16,6 +16,8 @@ import pytest
 from optimisers import ElementwiseRule
 from optimisers.rules._base import registry
 
+pytestmark = pytest.mark.slow
+
 BENCH = Path(__file__).parents[2] / "asv_bench"
 ELEMENTWISE = [
     cls.__name__ for cls in registry() if issubclass(cls, ElementwiseRule) and cls.measure is None
