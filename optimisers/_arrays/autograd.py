@@ -77,6 +77,12 @@ class Autograd(Library):
             x = autograd.numpy.array(x)
         return super().cast(x, dtype)
 
+    def number(self, traced: Any, real: Any) -> Any:
+        traced = traced * real.type(1)
+        if traced.dtype == real:
+            return traced
+        return autograd.numpy.array(traced).astype(real)  # NumPy 2.0 casts no scalars
+
     # --- measured numbers --------------------------------------------------------------------
 
     def vector_like(self, x: Array, values: Sequence[float]) -> np.ndarray:
