@@ -81,7 +81,9 @@ class Autograd(Library):
         traced = traced * real.type(1)
         if traced.dtype == real:
             return traced
-        return autograd.numpy.array(traced).astype(real)  # NumPy 2.0 casts no scalars
+        # NumPy 2.0 casts no scalars, neither here nor on the way back.
+        reshape = autograd.numpy.reshape
+        return reshape(reshape(traced, (1,)).astype(real), ())
 
     # --- measured numbers --------------------------------------------------------------------
 
