@@ -37,22 +37,36 @@ def clipping(found: Any, omega: Any) -> Any:
     return where(passes, 1.0, omega / where(passes, 1.0, found))
 
 
-def is_unlimited(omega: Any) -> bool:
-    """Tell whether a norm of any size passes, as far as that is known."""
-    return not is_traced(omega) and omega == math.inf
+class NormClip(Scaling):
+    """A rule that scales gradients down to a norm; subclasses have these fields."""
 
+    omega: Any
+    p: Any
+    throw: bool
 
-def refuse_norm(rule: Any, found: Any) -> None:
-    """Raise if a norm is not finite, where it is known."""
-    if not is_traced(found) and not math.isfinite(bare(found)):
-        raise FloatingPointError(
-            f"{rule._shown_as}: the gradient has {rule.p:g}-norm {found}; "
-            f"{rule._shown_as}(..., throw=False) lets such gradients through"
-        )
+    @property
+    def order(self) -> float:
+        return float(self.p)
+
+    @property
+    def _is_idle(self) -> bool:  # type: ignore[override]
+        return not is_traced(self.omega) and self.omega == math.inf
+
+    @staticmethod
+    def measure(x: Array, dx: Array, state: Arrays, coefs: Numbers) -> Numbers:
+        return (norm(dx),)
+
+    def accept(self, sums: Numbers) -> None:
+        (found,) = sums
+        if self.throw and not is_traced(found) and not math.isfinite(bare(found)):
+            raise FloatingPointError(
+                f"{self._shown_as}: the gradient has {self.p:g}-norm {found}; "
+                f"{self._shown_as}(..., throw=False) lets such gradients through"
+            )
 
 
 @dataclass(frozen=True)
-class ClipNorm(Scaling):
+class ClipNorm(NormClip):
     """The gradient of each array scaled down to a norm: put it ahead of another rule.
 
     ::
@@ -101,23 +115,6 @@ class ClipNorm(Scaling):
 
     static = ("p",)
     _measured_by_cuda = True
-
-    @property
-    def order(self) -> float:
-        return self.p
-
-    @property
-    def _is_idle(self) -> bool:  # type: ignore[override]
-        return is_unlimited(self.omega)
-
-    @staticmethod
-    def measure(x: Array, dx: Array, state: Arrays, coefs: Numbers) -> Numbers:
-        return (norm(dx),)
-
-    def accept(self, sums: Numbers) -> None:
-        (found,) = sums
-        if self.throw:
-            refuse_norm(self, found)
 
     def coefs(self, sums: Numbers) -> Numbers:
         (found,) = sums

@@ -10,11 +10,11 @@ from ..words import abs2, absolute, ema_weight, norm, sqrt, where
 from ._base import Array, Arrays, ElementwiseRule, Numbers, Stepped
 from ._fields import Decay, Decays, Finite, NonNegative, Order, Positive, Upper
 from ._numbers import root
-from .norms import Scaling, clipping, is_unlimited, refuse_norm
+from .norms import NormClip, Scaling, clipping
 
 
 @dataclass(frozen=True)
-class ClipGlobalNorm(Scaling):
+class ClipGlobalNorm(NormClip):
     """The gradients of all arrays scaled down together to a norm: put it ahead of another rule.
 
     ::
@@ -70,23 +70,6 @@ class ClipGlobalNorm(Scaling):
     over = "tree"
     kept = ("norm",)
     common = ("p",)
-
-    @property
-    def order(self) -> float:
-        return self.p
-
-    @property
-    def _is_idle(self) -> bool:  # type: ignore[override]
-        return is_unlimited(self.omega)
-
-    @staticmethod
-    def measure(x: Array, dx: Array, state: Arrays, coefs: Numbers) -> Numbers:
-        return (norm(dx),)
-
-    def accept(self, sums: Numbers) -> None:
-        (found,) = sums
-        if self.throw:
-            refuse_norm(self, found)
 
     def coefs(self, sums: Numbers) -> tuple[Numbers, Numbers]:
         (found,) = sums
